@@ -1,0 +1,33 @@
+# `make` lists what can be made.
+PYTHON := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what is missing: Debian packages, the virtual environment, the pipe helper
+	@deploy/setup.sh
+
+demo: setup ## crash a real nginx and see its crash files delivered
+	@$(PYTHON) -m crashbus demo
+
+test: setup ## run the test suite
+	@$(PYTHON) -m pytest
+
+lint: setup ## ruff and mypy --strict
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+
+format: setup ## put the code in shape
+	@$(PYTHON) -m ruff check --fix .
+	@$(PYTHON) -m ruff format .
+
+lock: ## choose the newest versions that fit, and write the lock file
+	@uv pip compile pyproject.toml --all-extras --python-version 3.11 --universal \
+		--generate-hashes --no-annotate --no-header --no-emit-index-url --upgrade -o requirements.lock
+
+clean: ## remove what was built here
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,345 @@
+"""The bus: NATS JetStream, spoken in messages instead of bytes.
+
+``subscribe`` and ``stored`` are for anyone who listens; ``consume`` shares work among
+services. Whatever goes wrong with the server or the way to it is `BusUnreachable` or
+`BusFull`; the connection itself is kept up for ever.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import nats
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+
+from crashbus import streams
+from crashbus.chunks import Chunk
+from crashbus.errors import BusFull, BusUnreachable, DamagedFile, MalformedMessage
+from crashbus.messages import DeadLetter, Message, chunk_subject
+
+log = logging.getLogger("crashbus.bus")
+
+M = TypeVar("M", bound=Message)
+
+CONNECT_TIMEOUT = 2.0  # seconds for one try; a server on the next host answers in milliseconds
+RECONNECT_WAIT = 0.5  # seconds between tries: short, so that little piles up meanwhile
+PUBLISH_TIMEOUT = 5.0  # seconds for the server to store a message; its disk may be busy
+FETCH_TIMEOUT = 5.0  # seconds one fetch waits before it asks again
+DEFAULT_CHUNK_STORE = 8 * 1024**3
+_STORE_FULL = {10023, 10047, 10077}  # resources exceeded, store full, maximum bytes exceeded
+
+OnMalformed = Callable[[MalformedMessage], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Delivery(Generic[M]):
+    """A message taken from a durable consumer; it comes again unless it is settled.
+
+    Attributes:
+        message: what was published.
+        attempts: how often it has been delivered, this time included.
+    """
+
+    message: M
+    attempts: int
+    _raw: Msg
+
+    async def ack(self) -> None:
+        """It is done, and the server has heard so."""
+        with _as_bus_errors():
+            await self._raw.ack_sync(timeout=PUBLISH_TIMEOUT)
+
+    async def retry(self, delay: float) -> None:
+        """Hand it back, to be delivered again after `delay` seconds."""
+        with _as_bus_errors():
+            await self._raw.nak(delay=delay)
+
+    async def working(self) -> None:
+        """It is still being worked on: start the acknowledgement wait anew."""
+        with _as_bus_errors():
+            await self._raw.in_progress()
+
+
+class Bus:
+    """A connection to the bus; made by `connect`."""
+
+    def __init__(self, client: Client, host: str) -> None:
+        self._client = client
+        self._js: JetStreamContext = client.jetstream(timeout=PUBLISH_TIMEOUT)
+        self._host = host
+        self.malformed = 0  # messages skipped or put aside since the start
+
+    @property
+    def max_payload(self) -> int:
+        """The server's limit for one message with its headers, in bytes."""
+        return self._client.max_payload
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the server can be reached just now."""
+        return self._client.is_connected
+
+    async def ensure_streams(self, chunk_store_bytes: int = DEFAULT_CHUNK_STORE) -> None:
+        """Make the streams that do not exist; one that exists stays as its owner made it."""
+        with _as_bus_errors():
+            for config in streams.all_streams(chunk_store_bytes):
+                assert config.name is not None
+                try:
+                    await self._js.stream_info(config.name)
+                except nats.js.errors.NotFoundError:
+                    await self._js.add_stream(config)
+
+    async def publish(self, message: Message) -> None:
+        """Publish a message and wait until the server has stored it.
+
+        Raises:
+            BusUnreachable: it may or may not have been stored; publish it again.
+            BusFull: it was refused for want of room.
+        """
+        key = message.message_id
+        headers = {"Nats-Msg-Id": key} if key else None
+        await self.publish_raw(message.subject, message.encode(), headers)
+
+    async def publish_raw(
+        self, subject: str, payload: bytes, headers: dict[str, str] | None = None
+    ) -> None:
+        """Publish bytes that were encoded before, and wait until they are stored."""
+        with _as_bus_errors():
+            await self._js.publish(subject, payload, headers=headers)
+
+    async def publish_chunk(self, crash_id: str, file: str, chunk: Chunk) -> None:
+        """Publish one chunk of a crash file and wait until it is stored."""
+        await self.publish_raw(chunk_subject(crash_id, file), chunk.body, chunk.headers())
+
+    async def chunks(self, crash_id: str, file: str, count: int) -> AsyncIterator[Chunk]:
+        """Yield the stored chunks 0 to `count` - 1 of a crash file, each checked.
+
+        Chunks that were stored twice are passed over. Each is asked for by itself, so no
+        more than one is held however slow the caller is.
+
+        Raises:
+            DamagedFile: a chunk is not there, out of order, or not what was sent.
+        """
+        subject, sequence, index = chunk_subject(crash_id, file), 0, 0
+        while index < count:
+            try:
+                with _as_bus_errors():
+                    raw = await self._js.get_msg(
+                        streams.CHUNKS, seq=sequence + 1, subject=subject, direct=True, next=True
+                    )
+            except NotStored:
+                raise DamagedFile(f"chunk {index} of {count} is not on the bus") from None
+            assert raw.seq is not None
+            sequence = raw.seq
+            chunk = Chunk.received(raw.headers, raw.data or b"")
+            if chunk.index < index:
+                continue
+            yield chunk
+            index += 1
+
+    async def purge_chunks(self, crash_id: str, file: str) -> None:
+        """Remove all chunks of a crash file from the bus."""
+        with _as_bus_errors():
+            await self._js.purge_stream(streams.CHUNKS, subject=chunk_subject(crash_id, file))
+
+    async def subscribe(self, kind: type[M], subject: str | None = None) -> AsyncIterator[M]:
+        """Yield messages from now on, in order; malformed ones are logged, counted, skipped."""
+        with _as_bus_errors():
+            subscription = await self._js.subscribe(
+                subject or kind.SUBJECT,
+                stream=streams.stream_of(kind),
+                ordered_consumer=True,
+                config=ConsumerConfig(deliver_policy=DeliverPolicy.NEW),
+            )
+        try:
+            async for raw in subscription.messages:
+                message = self._read(kind, raw.subject, raw.data)
+                if message is not None:
+                    yield message
+        finally:
+            await subscription.unsubscribe()
+
+    async def stored(self, kind: type[M], subject: str | None = None) -> list[M]:
+        """Return the messages the bus holds now, oldest first; malformed ones are left out."""
+        with _as_bus_errors():
+            subscription = await self._js.pull_subscribe(
+                subject or kind.SUBJECT,
+                stream=streams.stream_of(kind),
+                config=ConsumerConfig(inactive_threshold=60, ack_policy=AckPolicy.NONE),
+            )
+            info = await subscription.consumer_info()
+            remaining, messages = info.num_pending or 0, []
+            while remaining:
+                for raw in await subscription.fetch(min(remaining, 256), timeout=FETCH_TIMEOUT):
+                    remaining -= 1
+                    message = self._read(kind, raw.subject, raw.data)
+                    if message is not None:
+                        messages.append(message)
+            await self._js.delete_consumer(streams.stream_of(kind), info.name)
+        return messages
+
+    def _read(self, kind: type[M], subject: str, payload: bytes) -> M | None:
+        try:
+            return kind.decode(payload, subject)
+        except MalformedMessage as error:
+            self.malformed += 1
+            log.warning("%s", error)
+            return None
+
+    async def consume(
+        self,
+        kind: type[M],
+        durable: str,
+        *,
+        service: str,
+        subject: str | None = None,
+        ack_wait: float = 30,
+        batch: int = 1,
+    ) -> AsyncIterator[Delivery[M]]:
+        """Yield work from a durable consumer that any number of services may share.
+
+        Goes on for ever: over reconnects, and when streams had to be made anew. A malformed
+        message is put aside as a dead letter, whole, and does not come again.
+
+        Args:
+            durable: the consumer's name; those who use the same one share its messages.
+            service: who is asking, for the dead letter.
+            ack_wait: seconds after which an unsettled message is given to another.
+            batch: how many to ask for at once.
+        """
+        name = streams.stream_of(kind)
+        config = ConsumerConfig(
+            ack_policy=AckPolicy.EXPLICIT, ack_wait=ack_wait, max_deliver=-1, max_ack_pending=1024
+        )
+        subscription: JetStreamContext.PullSubscription | None = None
+        while True:
+            try:
+                if subscription is None:
+                    subscription = await self._js.pull_subscribe(
+                        subject or kind.SUBJECT, durable=durable, stream=name, config=config
+                    )
+                arrived = await subscription.fetch(batch, timeout=FETCH_TIMEOUT)
+            except nats.errors.TimeoutError:
+                continue
+            except (nats.errors.Error, OSError) as error:
+                log.warning("cannot take work from %s, trying again: %s", name, error)
+                subscription = None
+                await asyncio.sleep(RECONNECT_WAIT)
+                continue
+            for raw in arrived:
+                try:
+                    message = kind.decode(raw.data, raw.subject)
+                except MalformedMessage as error:
+                    await self._put_aside(raw, error, service)
+                    continue
+                yield Delivery(message, raw.metadata.num_delivered or 1, raw)
+
+    async def _put_aside(self, raw: Msg, error: MalformedMessage, service: str) -> None:
+        """Keep a malformed message for inspection; while that fails, it stays where it is."""
+        self.malformed += 1
+        log.error("%s; kept on %s", error, DeadLetter.SUBJECT)
+        letter = DeadLetter(
+            host=self._host,
+            service=service,
+            reason="malformed_message",
+            error=str(error),
+            mend="find out who published it; a newer major version needs newer services",
+            subject_received=error.subject[:1024],
+            payload_received=error.payload[: self.max_payload // 2],
+        )
+        try:
+            await self.publish(letter)
+            with _as_bus_errors():
+                await raw.term()
+        except (BusUnreachable, BusFull) as failure:
+            log.warning("could not put it aside, it will come again: %s", failure)
+
+    async def close(self) -> None:
+        """Send what is still buffered, then close."""
+        try:
+            await asyncio.wait_for(self._client.flush(), PUBLISH_TIMEOUT)
+        except (nats.errors.Error, TimeoutError, OSError):
+            log.warning("the bus was not reachable at the end")
+        await self._client.close()
+
+
+class NotStored(nats.js.errors.NotFoundError):
+    """The server has no such message."""
+
+
+class _as_bus_errors:  # noqa: N801 - reads as the statement it is
+    """Context in which NATS's many errors become ours."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, NotStored):
+            return
+        if isinstance(error, nats.js.errors.NotFoundError):
+            raise NotStored(error.code, error.description, error.err_code) from error
+        if isinstance(error, nats.js.errors.APIError) and error.err_code in _STORE_FULL:
+            raise BusFull(f"the bus has no room: {error.description}") from error
+        if isinstance(error, (nats.errors.Error, OSError, asyncio.TimeoutError)):
+            raise BusUnreachable(f"the bus did not answer: {error}") from error
+
+
+@asynccontextmanager
+async def connect(
+    url: str = "nats://127.0.0.1:4222", *, host: str = "consumer", **options: Any
+) -> AsyncIterator[Bus]:
+    """Connect to the bus.
+
+    Args:
+        url: one or more server addresses, separated by commas.
+        host: the name that dead letters of this connection carry.
+        options: further options of ``nats.connect``, such as ``user_credentials`` or ``tls``.
+
+    Raises:
+        BusUnreachable: no server answers; later losses are mended silently.
+    """
+
+    async def on_disconnect() -> None:
+        log.warning("lost the bus at %s, reconnecting", url)
+
+    async def on_reconnect() -> None:
+        log.info("the bus at %s is back", url)
+
+    async def on_error(error: Exception) -> None:
+        log.debug("bus: %s", error)
+
+    settings: dict[str, Any] = {
+        "connect_timeout": CONNECT_TIMEOUT,
+        "reconnect_time_wait": RECONNECT_WAIT,
+        "max_reconnect_attempts": -1,
+        "disconnected_cb": on_disconnect,
+        "reconnected_cb": on_reconnect,
+        "error_cb": on_error,
+        **options,
+    }
+    try:
+        client = await _first_connection(url, settings)
+    except (TimeoutError, nats.errors.Error, OSError) as error:
+        reason = f"{type(error).__name__} {error}".strip()
+        raise BusUnreachable(f"no NATS server answers at {url} ({reason})") from error
+    bus = Bus(client, host)
+    try:
+        yield bus
+    finally:
+        await bus.close()
+
+
+async def _first_connection(url: str, settings: dict[str, Any]) -> Client:
+    """Connect once or fail: without a bound here, the client would try for ever in silence."""
+    servers = [part.strip() for part in url.split(",")]
+    return await asyncio.wait_for(
+        nats.connect(servers, **settings), CONNECT_TIMEOUT * len(servers) + 1
+    )

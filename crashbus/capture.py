@@ -1,0 +1,107 @@
+"""The capture record: the recorder's word to the collector about one set of crash files.
+
+``capture_<epoch>`` lies beside the files it speaks of, is owned by root and never shipped.
+The recorder creates it while the crashing process is still held, and keeps it locked
+(flock(2), exclusive) until the set is whole. So a reader can always tell:
+
+- no record when the process is gone: nothing was captured, and nothing will come;
+- locked: being written;
+- not locked, state ``complete``: whole;
+- not locked, anything else: the recorder died; what is there is cut short.
+"""
+
+import fcntl
+import os
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from crashbus import layout
+from crashbus.errors import CrashbusError
+from crashbus.messages import CrashId, FileName, Host, Part, Process, Time
+
+MAX_SIZE = 4 * 1024 * 1024  # a record lists few files, but arguments may be long
+
+
+class CapturedFile(Part):
+    """A file of the set: its size once it is whole, and what is wrong with it if anything."""
+
+    size: int = Field(ge=0)
+    truncated: bool = False
+    note: str | None = None
+
+
+class CaptureRecord(Part):
+    """What the recorder knows of a crash and of the files it made."""
+
+    state: Literal["writing", "complete"]
+    crash_id: CrashId
+    host: Host
+    crashed_at: Time
+    process: Process
+    signal: int = Field(ge=0, le=64)
+    signal_name: str
+    code: int | None = None
+    code_meaning: str | None = None
+    fault_address: int | None = None
+    files: dict[FileName, CapturedFile] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class UnreadableRecord(CrashbusError):
+    """A capture record that is no record: its writer died, or it is not ours."""
+
+
+def create(directory: int, epoch: int, record: CaptureRecord) -> int:
+    """Make a record that is locked from the first moment it can be seen.
+
+    Args:
+        directory: descriptor of ``/tmp/appscope/<pid>``.
+
+    Returns:
+        The record's descriptor; the set counts as being written until it is closed.
+    """
+    name = layout.crash_file_name(layout.Kind.CAPTURE, epoch)
+    hidden = f".{name}"
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(hidden, flags, 0o600, dir_fd=directory)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        write(descriptor, record)
+        os.rename(hidden, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError:
+        os.close(descriptor)
+        os.unlink(hidden, dir_fd=directory)
+        raise
+    return descriptor
+
+
+def write(descriptor: int, record: CaptureRecord) -> None:
+    """Replace the record's content in place; the descriptor's lock is what protects it."""
+    data = record.model_dump_json(indent=1).encode()
+    os.ftruncate(descriptor, 0)
+    view = memoryview(data)
+    while view:
+        view = view[os.pwrite(descriptor, view, len(data) - len(view)) :]
+
+
+def is_being_written(descriptor: int) -> bool:
+    """Tell whether a recorder still works on the set."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return False
+
+
+def read(descriptor: int) -> CaptureRecord:
+    """Read a record.
+
+    Raises:
+        UnreadableRecord: empty, cut short, or not a record.
+    """
+    try:
+        return CaptureRecord.model_validate_json(os.pread(descriptor, MAX_SIZE, 0))
+    except ValidationError as error:
+        raise UnreadableRecord(f"{error.error_count()} faults in the capture record") from None

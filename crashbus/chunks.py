@@ -1,0 +1,176 @@
+"""Chunk = frame = range: how a crash file travels.
+
+A file is cut into fixed ranges of its own bytes. Each range becomes one chunk: with the
+encoding ``zstd`` one zstd frame by itself (RFC 8878), with ``identity`` the bytes as they
+are. Chunks laid end to end are what a destination stores: a valid ``.zst`` file, or the file
+itself. Any chunk can be made again from the source alone.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import zstandard
+
+from crashbus.errors import DamagedFile
+from crashbus.messages import Encoding
+
+HEADER_INDEX = "Crashbus-Index"
+HEADER_SIZE = "Crashbus-Size"
+HEADER_SHA256 = "Crashbus-SHA256"
+
+_KIB = 1024
+_HEADER_ROOM = 4 * _KIB  # NATS counts headers into max_payload
+_GRAIN = 64 * _KIB
+MAX_CHUNK_SIZE = 8 * _KIB * _KIB  # NATS advises against larger messages, whatever it allows
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk.
+
+    Attributes:
+        index: position in the file, from 0.
+        size: bytes of the file in this chunk, before compression.
+        body: what travels and is stored.
+        sha256: hexadecimal SHA-256 of `body`.
+    """
+
+    index: int
+    size: int
+    body: bytes
+    sha256: str
+
+    def headers(self) -> dict[str, str]:
+        """Return the NATS headers that travel with the body."""
+        return {
+            HEADER_INDEX: str(self.index),
+            HEADER_SIZE: str(self.size),
+            HEADER_SHA256: self.sha256,
+        }
+
+    @classmethod
+    def received(cls, headers: Mapping[str, str] | None, body: bytes) -> "Chunk":
+        """Read a chunk from a NATS message and check its hash.
+
+        Raises:
+            DamagedFile: a header is missing or wrong, or the body is not what was sent.
+        """
+        given = headers or {}
+        try:
+            index, size = int(given[HEADER_INDEX]), int(given[HEADER_SIZE])
+            expected = given[HEADER_SHA256]
+        except (KeyError, ValueError) as error:
+            raise DamagedFile(f"chunk with a missing or bad header: {error}") from None
+        actual = hashlib.sha256(body).hexdigest()
+        if actual != expected:
+            raise DamagedFile(f"chunk {index} has SHA-256 {actual}, its header says {expected}")
+        if index < 0 or not 0 < size <= MAX_CHUNK_SIZE:
+            raise DamagedFile(f"chunk {index} claims {size} bytes")
+        return cls(index, size, body, actual)
+
+
+def chunk_size(max_payload: int) -> int:
+    """Return how many bytes of a file fit one message, even when they do not compress.
+
+    Args:
+        max_payload: the server's limit for one message with its headers, in bytes.
+
+    Raises:
+        ValueError: the limit leaves no room; raise the server's ``max_payload``.
+    """
+    room = max_payload - _HEADER_ROOM
+    # ZSTD_compressBound (zstd.h): incompressible input grows by 1/256 and some bytes.
+    size = min((room - room // 128) // _GRAIN * _GRAIN, MAX_CHUNK_SIZE)
+    if size <= 0:
+        raise ValueError(f"max_payload {max_payload} is too small, set 256KB or more")
+    return size
+
+
+class Encoder:
+    """Cuts a file into chunks; knows its size and hash when all chunks are made."""
+
+    def __init__(self, size: int, encoding: Encoding, level: int = 1) -> None:
+        self._chunk_size = size
+        self._compressor = zstandard.ZstdCompressor(level=level) if encoding == "zstd" else None
+        self._hash = hashlib.sha256()
+        self.size = 0
+        self.stored_size = 0
+        self.count = 0
+
+    def chunks(self, source: BinaryIO) -> Iterator[Chunk]:
+        """Yield the chunks of `source` from its current position to its end."""
+        while data := source.read(self._chunk_size):
+            yield self.encode(data)
+
+    def encode(self, data: bytes) -> Chunk:
+        """Return the next chunk of the file, made of `data`."""
+        self._hash.update(data)
+        body = self._compressor.compress(data) if self._compressor else data
+        chunk = Chunk(self.count, len(data), body, hashlib.sha256(body).hexdigest())
+        self.count += 1
+        self.size += len(data)
+        self.stored_size += len(body)
+        return chunk
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of all file bytes so far."""
+        return self._hash.hexdigest()
+
+
+class Verifier:
+    """Checks that chunks, in order, are the file that was announced.
+
+    Every frame is decompressed within its announced size, so that a hostile frame cannot
+    blow up memory.
+    """
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._decompressor = zstandard.ZstdDecompressor() if encoding == "zstd" else None
+        self._hash = hashlib.sha256()
+        self.next_index = 0
+        self.size = 0
+        self.stored_size = 0
+
+    def accept(self, chunk: Chunk) -> bytes:
+        """Take the next chunk and return its file bytes.
+
+        Raises:
+            DamagedFile: not the next chunk, or it does not hold what it announces.
+        """
+        if chunk.index != self.next_index:
+            raise DamagedFile(f"chunk {chunk.index} came where {self.next_index} was due")
+        data = self._file_bytes(chunk)
+        if len(data) != chunk.size:
+            raise DamagedFile(f"chunk {chunk.index}: {len(data)} bytes, {chunk.size} announced")
+        self._hash.update(data)
+        self.next_index += 1
+        self.size += len(data)
+        self.stored_size += len(chunk.body)
+        return data
+
+    def _file_bytes(self, chunk: Chunk) -> bytes:
+        if self._decompressor is None:
+            return chunk.body
+        try:
+            announced = zstandard.frame_content_size(chunk.body)
+            if announced != chunk.size:
+                raise DamagedFile(f"chunk {chunk.index}: frame of {announced}, not {chunk.size}")
+            data: bytes = self._decompressor.decompress(chunk.body, max_output_size=chunk.size)
+        except zstandard.ZstdError as error:
+            raise DamagedFile(f"chunk {chunk.index} is not a zstd frame: {error}") from None
+        return data
+
+    def finish(self, size: int, sha256: str) -> None:
+        """Check the whole file against what was announced.
+
+        Raises:
+            DamagedFile: size or SHA-256 differ.
+        """
+        if self.size != size:
+            raise DamagedFile(f"{self.size} bytes came, {size} were announced")
+        actual = self._hash.hexdigest()
+        if actual != sha256:
+            raise DamagedFile(f"SHA-256 is {actual}, {sha256} was announced")

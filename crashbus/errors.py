@@ -1,0 +1,33 @@
+"""The errors a user of this package can meet, each a named type that says what failed."""
+
+
+class CrashbusError(Exception):
+    """Base of all errors raised by Crashbus itself."""
+
+
+class MalformedMessage(CrashbusError):
+    """A message on the bus does not keep the wire contract.
+
+    Attributes:
+        subject: where it was found.
+        payload: its bytes as received.
+        reason: what is wrong, in one line.
+    """
+
+    def __init__(self, subject: str, payload: bytes, reason: str) -> None:
+        super().__init__(f"malformed message on {subject}: {reason}")
+        self.subject = subject
+        self.payload = payload
+        self.reason = reason
+
+
+class DamagedFile(CrashbusError):
+    """The bytes received are not the bytes that were sent."""
+
+
+class BusUnreachable(CrashbusError):
+    """No NATS server answers at the configured address."""
+
+
+class BusFull(CrashbusError):
+    """The bus has no room for a message; it has not been stored."""

@@ -1,0 +1,45 @@
+"""The crash ID: derived, not drawn, so that every service names the same crash alike.
+
+A process dies once. Boot ID, PID and start time together name one process, so their hash
+names its crash, and the detector, the recorder and the collector arrive at the same ID
+without asking each other. Where crashes are listed, their time stands before the ID.
+"""
+
+import hashlib
+from pathlib import Path
+
+# Crockford's alphabet in lower case: no i, l, o, u to be misread.
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+LENGTH = 16  # characters, 80 bits: a collision is not expected below 10^11 crashes
+
+
+def crash_id(boot_id: str, pid: int, start_ticks: int) -> str:
+    """Return the ID of the crash of one process, 16 characters of [0-9a-hjkmnp-tv-z].
+
+    Args:
+        boot_id: /proc/sys/kernel/random/boot_id, as the kernel prints it.
+        pid: the process (thread group) ID in the initial PID namespace.
+        start_ticks: field 22 of /proc/<pid>/stat, in clock ticks since boot (proc(5)).
+    """
+    digest = hashlib.sha256(f"{boot_id.strip().lower()}:{pid}:{start_ticks}".encode()).digest()
+    number = int.from_bytes(digest[:10], "big")
+    return "".join(_ALPHABET[number >> shift & 31] for shift in range(75, -1, -5))
+
+
+def boot_id() -> str:
+    """Return the ID of the running boot: 36 characters, a UUID (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def start_ticks(pid: int) -> int:
+    """Return when a living process started, in clock ticks since boot.
+
+    Raises:
+        ProcessLookupError: there is no such process any more.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError) as gone:
+        raise ProcessLookupError(f"process {pid} is gone") from gone
+    # The command name (field 2) may hold spaces and parentheses: count from its last one.
+    return int(stat[stat.rindex(b")") + 2 :].split()[19])

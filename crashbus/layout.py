@@ -1,0 +1,57 @@
+"""Where crash files lie and what they are called: on the host and at a destination.
+
+On the host the layout is AppScope's: ``/tmp/appscope/<pid>/<kind>_<epoch>``, one epoch for
+each set of files. At a destination a crash is a folder a human can find by host, day, time
+and process name, derived from the crash alone so that a second delivery writes the same
+objects: ``<host>/<YYYY-MM-DD>/<HHMMSS>-<process>-<crash ID>/``.
+"""
+
+import re
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from crashbus import names
+
+SPOOL = "/tmp/appscope"  # noqa: S108 - AppScope's library writes here, so the place is given
+MANIFEST_NAME = "manifest.json"
+
+_CRASH_FILE = re.compile(r"(info|cfg|backtrace|snapshot|core|capture)_(\d{1,12})")
+
+
+class Kind(StrEnum):
+    """What a crash file is; declared in the order in which the files of a crash are shipped."""
+
+    INFO = "info"
+    BACKTRACE = "backtrace"
+    SNAPSHOT = "snapshot"
+    CFG = "cfg"
+    CORE = "core"
+    MANIFEST = "manifest"
+    CAPTURE = "capture"  # the recorder's note to the collector; never shipped
+
+
+SHIPPING_ORDER = (Kind.INFO, Kind.BACKTRACE, Kind.SNAPSHOT, Kind.CFG, Kind.CORE)
+
+
+def crash_file_name(kind: Kind, epoch: int) -> str:
+    """Return the name of one crash file, such as ``core_1795388839``."""
+    return f"{kind}_{epoch}"
+
+
+def parse_crash_file_name(name: str) -> tuple[Kind, int] | None:
+    """Return kind and epoch (Unix seconds) of a crash file's name; None for any other name."""
+    match = _CRASH_FILE.fullmatch(name)
+    return (Kind(match[1]), int(match[2])) if match else None
+
+
+def folder(host: str, crashed_at: float, process_name: str, crash_id: str) -> str:
+    """Return a crash's folder below a destination's prefix, such as
+    ``web1/2026-11-23/001512-nginx-0c2vx9t7q4m8k3ae``.
+
+    Args:
+        crashed_at: Unix seconds; the folder is named in UTC, whatever the host's zone.
+    """
+    at = datetime.fromtimestamp(crashed_at, UTC)
+    process = names.file_name(process_name.encode())[:64] or "unknown"
+    place = names.file_name(host.encode())
+    return f"{place}/{at:%Y-%m-%d}/{at:%H%M%S}-{process}-{crash_id}"

@@ -1,0 +1,374 @@
+"""Every message on the bus, as a frozen typed class that is validated once, on arrival.
+
+``docs/wire-contract.md`` is the prose to this module; its tables are made from it.
+
+Versions: ``v`` is ``<major>.<minor>``. A newer minor version only adds fields, which an older
+reader skips; another major version is rejected as malformed.
+"""
+
+import math
+import time as clock
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import msgpack
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
+
+from crashbus import layout, names
+from crashbus.errors import MalformedMessage
+from crashbus.layout import Kind
+
+VERSION = "1.0"
+
+
+def _file_name(value: str) -> str:
+    if not names.is_file_name(value):
+        raise ValueError("not a safe file name")
+    return value
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value) or not 0 <= value < 253402300800:
+        raise ValueError("not a time between 1970 and 9999")
+    return value
+
+
+CrashId = Annotated[str, StringConstraints(pattern=r"^[0-9a-hjkmnp-tv-z]{16}$")]
+FileName = Annotated[str, StringConstraints(max_length=255), AfterValidator(_file_name)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Host = Annotated[str, StringConstraints(min_length=1, max_length=253)]
+Time = Annotated[float, AfterValidator(_finite), Field(description="Unix time in seconds")]
+Size = Annotated[int, Field(ge=0, description="bytes")]
+Url = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
+Encoding = Literal["zstd", "identity"]
+
+
+class Part(BaseModel):
+    """Base of what messages are made of: frozen, and deaf to fields it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Container(Part):
+    """The container a process ran in, as far as its cgroup tells."""
+
+    id: str = Field(description="container ID as the runtime gave it")
+    runtime: str = Field(description="docker, containerd, crio, podman, lxc or unknown")
+    name: str | None = Field(None, description="the container's name, where the runtime was asked")
+    image: str | None = Field(None, description="the image's name, where the runtime was asked")
+
+
+class Process(Part):
+    """The process that crashed. Text that was not UTF-8 shows its bad bytes as ``\\xNN``."""
+
+    boot_id: str = Field(description="/proc/sys/kernel/random/boot_id of its host")
+    pid: int = Field(ge=0, description="process (thread group) ID in the initial PID namespace")
+    ns_pid: int = Field(ge=0, description="process ID in its own PID namespace")
+    start_ticks: int = Field(
+        ge=0, description="start in clock ticks since boot, /proc/PID/stat field 22"
+    )
+    uid: int = Field(ge=0, description="real user ID in the initial user namespace")
+    gid: int = Field(ge=0, description="real group ID in the initial user namespace")
+    comm: str = Field(description="command name, up to 15 bytes")
+    executable: str | None = Field(None, description="path of the executable, if it was readable")
+    command_line: tuple[str, ...] = Field((), description="arguments, possibly cut short")
+    cgroup: str | None = Field(None, description="cgroup path")
+    container: Container | None = None
+
+
+class Sender(Part):
+    """The process that sent a signal."""
+
+    pid: int
+    uid: int
+
+
+class Handler(Part):
+    """The function that a process had installed for a signal."""
+
+    address: int = Field(ge=0)
+    flags: int = Field(ge=0, description="sa_flags, see sigaction(2)")
+    appscope: bool = Field(description="the address lies in AppScope's library")
+
+
+class Oom(Part):
+    """What the kernel knew of the victim of an OOM kill, in KiB where it says so (>= 6.9)."""
+
+    total_vm_kib: int | None = None
+    anon_rss_kib: int | None = None
+    file_rss_kib: int | None = None
+    shmem_rss_kib: int | None = None
+    oom_score_adj: int | None = None
+
+
+class Message(Part):
+    """Base of all messages.
+
+    Class attributes:
+        SUBJECT: the wildcard subject that matches every message of the class.
+    """
+
+    SUBJECT: ClassVar[str]
+
+    v: Annotated[str, StringConstraints(pattern=r"^1\.\d{1,9}$")] = Field(
+        VERSION, description="version of the wire contract"
+    )
+    host: Host = Field(description="name of the host it is about")
+    time: Time = Field(default_factory=clock.time)
+
+    @property
+    def subject(self) -> str:
+        """The subject this message is published on."""
+        raise NotImplementedError
+
+    @property
+    def message_id(self) -> str | None:
+        """Key by which JetStream drops a second copy within two minutes; None: no dropping."""
+        return None
+
+    def encode(self) -> bytes:
+        """Return the message as msgpack."""
+        packed: bytes = msgpack.packb(self.model_dump(mode="python"))
+        return packed
+
+    @classmethod
+    def decode(cls, payload: bytes, subject: str = "?") -> Self:
+        """Read a message from msgpack.
+
+        Raises:
+            MalformedMessage: not msgpack, another major version, or a field that is missing
+                or out of its range; the reason names the field.
+        """
+        try:
+            data = msgpack.unpackb(payload, strict_map_key=False)
+        except (ValueError, msgpack.UnpackException, RecursionError) as error:
+            reason = f"not msgpack: {error or type(error).__name__}"
+            raise MalformedMessage(subject, payload, reason) from None
+        if not isinstance(data, dict):
+            raise MalformedMessage(subject, payload, "not a map") from None
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise MalformedMessage(subject, payload, _first_fault(error)) from None
+
+
+def _first_fault(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(step) for step in first["loc"])
+    return f"field {place[:200]!r}: {first['msg']}"
+
+
+class CrashMessage(Message):
+    """Base of the messages that are about one crash."""
+
+    crash_id: CrashId = Field(description="names the crash of one process on one boot of a host")
+
+
+class SignalEvent(CrashMessage):
+    """A crash signal reached a process, or the OOM killer chose it."""
+
+    SUBJECT: ClassVar[str] = "crash.signal.>"
+
+    event_id: str = Field(min_length=1, max_length=64, description="names this one delivery")
+    monotonic_ns: int = Field(ge=0, description="CLOCK_MONOTONIC in nanoseconds")
+    process: Process
+    tid: int = Field(ge=0, description="the thread that took the signal")
+    signal: int = Field(ge=1, le=64)
+    signal_name: str = Field(description="such as SIGSEGV")
+    code: int = Field(description="si_code, see sigaction(2)")
+    code_meaning: str = Field(description="si_code in words")
+    errno: int = 0
+    fault_address: int | None = Field(None, ge=0, description="si_addr of a fault")
+    sender: Sender | None = Field(None, description="who sent it, if a process did")
+    disposition: Literal["default", "handled", "oom_kill"] = Field(
+        description="default: the process dies of it; handled: its own handler runs; "
+        "oom_kill: the kernel's OOM killer chose the process"
+    )
+    handler: Handler | None = None
+    oom: Oom | None = None
+
+    @property
+    def fatal(self) -> bool:
+        """Whether the process dies of this, whatever it has installed."""
+        return self.disposition != "handled"
+
+    @property
+    def subject(self) -> str:
+        return f"crash.signal.{names.token(self.host)}.{names.token(self.signal_name)}"
+
+    @property
+    def message_id(self) -> str:
+        return self.event_id
+
+
+class SignalCount(CrashMessage):
+    """How many further handled signals one process took in about one second.
+
+    A process that handles signals as its normal work (JVM, Go, V8) is published once for
+    each signal; the rest are counted in the kernel and told here.
+    """
+
+    SUBJECT: ClassVar[str] = "crash.count.>"
+
+    process: Process
+    signal: int = Field(ge=1, le=64)
+    signal_name: str
+    count: int = Field(ge=1)
+    period: float = Field(gt=0, description="seconds counted over")
+
+    @property
+    def subject(self) -> str:
+        return f"crash.count.{names.token(self.host)}.{names.token(self.signal_name)}"
+
+
+class EventsLost(Message):
+    """Signal events that no one will see: counted where they were lost."""
+
+    SUBJECT: ClassVar[str] = "crash.lost.>"
+
+    stage: Literal["ring_buffer", "outbox"] = Field(
+        description="ring_buffer: the kernel had no room; outbox: the disk buffer was full"
+    )
+    count: int = Field(ge=1)
+
+    @property
+    def subject(self) -> str:
+        return f"crash.lost.{names.token(self.host)}"
+
+
+class CrashFile(Part):
+    """One crash file as it was gathered."""
+
+    name: FileName = Field(description="AppScope's name, such as core_1795388839")
+    kind: Kind
+    size: Size
+    sha256: Sha256 = Field(description="of the file's own bytes, before any compression")
+    encoding: Encoding = Field(description="zstd: the stored object is <name>.zst")
+    stored_size: Size = Field(description="bytes of all chunks together")
+    chunks: int = Field(ge=0, description="how many; 0 for an empty file")
+    truncated: bool = Field(False, description="cut short; see note")
+    note: str | None = Field(None, description="why it was cut short, or what else is odd")
+
+    @property
+    def stored_name(self) -> str:
+        """The object's name below the crash's folder."""
+        return f"{self.name}.zst" if self.encoding == "zstd" else self.name
+
+
+class _Placed(CrashMessage):
+    """What is needed to derive a crash's folder at any destination."""
+
+    crashed_at: Time = Field(description="Unix seconds of the crash")
+    process_name: str = Field(max_length=256)
+
+    @property
+    def folder(self) -> str:
+        """The crash's folder below a destination's prefix."""
+        return layout.folder(self.host, self.crashed_at, self.process_name, self.crash_id)
+
+
+class WorkItem(_Placed):
+    """Deliver these files of one crash to one destination; their chunks are on the bus."""
+
+    SUBJECT: ClassVar[str] = "crash.file.>"
+
+    destination: Url = Field(description="one of the URLs the shippers were configured with")
+    files: tuple[CrashFile, ...] = Field(min_length=1, max_length=64)
+
+    @property
+    def subject(self) -> str:
+        return f"crash.file.{names.token(self.host)}.{self.crash_id}"
+
+
+class Manifest(_Placed):
+    """A whole crash: what it was, and all its files. A later one replaces an earlier one."""
+
+    SUBJECT: ClassVar[str] = "crash.report.>"
+
+    revision: int = Field(1, ge=1, description="grows by one when further files were found")
+    process: Process
+    signal: int = Field(ge=0, le=64, description="0: not known")
+    signal_name: str
+    code: int | None = None
+    code_meaning: str | None = None
+    fault_address: int | None = None
+    files: tuple[CrashFile, ...]
+    destinations: tuple[Url, ...]
+    notes: tuple[str, ...] = Field((), description="what is missing or odd, in words")
+
+    @property
+    def subject(self) -> str:
+        return f"crash.report.{names.token(self.host)}.{self.crash_id}"
+
+
+class Receipt(CrashMessage):
+    """One file lies verified at one destination."""
+
+    SUBJECT: ClassVar[str] = "crash.shipped.>"
+
+    file: CrashFile
+    destination: Url
+    url: Url = Field(description="where the object lies")
+    attempts: int = Field(ge=1)
+    shipper: str = Field(description="which shipper delivered it")
+
+    @property
+    def subject(self) -> str:
+        return f"crash.shipped.{names.token(self.host)}.{self.crash_id}"
+
+
+class Attempt(Part):
+    """One try that failed."""
+
+    time: Time
+    error: str
+
+
+class DeadLetter(Message):
+    """Something that was not delivered, and what would mend it. Sources are kept."""
+
+    SUBJECT: ClassVar[str] = "crash.failed.>"
+
+    crash_id: CrashId | None = Field(None, description="absent where no crash could be named")
+    service: str = Field(description="who gave up: detector, recorder, collector or shipper")
+    reason: str = Field(
+        pattern=r"^[a-z][a-z0-9_]{0,63}$", description="short, for machines: access_denied, …"
+    )
+    error: str = Field(description="what happened, in words")
+    mend: str = Field(description="what a human can do about it")
+    attempts: int = Field(0, ge=0)
+    history: tuple[Attempt, ...] = ()
+    work: WorkItem | None = Field(None, description="the work item that failed, for a replay")
+    subject_received: str | None = Field(None, description="subject of a malformed message")
+    payload_received: bytes | None = Field(None, description="a malformed message as it came")
+
+    @property
+    def subject(self) -> str:
+        return f"crash.failed.{names.token(self.host)}.{self.crash_id or 'unknown'}"
+
+
+ALL: tuple[type[Message], ...] = (
+    SignalEvent,
+    SignalCount,
+    EventsLost,
+    WorkItem,
+    Manifest,
+    Receipt,
+    DeadLetter,
+)
+
+
+def json_schema(kind: type[Message]) -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of one message; its msgpack form has the same shape."""
+    return kind.model_json_schema(mode="serialization")
+
+
+def chunk_subject(crash_id: str, file: str) -> str:
+    """Return the subject that carries one file's chunks."""
+    return f"crash.chunk.{crash_id}.{names.token(file)}"

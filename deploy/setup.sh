@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Installs what this clone needs on a Debian 12 host and says what it does.
+# Does nothing, quickly, when all is there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# The services' own needs, then what the demo and the tests crash, deliver to and look with.
+packages=(
+  python3-venv
+  python3-bpfcc linux-libc-dev          # detector: bcc and the UAPI headers it compiles against
+  gcc libc6-dev make                    # recorder: the static core_pattern helper
+  nats-server gdb nginx-light           # bus, crashbus debug, the demo's victim
+  ceph-mon ceph-osd radosgw             # tests: a real S3 server
+)
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+
+missing=()
+for package in "${packages[@]}"; do
+  status=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)
+  [ "$status" = installed ] || missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  if [ "$(id -u)" != 0 ]; then
+    say "missing: ${missing[*]}"
+    say "run as root, or: sudo apt-get install --no-install-recommends ${missing[*]}"
+    exit 1
+  fi
+  say "installing ${missing[*]} (some minutes, once)"
+  # Installing a server must not start it: the demo and the tests start their own.
+  policy=/usr/sbin/policy-rc.d made_policy=
+  if [ ! -e $policy ]; then
+    printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy && made_policy=1
+  fi
+  trap '[ -z "$made_policy" ] || rm -f $policy' EXIT
+  log=$(mktemp)
+  # A list that cannot be refreshed is no failure as long as the packages can be had.
+  apt-get update -qq >"$log" 2>&1 || true
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+    "${missing[@]}" >>"$log" 2>&1 || { tail -n 20 "$log" >&2; say "apt-get failed, see $log"; exit 1; }
+  rm -f "$log"
+fi
+
+# bcc is importable only by Debian's own Python, so the environment is built on that one.
+stamp=.venv/.complete
+if [ ! -e $stamp ] || [ requirements.lock -nt $stamp ] || [ pyproject.toml -nt $stamp ]; then
+  say "making the virtual environment (a minute, once)"
+  rm -rf .venv
+  /usr/bin/python3 -m venv --system-site-packages .venv
+  .venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+  touch $stamp
+fi
+
+helper=build/corepipe source=services/recorder/helper/corepipe.c
+if [ -e $source ] && { [ ! -e $helper ] || [ $source -nt $helper ]; }; then
+  mkdir -p build
+  gcc -static -O2 -Wall -Wextra -Werror -o $helper $source
+fi

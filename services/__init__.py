@@ -1,0 +1,1 @@
+"""The four services of Crashbus, each runnable alone: ``python -m services.<name>``."""

@@ -1,0 +1,1 @@
+"""What all services share: settings, logs, health, metrics, and how they start and stop."""

@@ -1,0 +1,175 @@
+"""How a service lives: read settings, connect, work until SIGTERM, leave in order.
+
+A service is an ``async`` function that works until it is cancelled::
+
+    async def work(runtime: Runtime, settings: MySettings) -> None: ...
+
+    def main() -> None:
+        run("collector", CollectorSettings, work)
+"""
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import structlog
+
+from crashbus.bus import Bus, connect
+from crashbus.errors import BusFull, BusUnreachable
+from services.common import log as logs
+from services.common.health import Health, serve
+from services.common.settings import BusSettings, Settings, SettingsError, variable_of
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+S = TypeVar("S", bound=Settings)
+
+STOP_WITHIN = 10.0  # seconds from SIGTERM to exit; what docker stop grants by default
+CONNECT_AGAIN = 1.0  # seconds between tries to reach the bus at the start
+
+EXIT_FAILED = 1
+EXIT_SETTINGS = 2  # a restart will not help
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What every service works with."""
+
+    name: str
+    bus_settings: BusSettings
+    health: Health
+
+    @property
+    def host(self) -> str:
+        """This host's name on the bus."""
+        return self.bus_settings.host
+
+    @asynccontextmanager
+    async def bus(self) -> AsyncIterator[Bus]:
+        """Connect to the bus, with its streams made; waits as long as it takes."""
+        async with AsyncExitStack() as stack:
+            yield await self._connected(stack)
+
+    async def _connected(self, stack: AsyncExitStack) -> Bus:
+        while True:
+            try:
+                bus = await stack.enter_async_context(
+                    connect(
+                        self.bus_settings.nats_url, host=self.host, **self._connection_options()
+                    )
+                )
+                await bus.ensure_streams(self.bus_settings.chunk_store_bytes)
+            except (BusUnreachable, BusFull) as error:
+                if "bus" not in self.health.faults():
+                    log.warning("waiting for the bus", error=str(error))
+                self.health.failing("bus", str(error))
+                await stack.aclose()
+                await asyncio.sleep(CONNECT_AGAIN)
+            else:
+                self.health.working("bus")
+                log.info("connected to the bus", url=self.bus_settings.nats_url)
+                return bus
+
+    def _connection_options(self) -> dict[str, Any]:
+        given = self.bus_settings
+        options: dict[str, Any] = {"name": f"crashbus-{self.name}"}
+        if given.nats_user:
+            options["user"] = given.nats_user
+        if given.nats_password:
+            options["password"] = given.nats_password.get_secret_value()
+        if given.nats_credentials:
+            options["user_credentials"] = str(given.nats_credentials)
+        return options
+
+
+Work = Callable[[Runtime, S], Coroutine[Any, Any, None]]
+
+
+def run(name: str, settings_class: type[S], work: Work[S], http: Callable[[S], str]) -> None:
+    """Run a service to its end and exit; this is its ``main``.
+
+    Args:
+        http: tells from the settings where to serve health and metrics.
+
+    Exits with 0 after SIGTERM or SIGINT, 2 when a setting is wrong, 1 when it failed.
+    """
+    _help(name, settings_class)
+    try:
+        bus_settings, settings = BusSettings.load(), settings_class.load()
+    except SettingsError as error:
+        sys.stderr.write(f"crashbus {name}: {error}\n")
+        sys.exit(EXIT_SETTINGS)
+    logs.configure(bus_settings.log_level, bus_settings.log_format, name)
+    runtime = Runtime(name, bus_settings, Health())
+    try:
+        stop_serving = serve(runtime.health, http(settings))
+    except (OSError, ValueError, OverflowError) as error:
+        variable = variable_of(settings_class, "http")
+        sys.stderr.write(
+            f"crashbus {name}: cannot serve health on {http(settings)!r}: {error}; set {variable}\n"
+        )
+        sys.exit(EXIT_SETTINGS)
+    try:
+        failed = asyncio.run(_until_signal(runtime, work(runtime, settings)))
+    finally:
+        stop_serving()
+    sys.exit(EXIT_FAILED if failed else 0)
+
+
+async def _until_signal(runtime: Runtime, work: Coroutine[Any, Any, None]) -> bool:
+    """Work until a signal says stop; return whether the work failed by itself."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    working = asyncio.create_task(work, name=runtime.name)
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    beating = asyncio.create_task(_beat(runtime.health), name="beat")
+    log.info("started", host=runtime.host)
+    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (working, stopping, beating):
+        task.cancel()
+    await asyncio.wait({working}, timeout=STOP_WITHIN - 1)
+    if working.done() and not working.cancelled() and (error := working.exception()):
+        log.error("failed", exc_info=error)
+        return True
+    log.info("stopped", in_order=working.done())
+    return False
+
+
+async def _beat(health: Health) -> None:
+    while True:
+        health.beat()
+        await asyncio.sleep(1)
+
+
+async def finish(coroutine: Awaitable[Any], within: float) -> None:
+    """Await some last work on the way out, for `within` seconds at most."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.ensure_future(coroutine), within)
+
+
+def _help(name: str, settings_class: type[Settings]) -> None:
+    """Handle ``--help``; a service takes no other arguments."""
+    parser = argparse.ArgumentParser(
+        prog=f"crashbus {name}",
+        description=settings_class.__doc__,
+        epilog=_settings_text(settings_class),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args()
+
+
+def _settings_text(settings_class: type[Settings]) -> str:
+    lines = ["settings (environment variables; see docs/operations.md for the file):"]
+    for cls in (settings_class, BusSettings):
+        for field, info in cls.model_fields.items():
+            lines.append(f"  {variable_of(cls, field)}")
+            lines.append(f"      {info.description}")
+    return "\n".join(lines)

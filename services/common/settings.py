@@ -1,0 +1,166 @@
+"""Settings: declared beside their user, read from the environment or one TOML file.
+
+A field ``nats_url`` of a class with the section ``bus`` is read, first found first taken, from
+
+1. the environment variable (``CRASHBUS_NATS_URL`` for the section ``bus``,
+   ``CRASHBUS_SHIPPER_…`` for the section ``shipper``),
+2. the file named by the same variable with ``_FILE`` behind it, for secrets,
+3. the table ``[bus]`` of the TOML file named by ``CRASHBUS_CONFIG``.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from crashbus.errors import CrashbusError
+
+__all__ = ["BusSettings", "NoDecode", "Settings", "SettingsError", "prefix_of"]
+
+CONFIG_VARIABLE = "CRASHBUS_CONFIG"
+
+
+class SettingsError(CrashbusError):
+    """A setting is missing or wrong; the message names the variable and the mend."""
+
+
+class _SecretFiles(PydanticBaseSettingsSource):
+    """Reads secrets from the files that ``<VARIABLE>_FILE`` names, as container secrets come."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        variable = f"{self.config['env_prefix']}{field_name}_FILE".upper()
+        path = os.environ.get(variable)
+        if not path or not _is_secret(field):
+            return None, field_name, False
+        try:
+            return Path(path).read_text().rstrip("\r\n"), field_name, False
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{variable} names {path}, which cannot be read: {error}") from None
+
+    def __call__(self) -> dict[str, Any]:
+        fields = self.settings_cls.model_fields
+        values = {name: self.get_field_value(field, name)[0] for name, field in fields.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class _TomlTable(PydanticBaseSettingsSource):
+    """Reads this class's table of the configuration file, if one is named."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        path = os.environ.get(CONFIG_VARIABLE)
+        if not path:
+            return {}
+        try:
+            table = tomllib.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"{CONFIG_VARIABLE} names {path}: {error}") from None
+        section = getattr(self.settings_cls, "SECTION")  # noqa: B009 - not on the base class
+        values = table.get(section, {})
+        unknown = sorted(set(values) - set(self.settings_cls.model_fields))
+        if unknown:
+            raise SettingsError(f"{path}: [{section}] has no setting {', '.join(unknown)}")
+        return dict(values)
+
+
+class Settings(BaseSettings):
+    """Base of all settings.
+
+    Class attributes:
+        SECTION: the table of the TOML file, and the middle of the variables' names.
+    """
+
+    SECTION: ClassVar[str]
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", validate_default=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        del dotenv_settings, file_secret_settings
+        return init_settings, env_settings, _SecretFiles(settings_cls), _TomlTable(settings_cls)
+
+    @classmethod
+    def load(cls) -> Self:
+        """Read the settings.
+
+        Raises:
+            SettingsError: with one line for each setting that is wrong.
+        """
+        try:
+            return cls()
+        except ValidationError as error:
+            lines = [_fault(cls, fault) for fault in error.errors(include_url=False)]
+            raise SettingsError("\n".join(lines)) from None
+
+
+def _fault(cls: type[Settings], fault: Any) -> str:
+    field = str(fault["loc"][0]) if fault["loc"] else ""
+    info = cls.model_fields.get(field)
+    given = "" if info is None or _is_secret(info) else f" (given: {fault.get('input')!r:.200})"
+    return f"{variable_of(cls, field)}: {fault['msg']}{given}"
+
+
+def _is_secret(field: FieldInfo) -> bool:
+    return SecretStr in (field.annotation, *getattr(field.annotation, "__args__", ()))
+
+
+def prefix_of(section: str) -> str:
+    """Return the prefix of a section's environment variables."""
+    return "CRASHBUS_" if section == "bus" else f"CRASHBUS_{section.upper()}_"
+
+
+def variable_of(cls: type[Settings], field: str) -> str:
+    """Return the environment variable of one setting."""
+    return f"{prefix_of(cls.SECTION)}{field.upper()}"
+
+
+class BusSettings(Settings):
+    """Settings that every service shares."""
+
+    SECTION: ClassVar[str] = "bus"
+    model_config = SettingsConfigDict(env_prefix=prefix_of("bus"))
+
+    nats_url: str = Field("nats://127.0.0.1:4222", description="NATS servers, separated by commas")
+    nats_user: str | None = Field(None, description="NATS user name")
+    nats_password: SecretStr | None = Field(None, description="NATS password")
+    nats_credentials: Path | None = Field(None, description="NATS credentials file (.creds)")
+    host: str = Field(
+        default_factory=lambda: os.uname().nodename,
+        min_length=1,
+        max_length=253,
+        description="name of this host in subjects and at destinations (default: the host name)",
+    )
+    state: Path = Field(
+        Path("/var/lib/crashbus"), description="directory for what must outlive a restart"
+    )
+    spool: Path = Field(
+        Path("/tmp/appscope"),  # noqa: S108 - AppScope's library writes here
+        description="directory of the crash files",
+    )
+    chunk_store_bytes: int = Field(
+        8 * 1024**3,
+        ge=64 * 1024**2,
+        description="room on the bus for chunks not yet delivered, in bytes",
+    )
+    log_level: str = Field(
+        "info", pattern="^(debug|info|warning|error)$", description="debug, info, warning, error"
+    )
+    log_format: str = Field("text", pattern="^(text|json)$", description="text or json")

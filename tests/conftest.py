@@ -1,0 +1,30 @@
+"""Fixtures for all tests."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from crashbus import Bus, connect
+from tests.support.nats import NatsServer
+from tests.support.requirements import need_program
+
+
+@pytest.fixture
+def nats_server(tmp_path: Path) -> Iterator[NatsServer]:
+    """A nats-server of the test's own, running."""
+    need_program("nats-server")
+    directory = tmp_path / "nats"
+    directory.mkdir()
+    server = NatsServer(directory)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
+    """A connection to that server, with all streams made."""
+    async with connect(nats_server.url, host="test-host") as connected:
+        await connected.ensure_streams()
+        yield connected

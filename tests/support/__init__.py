@@ -1,0 +1,1 @@
+"""What tests share: real servers, real crashing programs, waiting for conditions."""

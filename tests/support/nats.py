@@ -1,0 +1,63 @@
+"""A real nats-server of a test's own, on a free port, with its own store."""
+
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class NatsServer:
+    """Starts, kills and restarts one nats-server with JetStream on disk.
+
+    Attributes:
+        url: where it listens; the same after a restart.
+    """
+
+    def __init__(self, directory: Path, extra: str = "") -> None:
+        self.port = free_port()
+        self.url = f"nats://127.0.0.1:{self.port}"
+        self._directory = directory
+        self._config = directory / "nats.conf"
+        self._config.write_text(
+            f"listen: 127.0.0.1:{self.port}\n"
+            f"jetstream {{\n  store_dir: {directory / 'store'}\n  sync_interval: 10s\n}}\n{extra}"
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        log = (self._directory / "nats.log").open("ab")
+        self._process = subprocess.Popen(
+            ["nats-server", "-c", str(self._config)], stdout=log, stderr=log
+        )
+        for _ in range(500):
+            with socket.socket() as probe:
+                probe.settimeout(0.1)
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            if self._process.poll() is not None:
+                break
+            try:
+                self._process.wait(0.02)
+            except subprocess.TimeoutExpired:
+                continue
+        raise RuntimeError((self._directory / "nats.log").read_text())
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        self._end(signal.SIGTERM)
+
+    def _end(self, number: int) -> None:
+        if self._process is not None and self._process.poll() is None:
+            os.kill(self._process.pid, number)
+            self._process.wait(10)
+        self._process = None
