@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
 import nats
@@ -122,7 +123,7 @@ class Bus:
     async def chunks(self, crash_id: str, file: str, count: int) -> AsyncIterator[Chunk]:
         """Yield the stored chunks 0 to `count` - 1 of a crash file, each checked.
 
-        Chunks that were stored twice are passed over. Each is asked for by itself, so no
+        Chunks that are not due are passed over. Each is asked for by itself, so no
         more than one is held however slow the caller is.
 
         Raises:
@@ -140,10 +141,28 @@ class Bus:
             assert raw.seq is not None
             sequence = raw.seq
             chunk = Chunk.received(raw.headers, raw.data or b"")
-            if chunk.index < index:
+            # A sender that lost the bus sends again from the chunk it is not sure of, so
+            # copies and chunks ahead of their turn come before the one that is due.
+            if chunk.index != index:
                 continue
             yield chunk
             index += 1
+
+    async def chunk_count(self, crash_id: str, file: str) -> int:
+        """Return how many chunks of a crash file the bus holds, copies included."""
+        subject = chunk_subject(crash_id, file)
+        with _as_bus_errors():
+            info = await self._js.stream_info(streams.CHUNKS, subjects_filter=subject)
+        return (info.state.subjects or {}).get(subject, 0)
+
+    async def holds(self, kind: type[Message], subject: str) -> bool:
+        """Tell whether the bus holds a message of this kind on exactly this subject."""
+        try:
+            with _as_bus_errors():
+                await self._js.get_last_msg(streams.stream_of(kind), subject)
+        except NotStored:
+            return False
+        return True
 
     async def purge_chunks(self, crash_id: str, file: str) -> None:
         """Remove all chunks of a crash file from the bus."""
@@ -167,13 +186,21 @@ class Bus:
         finally:
             await subscription.unsubscribe()
 
-    async def stored(self, kind: type[M], subject: str | None = None) -> list[M]:
-        """Return the messages the bus holds now, oldest first; malformed ones are left out."""
+    async def stored(
+        self, kind: type[M], subject: str | None = None, since: float | None = None
+    ) -> list[M]:
+        """Return the messages the bus holds now, oldest first; malformed ones are left out.
+
+        Args:
+            since: leave out what the bus stored before this Unix time.
+        """
+        config = ConsumerConfig(inactive_threshold=60, ack_policy=AckPolicy.NONE)
+        if since is not None:
+            config.deliver_policy = DeliverPolicy.BY_START_TIME
+            config.opt_start_time = datetime.fromtimestamp(since, UTC)
         with _as_bus_errors():
             subscription = await self._js.pull_subscribe(
-                subject or kind.SUBJECT,
-                stream=streams.stream_of(kind),
-                config=ConsumerConfig(inactive_threshold=60, ack_policy=AckPolicy.NONE),
+                subject or kind.SUBJECT, stream=streams.stream_of(kind), config=config
             )
             info = await subscription.consumer_info()
             remaining, messages = info.num_pending or 0, []

@@ -6,6 +6,7 @@ Versions: ``v`` is ``<major>.<minor>``. A newer minor version only adds fields, 
 reader skips; another major version is rejected as malformed.
 """
 
+import hashlib
 import math
 import time as clock
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -283,7 +284,10 @@ class WorkItem(_Placed):
 
     @property
     def subject(self) -> str:
-        return f"crash.file.{names.token(self.host)}.{self.crash_id}"
+        # One subject for each item, so that its sender can ask whether it still waits.
+        place = hashlib.sha256(self.destination.encode()).hexdigest()[:16]
+        crash = f"{names.token(self.host)}.{self.crash_id}"
+        return f"crash.file.{crash}.{names.token(self.files[0].name)}.{place}"
 
 
 class Manifest(_Placed):
