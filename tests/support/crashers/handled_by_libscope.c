@@ -1,0 +1,12 @@
+/* SIGSEGV, handled in a library named libscope.so; ends with exit status 11. */
+#include <signal.h>
+
+void install_handler(int number);
+
+static void crash_here(int *pointer) { *pointer = 42; }
+
+int main(void) {
+    install_handler(SIGSEGV);
+    crash_here(0);
+    return 0;
+}
