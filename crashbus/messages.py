@@ -147,7 +147,7 @@ class Message(Part):
                 or out of its range; the reason names the field.
         """
         try:
-            data = msgpack.unpackb(payload, strict_map_key=False)
+            data = msgpack.unpackb(payload)
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
             reason = f"not msgpack: {error or type(error).__name__}"
             raise MalformedMessage(subject, payload, reason) from None
@@ -338,6 +338,9 @@ class DeadLetter(Message):
     """Something that was not delivered, and what would mend it. Sources are kept."""
 
     SUBJECT: ClassVar[str] = "crash.failed.>"
+
+    # JSON has no bytes: there a payload is base64url.
+    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
     crash_id: CrashId | None = Field(None, description="absent where no crash could be named")
     service: str = Field(description="who gave up: detector, recorder, collector or shipper")
