@@ -61,7 +61,9 @@ class Runtime:
             try:
                 bus = await stack.enter_async_context(
                     connect(
-                        self.bus_settings.nats_url, host=self.host, **self._connection_options()
+                        self.bus_settings.nats_url,
+                        host=self.host,
+                        **self.bus_settings.connection_options(f"crashbus-{self.name}"),
                     )
                 )
                 await bus.ensure_streams(self.bus_settings.chunk_store_bytes)
@@ -75,17 +77,6 @@ class Runtime:
                 self.health.working("bus")
                 log.info("connected to the bus", url=self.bus_settings.nats_url)
                 return bus
-
-    def _connection_options(self) -> dict[str, Any]:
-        given = self.bus_settings
-        options: dict[str, Any] = {"name": f"crashbus-{self.name}"}
-        if given.nats_user:
-            options["user"] = given.nats_user
-        if given.nats_password:
-            options["password"] = given.nats_password.get_secret_value()
-        if given.nats_credentials:
-            options["user_credentials"] = str(given.nats_credentials)
-        return options
 
 
 Work = Callable[[Runtime, S], Coroutine[Any, Any, None]]

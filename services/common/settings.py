@@ -164,3 +164,18 @@ class BusSettings(Settings):
         "info", pattern="^(debug|info|warning|error)$", description="debug, info, warning, error"
     )
     log_format: str = Field("text", pattern="^(text|json)$", description="text or json")
+
+    def connection_options(self, name: str) -> dict[str, Any]:
+        """Return what `crashbus.connect` needs beside the URL.
+
+        Args:
+            name: how the NATS server shall call the connection.
+        """
+        options: dict[str, Any] = {"name": name}
+        if self.nats_user:
+            options["user"] = self.nats_user
+        if self.nats_password:
+            options["password"] = self.nats_password.get_secret_value()
+        if self.nats_credentials:
+            options["user_credentials"] = str(self.nats_credentials)
+        return options
