@@ -11,9 +11,9 @@ A field ``nats_url`` of a class with the section ``bus`` is read, first found fi
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -22,6 +22,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from crashbus.destination import DestinationError, parse
 from crashbus.errors import CrashbusError
 
 __all__ = ["BusSettings", "NoDecode", "Settings", "SettingsError", "prefix_of"]
@@ -155,6 +156,11 @@ class BusSettings(Settings):
         Path("/tmp/appscope"),  # noqa: S108 - AppScope's library writes here
         description="directory of the crash files",
     )
+    destinations: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="where crash files go, separated by commas: s3://bucket/prefix, "
+        "tcp://host:port, tls://host:port (?core=true for core dumps too), file:///path",
+    )
     chunk_store_bytes: int = Field(
         8 * 1024**3,
         ge=64 * 1024**2,
@@ -164,6 +170,18 @@ class BusSettings(Settings):
         "info", pattern="^(debug|info|warning|error)$", description="debug, info, warning, error"
     )
     log_format: str = Field("text", pattern="^(text|json)$", description="text or json")
+
+    @field_validator("destinations", mode="before")
+    @classmethod
+    def _canonical_urls(cls, given: Any) -> tuple[str, ...]:
+        """Bring every URL into its one form, so that all services mean the same by it."""
+        urls = given.split(",") if isinstance(given, str) else given
+        try:
+            # Not a ValueError: pydantic would show the input, which may hold a password.
+            found = [parse(str(url)).url for url in urls if str(url).strip()]
+        except DestinationError as error:
+            raise SettingsError(f"{variable_of(cls, 'destinations')}: {error}") from None
+        return tuple(dict.fromkeys(found))
 
     def connection_options(self, name: str) -> dict[str, Any]:
         """Return what `crashbus.connect` needs beside the URL.
