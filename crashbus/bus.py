@@ -23,7 +23,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from crashbus import streams
 from crashbus.chunks import Chunk
-from crashbus.errors import BusFull, BusUnreachable, DamagedFile, MalformedMessage
+from crashbus.errors import BusFull, BusUnreachable, ChunksMissing, MalformedMessage
 from crashbus.messages import DeadLetter, Message, chunk_subject
 
 log = logging.getLogger("crashbus.bus")
@@ -52,6 +52,11 @@ class Delivery(Generic[M]):
     message: M
     attempts: int
     _raw: Msg
+
+    @property
+    def published(self) -> float:
+        """When the bus took it, in Unix seconds by the server's clock."""
+        return self._raw.metadata.timestamp.timestamp()
 
     async def ack(self) -> None:
         """It is done, and the server has heard so."""
@@ -127,7 +132,8 @@ class Bus:
         more than one is held however slow the caller is.
 
         Raises:
-            DamagedFile: a chunk is not there, out of order, or not what was sent.
+            ChunksMissing: a chunk is not there.
+            DamagedFile: a chunk is not what was sent.
         """
         subject, sequence, index = chunk_subject(crash_id, file), 0, 0
         while index < count:
@@ -137,7 +143,7 @@ class Bus:
                         streams.CHUNKS, seq=sequence + 1, subject=subject, direct=True, next=True
                     )
             except NotStored:
-                raise DamagedFile(f"chunk {index} of {count} is not on the bus") from None
+                raise ChunksMissing(f"chunk {index} of {count} is not on the bus") from None
             assert raw.seq is not None
             sequence = raw.seq
             chunk = Chunk.received(raw.headers, raw.data or b"")

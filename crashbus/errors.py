@@ -25,6 +25,10 @@ class DamagedFile(CrashbusError):
     """The bytes received are not the bytes that were sent."""
 
 
+class ChunksMissing(DamagedFile):
+    """Chunks of a file are not on the bus: not there yet, or delivered and removed."""
+
+
 class BusUnreachable(CrashbusError):
     """No NATS server answers at the configured address."""
 
