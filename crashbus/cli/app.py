@@ -1,0 +1,85 @@
+"""The commands of ``crashbus``, all registered here."""
+
+import os
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from crashbus.cli import services
+from crashbus.cli.debug import debug
+from crashbus.cli.demo import demo
+from crashbus.cli.doctor import doctor
+from crashbus.cli.get import get
+from crashbus.cli.ls import ls
+from crashbus.cli.run import run
+from crashbus.cli.schema import schema
+from crashbus.cli.show import show
+from crashbus.cli.tail import tail
+from crashbus.cli.terminal import plain, show_warnings
+from crashbus.errors import CrashbusError
+from services.common.settings import SettingsError
+
+
+class _Commands(TyperGroup):
+    """Turns what can be foreseen to go wrong into one line and exit status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CrashbusError as error:
+            # Wrong settings are told one a line.
+            message = plain(str(error), lines=isinstance(error, SettingsError))
+            typer.echo(f"crashbus: {message}", err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def crashbus(
+    nats_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="CRASHBUS_NATS_URL",
+            help="NATS servers, separated by commas.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Every crash on a Linux host, captured whole and delivered.
+
+    Further settings of the bus (user, password, credentials) are the environment variables
+    CRASHBUS_NATS_USER, CRASHBUS_NATS_PASSWORD and CRASHBUS_NATS_CREDENTIALS.
+    """
+    if nats_url:
+        os.environ["CRASHBUS_NATS_URL"] = nats_url  # for services started from here, too
+    show_warnings()
+
+
+def _register_service(name: str, summary: str) -> None:
+    @app.command(
+        name,
+        help=summary,
+        rich_help_panel="Services",
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )
+    def service(ctx: typer.Context) -> None:
+        services.become(name, ctx.args)
+
+
+for command in (run, demo, tail, ls, show, get, debug, doctor, schema):
+    app.command()(command)
+for service_name, service_summary in services.SERVICES.items():
+    _register_service(service_name, service_summary)

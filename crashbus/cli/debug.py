@@ -1,0 +1,73 @@
+"""``crashbus debug``: gdb on a crash's core dump."""
+
+import shutil
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crashbus.cli.errors import Trouble
+from crashbus.cli.get import CrashIdArgument, FromUrl, download, make_directory
+from crashbus.cli.lookup import Found, files_of, find
+from crashbus.cli.terminal import console, plain
+from crashbus.layout import Kind, parse_crash_file_name
+from crashbus.messages import CrashFile
+
+
+def debug(
+    crash: CrashIdArgument,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- GDB ARGUMENTS]", help="Such as -- -batch.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", metavar="DIR", help="Keep the core dump here.")
+    ] = None,
+    from_url: FromUrl = None,
+) -> None:
+    """Fetch a crash's core dump and open it in gdb."""
+    gdb = shutil.which("gdb")
+    if gdb is None:
+        raise Trouble("gdb is not installed here", "apt-get install gdb")
+    found = find(crash, from_url)
+    core = _newest_core(found)
+    with tempfile.TemporaryDirectory(prefix="crashbus-") as temporary:
+        directory = make_directory(output) if output else Path(temporary)
+        path = directory / core.name
+        if not (output and path.exists()):
+            download(found, [core], directory)
+        command = [gdb, *(arguments or []), *_executable(found), f"--core={path}"]
+        raise typer.Exit(_run(command))
+
+
+def _newest_core(found: Found) -> CrashFile:
+    cores = files_of(found, [Kind.CORE])
+    return max(cores, key=lambda file: (parse_crash_file_name(file.name) or (file.kind, 0))[1])
+
+
+def _executable(found: Found) -> list[str]:
+    """Return the executable as gdb's argument, if this host has it."""
+    assert found.crash.manifest is not None
+    process = found.crash.manifest.process
+    path = process.executable or ""
+    if path.startswith("/") and Path(path).is_file():
+        if process.container:
+            _warn(f"{path} is this host's, the crash was in a container: symbols may be wrong")
+        return [f"--se={path}"]
+    _warn(f"the executable {path or '(unknown)'} is not on this host: gdb sees the core alone")
+    return []
+
+
+def _warn(text: str) -> None:
+    console(stderr=True).print(plain(f"crashbus: {text}"), soft_wrap=True)
+
+
+def _run(command: list[str]) -> int:
+    """Run gdb, to which Ctrl-C belongs meanwhile."""
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # unlike SIG_IGN not inherited
+    try:
+        return subprocess.run(command, check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,191 @@
+"""``crashbus doctor``: what this host can and cannot do, and what would mend it."""
+
+import asyncio
+import importlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import nats
+import nats.errors
+import nats.js.errors
+import typer
+from rich.text import Text
+
+from crashbus import chunks, destination, streams
+from crashbus.cli.terminal import console, plain, print_json, size
+from crashbus.destination import Destination, DestinationError
+from services.common.finding import Finding
+from services.common.settings import BusSettings, SettingsError
+from services.shipper.settings import ShipperSettings
+
+_TIMEOUT = 3.0  # seconds for a server to answer; a person is waiting
+_MEND_FILE = "make it writable for the shipper, or take another directory"
+_MEND_SHIPPER = "pip install 'crashbus[shipper]'"
+_LEAST_FREE = 1024**3  # bytes: room for one core dump of usual size
+
+
+def doctor(
+    dest: Annotated[
+        list[str] | None,
+        typer.Option(help="A destination to look at, instead of the configured ones."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Say what this host can and cannot do; exit with 1 if something is wrong."""
+    wrong = 0
+    for finding in findings(tuple(dest or ())):
+        wrong += not finding.ok
+        if as_json:
+            print_json(asdict(finding))
+        else:
+            _print(finding)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _print(finding: Finding) -> None:
+    mark = ("ok   ", "green") if finding.ok else ("WRONG", "bold red")
+    detail = plain(f"{finding.name}: {finding.detail}")
+    console().print(Text.assemble(mark, "  ", detail), soft_wrap=True)
+    if finding.mend and not finding.ok:
+        console().print(Text(f"       mend: {plain(finding.mend)}", "bold"), soft_wrap=True)
+
+
+def findings(given: tuple[str, ...] = ()) -> Iterator[Finding]:
+    """Look at everything, one thing after the other.
+
+    Args:
+        given: destinations to look at instead of the configured ones.
+    """
+    yield from _of_service("detector")
+    yield from _of_service("recorder")
+    try:
+        settings = BusSettings.load()
+    except SettingsError as error:
+        yield Finding("settings", False, str(error), "set the variable as it says")
+        return
+    yield from asyncio.run(_nats(settings))
+    yield _room("spool", settings.spool)
+    yield _room("state", settings.state)
+    for url in given or settings.destinations:
+        yield _destination(url)
+
+
+def _of_service(service: str) -> list[Finding]:
+    """Return what a service says of this host; each service knows its own needs."""
+    try:
+        check: Callable[[], list[Finding]] = importlib.import_module(
+            f"services.{service}.requirements"
+        ).check
+    except ModuleNotFoundError as error:
+        mend = f"to run it here: pip install 'crashbus[{service}]'"
+        return [Finding(service, False, f"{error.name} is not installed", mend)]
+    return check()
+
+
+async def _nats(settings: BusSettings) -> list[Finding]:
+    servers = [part.strip() for part in settings.nats_url.split(",")]
+    errors: list[str] = []
+
+    async def note(error: Exception) -> None:
+        errors.append(f"{type(error).__name__} {error}".strip())
+
+    try:
+        client = await asyncio.wait_for(
+            nats.connect(
+                servers,
+                connect_timeout=int(_TIMEOUT),
+                allow_reconnect=False,
+                error_cb=note,
+                **settings.connection_options("crashbus-doctor"),
+            ),
+            _TIMEOUT * len(servers),
+        )
+    except (nats.errors.Error, OSError, TimeoutError) as error:
+        await note(error)
+        return [Finding("nats", False, f"no connection: {errors[0]}", _mend_nats(errors[0]))]
+    try:
+        js = client.jetstream(timeout=_TIMEOUT)
+        return [
+            Finding("nats", True, f"connected, messages up to {size(client.max_payload)}"),
+            _payload(client.max_payload),
+            await _jetstream(js),
+        ]
+    finally:
+        await client.close()
+
+
+def _mend_nats(error: str) -> str:
+    if "uthorization" in error:
+        return "set CRASHBUS_NATS_USER and CRASHBUS_NATS_PASSWORD, or CRASHBUS_NATS_CREDENTIALS"
+    return "start nats-server with JetStream, or set CRASHBUS_NATS_URL"
+
+
+def _payload(max_payload: int) -> Finding:
+    try:
+        chunk = chunks.chunk_size(max_payload)
+    except ValueError as error:
+        return Finding("nats max_payload", False, str(error), "set max_payload in its config")
+    return Finding("nats max_payload", True, f"chunks of {size(chunk)}")
+
+
+async def _jetstream(js: nats.js.JetStreamContext) -> Finding:
+    try:
+        there = {one.config.name for one in await js.streams_info()}
+    except (nats.errors.Error, TimeoutError) as error:
+        return Finding(
+            "jetstream", False, f"off: {type(error).__name__}", "start nats-server with -js"
+        )
+    wanted = {one.name for one in streams.all_streams(0)}
+    missing = sorted(str(name) for name in wanted - there)
+    if not missing:
+        return Finding("jetstream", True, f"all {len(wanted)} streams are there")
+    return Finding("jetstream", True, f"on; a service will make {', '.join(missing)}")
+
+
+def _room(name: str, directory: Path) -> Finding:
+    free = shutil.disk_usage(_existing(directory)).free
+    mend = f"free some space there, or set CRASHBUS_{name.upper()}"
+    return Finding(name, free >= _LEAST_FREE, f"{directory}: {size(free)} free", mend)
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest directory above (or at) a path that exists."""
+    while not path.is_dir() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _destination(url: str) -> Finding:
+    name = f"destination {url}"
+    try:
+        parsed = destination.parse(url)
+    except DestinationError as error:
+        return Finding(name, False, str(error), "write it as it says")
+    directory = Path(parsed.path)
+    if parsed.scheme == "file" and not directory.is_dir():
+        # The shipper would make it; to look is not to make.
+        writable = os.access(_existing(directory), os.W_OK)
+        return Finding(name, writable, f"not there yet, in {_existing(directory)}", _MEND_FILE)
+    return asyncio.run(_ready(name, parsed))
+
+
+async def _ready(name: str, parsed: Destination) -> Finding:
+    """Ask the shipper's own part for this kind of destination whether it could deliver."""
+    try:
+        from services.shipper.destinations import deliverer
+        from services.shipper.failure import Failure
+    except ModuleNotFoundError as error:
+        return Finding(name, False, f"{error.name} is not installed", _MEND_SHIPPER)
+    try:
+        settings = ShipperSettings.load().model_copy(update={"s3_create_bucket": False})
+        await deliverer(parsed, settings).check()
+    except Failure as error:
+        return Finding(name, False, str(error), error.mend)
+    except SettingsError as error:
+        return Finding(name, False, str(error), "set the variable as it says")
+    return Finding(name, True, "ready")

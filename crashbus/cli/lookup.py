@@ -1,0 +1,90 @@
+"""From the beginning of a crash ID to the crash, and to where its files can be read."""
+
+from dataclasses import dataclass
+
+from crashbus.cli import store
+from crashbus.cli.bus import stored_crashes
+from crashbus.cli.crashes import Crash, choose
+from crashbus.cli.errors import Trouble
+from crashbus.messages import CrashFile
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One place at which a crash's files lie."""
+
+    source: store.Store
+    folder: str
+
+    def key(self, file: CrashFile) -> str:
+        """Return the file's key in the store."""
+        return f"{self.folder}/{file.stored_name}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A crash and the destinations that it can be read from, in the order to try them."""
+
+    crash: Crash
+    copies: tuple[Copy, ...]
+
+
+def find(given: str, from_url: str | None) -> Found:
+    """Find a crash on the bus, or at a destination if one is given.
+
+    Args:
+        given: a crash ID or the beginning of one.
+
+    Raises:
+        Trouble: no such crash, more than one, or the bus or destination cannot be read.
+    """
+    return _at_destination(given, from_url) if from_url else _on_bus(given)
+
+
+def _at_destination(given: str, url: str) -> Found:
+    source = store.open_store(url)
+    places = list(source.places())
+    crash_id = choose((place.crash_id for place in places), given, f"at {url}")
+    place = next(place for place in places if place.crash_id == crash_id)
+    try:
+        manifest = source.manifest(place)
+    except store.NotThere:
+        raise Trouble(
+            f"crash {crash_id} is not wholly delivered to {url}: it has no manifest yet",
+            "wait, or see crashbus show without --from",
+        ) from None
+    if manifest.crash_id != crash_id:
+        raise Trouble(
+            f"the manifest in {url}/{place.folder} is of crash {manifest.crash_id}",
+            "somebody changed what was delivered; take another destination",
+        )
+    return Found(Crash(crash_id, manifest), (Copy(source, place.folder),))
+
+
+def _on_bus(given: str) -> Found:
+    crashes = {crash.crash_id: crash for crash in stored_crashes()}
+    crash = crashes[choose(crashes, given, "on the bus")]
+    if crash.manifest is None:
+        return Found(crash, ())
+    readable = [url for url in crash.manifest.destinations if store.can_read(url)]
+    folder = crash.manifest.folder
+    return Found(crash, tuple(Copy(store.open_store(url), folder) for url in readable))
+
+
+def files_of(found: Found, names: list[str]) -> list[CrashFile]:
+    """Return the files of a crash that are asked for by name or kind; all without names.
+
+    Raises:
+        Trouble: there are none, or not these.
+    """
+    crash = found.crash
+    if crash.manifest is None or not crash.manifest.files:
+        raise Trouble(
+            f"crash {crash.crash_id} has no files", f"crashbus show {crash.crash_id} says why"
+        )
+    files = crash.manifest.files
+    for name in names:
+        if not any(name in (file.name, file.kind) for file in files):
+            known = ", ".join(file.name for file in files)
+            raise Trouble(f"crash {crash.crash_id} has no file {name!r}", f"it has {known}")
+    return [file for file in files if not names or file.name in names or file.kind in names]

@@ -1,0 +1,36 @@
+"""``crashbus detector|recorder|collector|shipper``: become that service."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import NoReturn
+
+SERVICES = {
+    "detector": "See every crash signal and OOM kill of this host (eBPF).",
+    "recorder": "Make the crash files of every process that dies.",
+    "collector": "Gather crash files and put them on the bus.",
+    "shipper": "Deliver crash files from the bus to destinations.",
+}
+
+# One module of each package that a service's extra brings and others may lack.
+_NEEDS = {
+    "detector": ("structlog",),
+    "recorder": ("structlog", "drgn", "elftools"),
+    "collector": ("structlog", "asyncinotify"),
+    "shipper": ("structlog", "minio", "tenacity"),
+}
+
+
+def become(service: str, arguments: Sequence[str]) -> NoReturn:
+    """Replace this process by a service."""
+    lacking = [module for module in _NEEDS[service] if find_spec(module) is None]
+    if lacking:
+        sys.stderr.write(
+            f"crashbus {service}: not installed here: {', '.join(lacking)}; "
+            f"pip install 'crashbus[{service}]'\n"
+        )
+        sys.exit(1)
+    sys.stdout.flush()
+    command = [sys.executable, "-m", f"services.{service}", *arguments]
+    os.execv(command[0], command)  # noqa: S606 - it is to take our place
