@@ -1,0 +1,128 @@
+"""How a crash arrives: what is said between kernel, helper and us before the core comes.
+
+The coredump socket's protocol is the kernel's include/uapi/linux/coredump.h. The kernel sends
+``struct coredump_req {u32 size, u32 size_ack, u64 mask}``, larger in later versions, and wants
+``struct coredump_ack {u32 size, u32 spare, u64 mask}``; a 4-byte mark answers that, 0 for good.
+
+We ask for KERNEL, because the kernel writes a core that gdb opens for any process, and WAIT,
+because the process's /proc can be read while it waits. USERSPACE (no core at all, we read the
+memory ourselves) and REJECT are not used.
+"""
+
+import os
+import re
+import socket
+import struct
+from dataclasses import dataclass
+
+from services.recorder.errors import CaptureFailed
+from services.recorder.hold import Hold, Stalled
+from services.recorder.mechanism import Mechanism
+
+KERNEL, WAIT = 1 << 0, 1 << 3
+_MARKS = ("REQACK", "MINSIZE", "MAXSIZE", "UNSUPPORTED", "CONFLICTING")
+
+_REQUEST = struct.Struct("=IIQ")
+_ACK = struct.Struct("=IIQ")
+_MARK = struct.Struct("=I")
+_MAX_REQUEST = 4096  # the kernel promises less than a page
+_SO_PEERPIDFD = 77
+
+_HELPER_MESSAGE = re.compile(rb"(\d{1,10}) (\d{1,10}) (\d{1,2}) (\d{1,12})\n")
+_PIPE_SIZE = 1024 * 1024  # bytes; the most an unprivileged process may set, fcntl(2)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What the kernel said of a crash before its core.
+
+    Attributes:
+        pid: in the initial PID namespace.
+        signal: 0 where it is only known from the core.
+    """
+
+    pid: int
+    signal: int
+
+
+def receive(mechanism: Mechanism, hold: Hold) -> Arrival:
+    """Receive a crash; afterwards the hold reads the core's first byte.
+
+    Raises:
+        CaptureFailed: this is no crash, or it is one that already is over.
+    """
+    try:
+        if mechanism is Mechanism.PIPE:
+            return _from_helper(hold)
+        pid = _peer(hold.descriptor)
+        if mechanism is Mechanism.SOCKET_REQUEST:
+            _answer_request(hold)
+    except (OSError, Stalled) as error:
+        raise CaptureFailed(
+            "handshake_failed",
+            f"the kernel broke off before its core: {error}",
+            "nothing, if the process was killed while it crashed",
+        ) from error
+    return Arrival(pid, 0)
+
+
+def _peer(descriptor: int) -> int:
+    """Return the crashing process's PID from the socket's pidfd, which cannot be reused."""
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    try:
+        with open(f"/proc/self/fdinfo/{pidfd}") as info:  # noqa: PTH123
+            fields = dict(line.split(":", 1) for line in info)
+    finally:
+        os.close(pidfd)
+    pid = int(fields["Pid"])
+    if pid <= 0:
+        why = "is gone" if pid < 0 else "is outside our PID namespace (run with --pid=host)"
+        raise _gone(f"the crashing process {why}")
+    return pid
+
+
+def _answer_request(hold: Hold) -> None:
+    head = hold.read_exactly(_REQUEST.size)
+    if len(head) < _REQUEST.size:
+        raise _not_the_kernel(f"a request of {len(head)} bytes")
+    size, _, mask = _REQUEST.unpack(head)
+    if not _REQUEST.size <= size < _MAX_REQUEST:
+        raise _not_the_kernel(f"a request that says it has {size} bytes")
+    hold.read_exactly(size - _REQUEST.size)  # of a later version; we need nothing of it
+    if ~mask & (KERNEL | WAIT):
+        raise _not_the_kernel(f"a request without KERNEL and WAIT: {mask:#x}")
+    hold.write(_ACK.pack(_ACK.size, 0, KERNEL | WAIT))
+    mark = hold.read_exactly(_MARK.size)
+    if mark != _MARK.pack(0):
+        number = _MARK.unpack(mark)[0] if len(mark) == _MARK.size else -1
+        name = _MARKS[number] if 0 <= number < len(_MARKS) else str(number)
+        raise _not_the_kernel(f"the answer {name} to our acknowledgement")
+
+
+def _from_helper(hold: Hold) -> Arrival:
+    with socket.socket(fileno=os.dup(hold.descriptor)) as connection:
+        connection.settimeout(10)  # seconds; the helper sends at once
+        text, descriptors, _, _ = socket.recv_fds(connection, 256, 1, socket.MSG_CMSG_CLOEXEC)
+    match = _HELPER_MESSAGE.fullmatch(text)
+    if not match or len(descriptors) != 1:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise _not_the_kernel(f"{len(descriptors)} descriptors and {text!r}")
+    hold.continue_with(descriptors[0])
+    pid, _, signal, _ = (int(part) for part in match.groups())
+    return Arrival(pid, signal if signal <= 64 else 0)
+
+
+def _gone(error: str) -> CaptureFailed:
+    return CaptureFailed(
+        "process_gone", error, "nothing, if it was killed while it crashed (docker stop, OOM)"
+    )
+
+
+def _not_the_kernel(what: str) -> CaptureFailed:
+    return CaptureFailed(
+        "handshake_failed",
+        f"not a crash: {what}",
+        "only the kernel may connect to CRASHBUS_RECORDER_SOCKET: see who else does",
+    )

@@ -1,0 +1,90 @@
+"""What the unwinding worker is asked and what it answers: validated, because it handles what
+an attacker may have written."""
+
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
+
+from crashbus.messages import Part
+
+MAX_FRAMES = 1024  # of one thread
+MAX_THREADS = 4096
+MAX_TEXT = 1024  # characters of one name; C++ symbols grow long
+
+Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+Address = Annotated[int, Field(ge=0, lt=1 << 64)]
+
+
+class ModuleFile(Part):
+    """An open file of the process, and where it was mapped."""
+
+    path: str
+    start: int
+    end: int
+    file: int
+
+
+class Request(Part):
+    """What to unwind.
+
+    Attributes:
+        core: descriptor of the core.
+        cpu_seconds: RLIMIT_CPU.
+        frames: the most to be returned for all threads together.
+    """
+
+    core: int
+    modules: tuple[ModuleFile, ...] = ()
+    cpu_seconds: int = Field(gt=0)
+    frames: int = Field(20_000, gt=0)
+
+
+class Frame(Part):
+    """One function on a stack.
+
+    Attributes:
+        offset: from the beginning of the symbol, in bytes.
+        source: ``file:line``, where debug information tells.
+        module: index into the backtrace's modules.
+        inlined: this function has no code of its own at this place.
+    """
+
+    pc: Address
+    symbol: Text | None = None
+    offset: Address | None = None
+    source: Text | None = None
+    module: int | None = Field(None, ge=0)
+    inlined: bool = False
+
+
+class Thread(Part):
+    """One thread's stack, innermost frame first.
+
+    Attributes:
+        fault: why there are no frames, or not all.
+    """
+
+    tid: int = Field(ge=0)
+    frames: tuple[Frame, ...] = Field((), max_length=MAX_FRAMES)
+    fault: Text | None = None
+
+
+class LoadedModule(Part):
+    """A program or library that was mapped."""
+
+    path: Text
+    start: Address
+    end: Address
+    build_id: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{0,128}$")] | None = None
+
+
+class Backtrace(Part):
+    """All threads, the crashing one first.
+
+    Attributes:
+        fault: why there is none; then all else is empty.
+    """
+
+    threads: tuple[Thread, ...] = Field((), max_length=MAX_THREADS)
+    modules: tuple[LoadedModule, ...] = ()
+    fault: Text | None = None

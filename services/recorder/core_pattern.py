@@ -1,0 +1,185 @@
+"""core_pattern: taken over at the start, put back at the end, whatever happens between.
+
+What was there before is on disk before it is changed, so that a recorder that was killed
+neither forgets it nor takes its own pattern for somebody else's::
+
+    python -m services.recorder.core_pattern --restore
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import structlog
+
+from services.common.settings import BusSettings, SettingsError
+from services.recorder import mechanism
+from services.recorder.errors import RecorderError
+from services.recorder.mechanism import Plan
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+PATTERN = Path("/proc/sys/kernel/core_pattern")
+PIPE_LIMIT = Path("/proc/sys/kernel/core_pipe_limit")
+
+KERNEL_DEFAULT = "core"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was in force before us, and what we put in its place."""
+
+    pattern: str
+    pipe_limit: int
+    ours: str
+
+
+def directory(state: Path) -> Path:
+    """Return the recorder's own directory in the state directory, made if it is missing."""
+    path = state / "recorder"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+@contextmanager
+def only_one(state: Path) -> Iterator[None]:
+    """Hold the right to change core_pattern with this state directory.
+
+    Raises:
+        RecorderError: another process holds it.
+    """
+    path = directory(state) / "lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise RecorderError(f"a recorder runs already: it holds {path}") from None
+    finally:
+        os.close(descriptor)
+
+
+def current() -> str:
+    """Return the core_pattern in force."""
+    return PATTERN.read_bytes().rstrip(b"\n").decode("utf-8", "surrogateescape")
+
+
+def install(state: Path, plan: Plan) -> None:
+    """Take over core_pattern.
+
+    Raises:
+        RecorderError: the kernel refuses.
+    """
+    previous = _previous(state, plan)
+    _save(_file(state), Saved(previous.pattern, previous.pipe_limit, plan.pattern))
+    if previous.pattern.startswith(("|", "@")):
+        log.warning(
+            "taking over from another handler, which gets nothing until the recorder stops",
+            handler=mechanism.owner(previous.pattern),
+        )
+    try:
+        if plan.pipe_limit is not None:
+            _write(PIPE_LIMIT, str(plan.pipe_limit))
+        _write(PATTERN, plan.pattern)
+    except OSError as error:
+        raise RecorderError(
+            f"cannot write {error.filename}: {error.strerror}; the recorder must run as root, "
+            "and in a container with a writable /proc/sys"
+        ) from error
+    log.info("core_pattern changed", old=previous.pattern, new=plan.pattern)
+
+
+def restore(state: Path) -> str | None:
+    """Put back what was there before; return it, or None when there was nothing to put back.
+
+    A pattern that somebody else has set meanwhile stays.
+    """
+    saved = _load(_file(state))
+    if saved is None:
+        return None
+    found = current()
+    if found == saved.ours:
+        _write(PATTERN, saved.pattern)
+        _write(PIPE_LIMIT, str(saved.pipe_limit))
+        log.info("core_pattern put back", old=found, new=saved.pattern)
+    else:
+        log.warning("core_pattern was changed by somebody else and stays", found=found)
+    _file(state).unlink(missing_ok=True)
+    return saved.pattern if found == saved.ours else None
+
+
+def _previous(state: Path, plan: Plan) -> Saved:
+    """Tell what to go back to: what is in force, unless that is a killed recorder's."""
+    found = current()
+    saved = _load(_file(state))
+    if saved is not None and found == saved.ours:
+        log.info("the last recorder did not put core_pattern back", previous=saved.pattern)
+        return saved
+    if found == plan.pattern:
+        log.warning(
+            "core_pattern is our own and nothing says what was before it; the kernel's default "
+            "will be put back",
+            default=KERNEL_DEFAULT,
+        )
+        return Saved(KERNEL_DEFAULT, 0, found)
+    return Saved(found, int(PIPE_LIMIT.read_text()), plan.pattern)
+
+
+def _file(state: Path) -> Path:
+    return directory(state) / "core_pattern.json"
+
+
+def _load(path: Path) -> Saved | None:
+    try:
+        raw = json.loads(path.read_bytes())
+        return Saved(str(raw["pattern"]), int(raw["pipe_limit"]), str(raw["ours"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        log.error("cannot be read, ignoring it", file=str(path), error=repr(error))
+        return None
+
+
+def _save(path: Path, saved: Saved) -> None:
+    """Write durably: after a power cut there is either the old file or the new one."""
+    new = path.with_suffix(".new")
+    with new.open("wb") as file:
+        file.write(json.dumps(asdict(saved)).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write(path: Path, value: str) -> None:
+    # One write(2): the kernel takes each write as the whole value.
+    path.write_bytes(value.encode("utf-8", "surrogateescape"))
+
+
+def main() -> None:
+    """Put core_pattern back after a recorder that was killed."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--restore", action="store_true", required=True, help="do so")
+    parser.add_argument("--state", type=Path, help="state directory (default: CRASHBUS_STATE)")
+    arguments = parser.parse_args()
+    try:
+        state = arguments.state or BusSettings.load().state
+        with only_one(state):
+            restored = restore(state)
+    except (SettingsError, RecorderError, OSError) as error:
+        sys.exit(f"crashbus recorder: {error}")
+    sys.stdout.write(f"core_pattern: {current()}\n" if restored else "nothing to put back\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The small crash files in AppScope's form, as bytes; ours carry more where that fits.
+
+AppScope's cli/snapshot/snapshot.go gives the keys of ``snapshot``, samples of its library's
+files the rest. What a crashed process wrote (its names, its symbols) stays on its line.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from crashbus import signals
+from crashbus.messages import Container
+from services.recorder.backtrace import Backtrace, Frame, LoadedModule, Thread
+from services.recorder.core_head import Cause
+from services.recorder.facts import Facts
+
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
+    0x2028: "\\u2028",
+    0x2029: "\\u2029",
+}
+
+
+def one_line(text: str) -> str:
+    """Return text without line breaks and control characters: they show as ``\\xNN``."""
+    return text.translate(_CONTROLS)
+
+
+def info(version: str, epoch: int, pid: int, comm: str) -> bytes:
+    """Return the content of ``info``: four lines, the last without its end."""
+    return (
+        f"Scope Version: crashbus {version}\n"
+        f"Unix Time: {epoch} sec\n"
+        f"PID: {pid}\n"
+        f"Process name: {one_line(comm)}"
+    ).encode()
+
+
+def cfg(settings: Mapping[str, Any]) -> bytes:
+    """Return the content of ``cfg``: one line of JSON."""
+    return json.dumps(settings, separators=(",", ":"), default=str).encode()
+
+
+def backtrace(cause: Cause, trace: Backtrace, thread_names: Mapping[int, str]) -> bytes:
+    """Return the content of ``backtrace``.
+
+    The crashing thread comes first and looks as from AppScope; each other thread follows a
+    line ``--- thread <tid> <name>``. Behind ``symbol + offset`` there may stand, each after two
+    spaces, ``inlined``, ``at <file>:<line>`` and ``in <module> (<build ID>)``.
+    """
+    lines = [
+        f"backtrace info: signal {cause.signal} errno {cause.errno} fault address "
+        f"{cause.fault_address or 0:#x}, reason of fault:",
+        _reason(cause),
+        "--- backtrace",
+    ]
+    if trace.fault:
+        lines.append(f"backtrace failed: {one_line(trace.fault)}")
+    for position, thread in enumerate(trace.threads):
+        if position:
+            name = one_line(thread_names.get(thread.tid, ""))
+            lines.append(f"--- thread {thread.tid} {name}".rstrip())
+        lines.extend(_stack(thread, trace.modules))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _reason(cause: Cause) -> str:
+    if cause.code is None:
+        return "Unknown Error"
+    meaning = signals.code_meaning(cause.signal, cause.code)
+    sender = f" (PID {cause.sender_pid}, UID {cause.sender_uid})" if cause.sender_pid else ""
+    return meaning[0].upper() + meaning[1:] + sender
+
+
+def _stack(thread: Thread, modules: tuple[LoadedModule, ...]) -> Iterator[str]:
+    for number, frame in enumerate(thread.frames):
+        yield one_line(f"#{number} {frame.pc:#x} {_place(frame, modules)}")
+    if thread.fault:
+        yield f"incomplete: {one_line(thread.fault)}"
+
+
+def _place(frame: Frame, modules: tuple[LoadedModule, ...]) -> str:
+    parts = ["?"]
+    if frame.symbol is not None:
+        parts = [frame.symbol if frame.offset is None else f"{frame.symbol} + {frame.offset}"]
+    if frame.inlined:
+        parts.append("inlined")
+    if frame.source:
+        parts.append(f"at {frame.source}")
+    if frame.module is not None and frame.module < len(modules):
+        module = modules[frame.module]
+        parts.append(f"in {module.path}" + (f" ({module.build_id})" if module.build_id else ""))
+    return "  ".join(parts)
+
+
+def snapshot(
+    *,
+    version: str,
+    crash_id: str,
+    crashed_at: float,
+    host: str,
+    facts: Facts,
+    cause: Cause,
+    tid: int | None,
+    trace: Backtrace,
+    held_for: float | None,
+    core_size: int,
+) -> bytes:
+    """Return the content of ``snapshot``: indented JSON, AppScope's keys first."""
+    process, kernel = facts.process, platform.uname()
+    content = {
+        "Time": datetime.fromtimestamp(crashed_at, UTC).isoformat().replace("+00:00", "Z"),
+        "Version": f"crashbus {version}",
+        "Username": facts.username,
+        "Environment": facts.environment,
+        "Arch": kernel.machine,
+        "Kernel": kernel.release,
+        "SignalNumber": cause.signal,
+        # The kernel has reset the action to the default by the time it dumps.
+        "SignalHandler": "0x0",
+        "Errno": cause.errno,
+        "ProcessName": process.comm,
+        "ProcessArgs": " ".join(process.command_line),
+        "Pid": process.pid,
+        "Uid": process.uid,
+        "Gid": process.gid,
+        "Hostname": host,
+        "CrashId": crash_id,
+        "SignalName": signals.name(cause.signal),
+        "Code": cause.code,
+        "CodeMeaning": _meaning(cause),
+        "FaultAddress": None if cause.fault_address is None else f"{cause.fault_address:#x}",
+        "SenderPid": cause.sender_pid,
+        "SenderUid": cause.sender_uid,
+        "NsPid": process.ns_pid,
+        "NsTid": tid,
+        "Executable": process.executable,
+        "Arguments": process.command_line,
+        "Cwd": facts.cwd,
+        "Root": facts.root,
+        "Cgroup": process.cgroup,
+        "Container": _container(process.container),
+        "StartTime": _start_time(process.start_ticks, crashed_at),
+        "HoldMilliseconds": None if held_for is None else round(held_for * 1000, 3),
+        "CoreSize": core_size,
+        "Limits": facts.limits,
+        "Threads": [{"Tid": tid, "Name": name} for tid, name in sorted(facts.threads.items())],
+        "Modules": _modules(facts, trace),
+        "Notes": facts.notes,
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def _meaning(cause: Cause) -> str | None:
+    return None if cause.code is None else signals.code_meaning(cause.signal, cause.code)
+
+
+def _container(container: Container | None) -> dict[str, str] | None:
+    return None if container is None else {"Id": container.id, "Runtime": container.runtime}
+
+
+def _start_time(ticks: int, now: float) -> str:
+    """Return when the process started, from clock ticks since boot, proc_pid_stat(5)."""
+    with open("/proc/uptime") as file:  # noqa: PTH123
+        uptime = float(file.read().split()[0])
+    age = uptime - ticks / os.sysconf("SC_CLK_TCK")
+    started = datetime.fromtimestamp(max(0.0, now - age), UTC)
+    return started.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _modules(facts: Facts, trace: Backtrace) -> list[dict[str, str | None]]:
+    """List the mapped files; build IDs come from the core, where the unwinder read them."""
+    build_ids = {module.path: module.build_id for module in trace.modules}
+    return [
+        {
+            "Path": module.path,
+            "Start": f"{module.start:#x}",
+            "End": f"{module.end:#x}",
+            "BuildId": build_ids.get(module.path),
+        }
+        for module in facts.modules
+    ]

@@ -1,0 +1,21 @@
+"""What can go wrong while a crash is recorded, each with what would mend it."""
+
+from crashbus.errors import CrashbusError
+
+
+class RecorderError(CrashbusError):
+    """The recorder cannot do its work on this host."""
+
+
+class CaptureFailed(CrashbusError):
+    """A crash could not be captured at all.
+
+    Attributes:
+        reason: one word for machines, as in a dead letter.
+        mend: what a human can do about it.
+    """
+
+    def __init__(self, reason: str, error: str, mend: str) -> None:
+        super().__init__(error)
+        self.reason = reason
+        self.mend = mend

@@ -1,0 +1,237 @@
+"""What is only there while the crashed process is held: its /proc, read and cut to size.
+
+Sources: proc_pid_environ(5), proc_pid_limits(5), proc_pid_maps(5), proc_pid_map_files(5).
+"""
+
+import os
+import pwd
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from crashbus import names
+from crashbus.messages import Process
+from services.common import process as processes
+from services.recorder import redact
+from services.recorder.errors import CaptureFailed
+
+MAX_ENVIRONMENT = 128 * 1024  # bytes kept; 2 MiB are possible, execve(2)
+MAX_THREADS = 4096
+MAX_MAPS = 8 * 1024 * 1024  # bytes read of the mappings: about 80,000
+MAX_MODULES = 1024
+_MAX_READ = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Module:
+    """A file that is mapped as code.
+
+    Attributes:
+        start: lowest address at which the file is mapped.
+        end: highest address, exclusive.
+        file: open descriptor of the very file, wherever its path leads; -1: not opened.
+    """
+
+    path: str
+    start: int
+    end: int
+    file: int = -1
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A crashed process as it was; secrets are taken out."""
+
+    process: Process
+    username: str
+    environment: tuple[str, ...]
+    cwd: str | None
+    root: str | None
+    limits: dict[str, str]
+    threads: dict[int, str]
+    modules: tuple[Module, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def close(self) -> None:
+        """Close the modules' files."""
+        for module in self.modules:
+            if module.file >= 0:
+                os.close(module.file)
+
+
+def read_identity(pid: int, boot_id: str) -> Process:
+    """Read who crashed, with secrets taken out of the arguments.
+
+    Raises:
+        CaptureFailed: it is gone.
+    """
+    try:
+        process = processes.read_process(pid, boot_id)
+    except ProcessLookupError as gone:
+        raise CaptureFailed(
+            "process_gone",
+            f"{gone}, so its crash cannot be named",
+            "nothing, if it was killed while it crashed (docker stop, OOM)",
+        ) from gone
+    living = _living_task(pid)
+    if process.executable is None and living != f"/proc/{pid}":
+        task = int(living.rsplit("/", 1)[1])
+        process = process.model_copy(
+            update={
+                "executable": processes.executable(task),
+                "command_line": processes.command_line(task),
+            }
+        )
+    return process.model_copy(update={"command_line": redact.arguments(process.command_line)})
+
+
+def read_rest(process: Process, module_files: int) -> Facts:
+    """Read everything else; what cannot be read is left out.
+
+    Args:
+        module_files: how many descriptors may be opened for modules.
+    """
+    proc = Path(_living_task(process.pid))
+    environment, cut = _environment(proc)
+    return Facts(
+        process=process,
+        username=_username(process.uid),
+        environment=environment,
+        cwd=_link(proc / "cwd"),
+        root=_link(proc / "root"),
+        limits=parse_limits(names.text(_read(proc / "limits"))),
+        threads=_threads(process.pid),
+        modules=_modules(proc, process.pid, module_files),
+        notes=(f"environment cut to {MAX_ENVIRONMENT} bytes",) if cut else (),
+    )
+
+
+def _living_task(pid: int) -> str:
+    """Return the /proc directory of a thread that still has its memory.
+
+    When the first thread has ended before the others, /proc/<pid> shows nothing of it.
+    """
+    if _link(Path(f"/proc/{pid}/exe")) is not None:
+        return f"/proc/{pid}"
+    for task in _tasks(pid):
+        if _link(Path(f"/proc/{pid}/task/{task}/exe")) is not None:
+            return f"/proc/{pid}/task/{task}"
+    return f"/proc/{pid}"
+
+
+def _tasks(pid: int) -> Iterator[int]:
+    try:
+        with os.scandir(f"/proc/{pid}/task") as entries:
+            for count, entry in enumerate(entries):
+                if count == MAX_THREADS:
+                    return
+                yield int(entry.name)
+    except OSError:
+        return
+
+
+def _environment(proc: Path) -> tuple[tuple[str, ...], bool]:
+    raw = _read(proc / "environ", MAX_ENVIRONMENT + 1)
+    cut = len(raw) > MAX_ENVIRONMENT
+    if cut:
+        # A variable that is cut in two could lose the name that tells it is a secret.
+        raw = raw[:MAX_ENVIRONMENT].rpartition(b"\0")[0]
+    entries = tuple(names.text(entry) for entry in raw.split(b"\0") if entry)
+    return redact.environment(entries), cut
+
+
+def _threads(pid: int) -> dict[int, str]:
+    return {
+        task: names.text(_read(Path(f"/proc/{pid}/task/{task}/comm")).rstrip(b"\n"))
+        for task in _tasks(pid)
+    }
+
+
+def _username(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def parse_limits(text: str) -> dict[str, str]:
+    """Return ``{"Max open files": "1024 / 4096 files"}`` from /proc/<pid>/limits."""
+    limits = {}
+    for line in text.splitlines()[1:]:
+        name, values = line[:26].strip(), line[26:].split()
+        if name and len(values) >= 2:
+            limits[name] = " / ".join(values[:2]) + (f" {values[2]}" if values[2:] else "")
+    return limits
+
+
+@dataclass
+class _Mapped:
+    """The mappings of one file while they are collected."""
+
+    start: int
+    end: int
+    code: bool
+    first: str
+
+
+def parse_maps(raw: bytes) -> list[tuple[str, int, int, str]]:
+    """Return path, start, end and the name in map_files of each file that is mapped as code.
+
+    Args:
+        raw: /proc/<pid>/maps, or its beginning.
+    """
+    files: dict[tuple[bytes, bytes, bytes], _Mapped] = {}
+    for line in raw.splitlines():
+        parts = line.split(maxsplit=5)
+        if len(parts) < 6 or parts[4] == b"0":
+            continue
+        low, _, high = parts[0].partition(b"-")
+        start, end, code = int(low, 16), int(high, 16), b"x" in parts[1]
+        mapped = files.setdefault(
+            (parts[3], parts[4], parts[5]), _Mapped(start, end, False, f"{start:x}-{end:x}")
+        )
+        mapped.end = max(mapped.end, end)
+        mapped.code = mapped.code or code
+    return [
+        (names.text(path), one.start, one.end, one.first)
+        for (_, _, path), one in files.items()
+        if one.code
+    ][:MAX_MODULES]
+
+
+def _modules(proc: Path, pid: int, files: int) -> tuple[Module, ...]:
+    """Open the mapped files themselves, which path, root and deletion cannot hide."""
+    modules = []
+    for path, start, end, mapping in parse_maps(_read(proc / "maps", MAX_MAPS)):
+        opened = _open_mapping(pid, mapping) if files > 0 else -1
+        files -= opened >= 0
+        modules.append(Module(path, start, end, opened))
+    return tuple(modules)
+
+
+def _open_mapping(pid: int, mapping: str) -> int:
+    path = Path(f"/proc/{pid}/map_files/{mapping}")
+    try:
+        # To open a device is to act on it: look first. What is mapped stays while it is held.
+        if not stat.S_ISREG(path.stat().st_mode):
+            return -1
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def _read(path: Path, limit: int = _MAX_READ) -> bytes:
+    """Read up to `limit` bytes; what cannot be read is empty. /proc gives a page at a time."""
+    try:
+        with path.open("rb") as file:
+            return file.read(limit)
+    except OSError:
+        return b""
+
+
+def _link(path: Path) -> str | None:
+    try:
+        return names.text(os.readlink(bytes(path)))  # noqa: PTH115 - may not be UTF-8
+    except OSError:
+        return None

@@ -1,0 +1,40 @@
+"""What this process does to itself before it handles what crashed processes left."""
+
+import ctypes
+import os
+import resource
+
+_PR_SET_DUMPABLE = 4
+_PR_SET_NO_NEW_PRIVS = 38
+_CLONE_NEWNET = 0x40000000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def never_dump_core() -> None:
+    """Set PR_SET_DUMPABLE to 0, prctl(2): a recorder that dumped to itself would wait for
+    itself, and every later crash with it."""
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def no_new_privileges() -> None:
+    """Set PR_SET_NO_NEW_PRIVS: no program started from here gains any."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def leave_network() -> bool:
+    """Move to an empty network namespace, unshare(2); False where that is not permitted."""
+    return int(_libc.unshare(_CLONE_NEWNET)) == 0
+
+
+def raise_descriptor_limit() -> int:
+    """Raise RLIMIT_NOFILE as far as it goes and return it: every crash holds descriptors."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else 1 << 20
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl({option}): {os.strerror(code)}")

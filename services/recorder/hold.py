@@ -1,0 +1,95 @@
+"""A hold on a crashing process: while its descriptor is open, the kernel keeps the process."""
+
+import os
+import select
+import threading
+import time
+
+_NULL = "/dev/null"
+
+
+class Stalled(Exception):
+    """Nothing came for as long as we are ready to wait."""
+
+
+class Hold:
+    """The descriptor that a core is read from, and that holds the process while it is open.
+
+    It can be let go from another thread at any time, even while its reader is stuck in a
+    write to a dead disk: the descriptor's number stays ours and reads as an end of file.
+
+    Args:
+        descriptor: becomes this object's own.
+        patience: seconds without a byte until a read gives up.
+    """
+
+    def __init__(self, descriptor: int, patience: float) -> None:
+        self.descriptor = descriptor
+        self.arrived_at = time.time()  # Unix seconds
+        self._arrived = time.monotonic()
+        self._patience = patience
+        self._lock = threading.Lock()
+        self._held = True
+        self._closed = False
+        self.held_for: float | None = None  # seconds, once it was let go
+        self.last_progress = self._arrived  # monotonic seconds
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the process still is held by us."""
+        return self._held
+
+    def continue_with(self, descriptor: int) -> None:
+        """Read from, and hold by, another descriptor from now on; the first one is closed."""
+        with self._lock:
+            if self._held:
+                os.dup2(descriptor, self.descriptor, inheritable=False)
+        os.close(descriptor)
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Read what is there, waiting for the first byte; 0 at the end.
+
+        Raises:
+            Stalled: no byte came in time.
+            OSError: the other side broke off.
+        """
+        waiting = select.poll()
+        waiting.register(self.descriptor, select.POLLIN)
+        if not waiting.poll(self._patience * 1000):
+            raise Stalled(f"nothing came for {self._patience:.0f} s")
+        size = os.readv(self.descriptor, [buffer])
+        self.last_progress = time.monotonic()
+        return size
+
+    def read_exactly(self, size: int) -> bytes:
+        """Read `size` bytes; fewer only at the end."""
+        buffer = bytearray(size)
+        view, got = memoryview(buffer), 0
+        while got < size and (more := self.read_into(view[got:])):
+            got += more
+        return bytes(view[:got])
+
+    def write(self, data: bytes) -> None:
+        """Send a few bytes to the kernel."""
+        os.write(self.descriptor, data)
+
+    def let_go(self) -> None:
+        """Let the process go, if it still is held."""
+        with self._lock:
+            if not self._held:
+                return
+            self._held = False
+            self.held_for = time.monotonic() - self._arrived
+            null = os.open(_NULL, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.dup2(null, self.descriptor, inheritable=False)
+            finally:
+                os.close(null)
+
+    def close(self) -> None:
+        """Let the process go and give the descriptor back."""
+        self.let_go()
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self.descriptor)

@@ -1,0 +1,28 @@
+"""All metrics of the recorder."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+CAPTURES = Counter(
+    "crashbus_recorder_captures_total",
+    "Crashes that arrived, by what became of them",
+    ["result"],  # complete, truncated, failed
+)
+CORE_BYTES = Counter("crashbus_recorder_core_bytes_total", "Bytes of cores read, holes included")
+HELD = Gauge("crashbus_recorder_held", "Processes held now, by stage", ["stage"])
+HOLD_SECONDS = Histogram(
+    "crashbus_recorder_hold_seconds",
+    "From arrival until the process was let go",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
+)
+LET_GO = Counter("crashbus_recorder_let_go_total", "Processes let go early because all stood still")
+BACKTRACES = Counter(
+    "crashbus_recorder_backtraces_total", "Backtraces, by what became of them", ["result"]
+)
+BACKTRACE_SECONDS = Histogram(
+    "crashbus_recorder_backtrace_seconds", "Time that one backtrace took, start of its worker on"
+)
+BACKTRACES_WAITING = Gauge("crashbus_recorder_backtraces_waiting", "Crashes waiting for theirs")
+PUT_ASIDE = Counter(
+    "crashbus_recorder_spool_put_aside_total", "Things in the spool that stood in a crash's place"
+)
+DEAD_LETTERS = Counter("crashbus_recorder_dead_letters_total", "Dead letters", ["result"])

@@ -1,0 +1,308 @@
+"""One crash, from its arrival to its files.
+
+The order is what matters. While the process is held: who it is, a locked capture record (so
+that from now on everyone sees that files will come), the rest of /proc, then the core. Then
+it is let go. Backtrace and snapshot follow without it, and the record, complete, is unlocked
+last.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from crashbus import capture, signals
+from crashbus.capture import CapturedFile, CaptureRecord
+from crashbus.identity import crash_id
+from crashbus.layout import Kind, crash_file_name
+from crashbus.messages import Process
+from services.recorder import (
+    arrival,
+    core_copy,
+    core_head,
+    crash_files,
+    facts,
+    metrics,
+    spool,
+    unwinder,
+)
+from services.recorder.backtrace import Backtrace
+from services.recorder.core_head import Cause, Head
+from services.recorder.errors import CaptureFailed
+from services.recorder.facts import Facts
+from services.recorder.hold import Hold, Stalled
+from services.recorder.mechanism import Mechanism
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+MODULE_FILES = 64  # opened for one crash: most programs map fewer libraries
+_EPOCHS_TRIED = 8  # AppScope's library can take one while we look
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is the same for every crash.
+
+    Attributes:
+        mechanism: how crashes arrive.
+        configuration: what ``cfg`` shows.
+        module_files: how many descriptors one crash may keep open for its modules now.
+        on_disk_full: told whether the last core found room.
+    """
+
+    mechanism: Mechanism
+    host: str
+    boot_id: str
+    spool: Path
+    version: str
+    max_core_bytes: int
+    configuration: Mapping[str, Any]
+    module_files: Callable[[], int]
+    on_disk_full: Callable[[bool], None]
+
+
+@dataclass
+class Recording:
+    """A crash whose process is gone and whose files are not all there yet.
+
+    It holds three descriptors, besides those of the modules: the set counts as being written
+    as long as the record's is open.
+    """
+
+    directory: int
+    record_file: int
+    epoch: int
+    record: CaptureRecord
+    core_file: int = -1
+    facts: Facts | None = None
+    cause: Cause = field(default_factory=lambda: Cause(0))
+    tid: int | None = None
+    held_for: float | None = None
+    core_size: int = 0
+    files: dict[str, CapturedFile] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Give all descriptors back; this is what unlocks the record."""
+        if self.facts is not None:
+            self.facts.close()
+        for descriptor in (self.core_file, self.directory, self.record_file):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def capture_crash(hold: Hold, on: Conditions) -> Recording:
+    """Do all that needs the process, then let it go.
+
+    Raises:
+        CaptureFailed: nothing of the crash could be kept.
+    """
+    try:
+        arrived = arrival.receive(on.mechanism, hold)
+        process = facts.read_identity(arrived.pid, on.boot_id)
+        recording = _begin(process, arrived.signal, hold.arrived_at, on)
+        try:
+            _fill(recording, hold, on)
+        except BaseException:
+            recording.close()
+            raise
+        return recording
+    finally:
+        hold.close()
+        if hold.held_for is not None:
+            metrics.HOLD_SECONDS.observe(hold.held_for)
+
+
+def _begin(process: Process, signal: int, crashed_at: float, on: Conditions) -> Recording:
+    """Make the record: from here on the crash cannot vanish unseen."""
+    record = CaptureRecord(
+        state="writing",
+        crash_id=crash_id(process.boot_id, process.pid, process.start_ticks),
+        host=on.host,
+        crashed_at=crashed_at,
+        process=process,
+        signal=signal,
+        signal_name=signals.name(signal),
+    )
+    epoch = int(crashed_at)
+    for _ in range(_EPOCHS_TRIED):
+        directory, epoch = spool.open_crash(on.spool, process.pid, epoch)
+        try:
+            record_file = capture.create(directory, epoch, record)
+        except FileExistsError:
+            os.close(directory)
+            continue
+        except OSError as error:
+            os.close(directory)
+            raise _no_record(on.spool, error) from error
+        return Recording(directory, record_file, epoch, record, cause=Cause(signal))
+    raise _no_record(on.spool, OSError(None, "every name is taken at once"))
+
+
+def _no_record(path: Path, error: OSError) -> CaptureFailed:
+    return CaptureFailed(
+        "capture_failed",
+        f"no capture record could be made in {path}: {error.strerror}",
+        f"make room on its disk: df {path}; df -i {path}",
+    )
+
+
+def _fill(recording: Recording, hold: Hold, on: Conditions) -> None:
+    recording.facts = facts.read_rest(recording.record.process, on.module_files())
+    recording.notes.extend(recording.facts.notes)
+    head = _read_head(hold)
+    if head.cause is not None:
+        recording.cause = head.cause
+    if head.fault is not None:
+        recording.notes.append(head.fault)
+    recording.tid = head.tid
+    recording.record = _with_cause(recording.record, recording.cause)
+    _keep(recording)
+    _write_early(recording, on)
+    _write_core(recording, hold, head, on)
+    hold.let_go()
+    recording.held_for = hold.held_for
+
+
+def _read_head(hold: Hold) -> Head:
+    try:
+        return core_head.read(hold.read_exactly)
+    except (Stalled, OSError) as error:
+        return Head(b"", fault=f"no core came: {error}")
+
+
+def _with_cause(record: CaptureRecord, cause: Cause) -> CaptureRecord:
+    return record.model_copy(
+        update={
+            "signal": cause.signal,
+            "signal_name": signals.name(cause.signal),
+            "code": cause.code,
+            "code_meaning": None
+            if cause.code is None
+            else signals.code_meaning(cause.signal, cause.code),
+            "fault_address": cause.fault_address,
+        }
+    )
+
+
+def _keep(recording: Recording) -> None:
+    """Bring the record on disk up to date; a full disk must not keep the process held."""
+    try:
+        capture.write(recording.record_file, recording.record)
+    except OSError as error:
+        log.error(
+            "the capture record could not be written",
+            crash_id=recording.record.crash_id,
+            error=error.strerror,
+        )
+
+
+def _write_early(recording: Recording, on: Conditions) -> None:
+    """Write the files that are known already, before a core can fill the disk."""
+    process = recording.record.process
+    text = crash_files.info(on.version, recording.epoch, process.pid, process.comm)
+    _write_file(recording, Kind.INFO, text)
+    _write_file(recording, Kind.CFG, crash_files.cfg(on.configuration))
+
+
+def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions) -> None:
+    name = crash_file_name(Kind.CORE, recording.epoch)
+    try:
+        recording.core_file = spool.create_file(recording.directory, Kind.CORE, recording.epoch)
+    except OSError as error:
+        recording.notes.append(f"{name} could not be made: {error.strerror}")
+        return
+    copied = core_copy.copy(hold, head.raw, head.size, recording.core_file, on.max_core_bytes)
+    fault = copied.fault or (head.fault if head.cause is None else None)
+    recording.core_size = copied.size
+    recording.files[name] = CapturedFile(size=copied.size, truncated=fault is not None, note=fault)
+    metrics.CORE_BYTES.inc(copied.size)
+    on.on_disk_full(copied.disk_full)
+
+
+def _write_file(recording: Recording, kind: Kind, content: bytes) -> None:
+    """Write one small file; what is missing is told in the record."""
+    name = crash_file_name(kind, recording.epoch)
+    try:
+        descriptor = spool.create_file(recording.directory, kind, recording.epoch)
+    except OSError as error:
+        recording.notes.append(f"{name} could not be made: {error.strerror}")
+        return
+    fault, size = None, 0
+    try:
+        while size < len(content):
+            size += os.pwrite(descriptor, content[size:], size)
+    except OSError as error:
+        fault = f"cut short: {error.strerror}"
+    finally:
+        os.close(descriptor)
+    recording.files[name] = CapturedFile(size=size, truncated=fault is not None, note=fault)
+
+
+def finish(recording: Recording, on: Conditions, backtrace_within: float) -> None:
+    """Do what does not need the process, and complete the record."""
+    try:
+        assert recording.facts is not None
+        trace = _backtrace(recording, recording.facts, backtrace_within)
+        if trace.fault:
+            recording.notes.append(f"backtrace failed: {trace.fault}")
+        _write_file(
+            recording,
+            Kind.BACKTRACE,
+            crash_files.backtrace(recording.cause, trace, recording.facts.threads),
+        )
+        _write_file(recording, Kind.SNAPSHOT, _snapshot(recording, recording.facts, trace, on))
+        recording.record = recording.record.model_copy(
+            update={
+                "state": "complete",
+                "files": recording.files,
+                "notes": tuple(recording.notes),
+            }
+        )
+        _keep(recording)
+    finally:
+        recording.close()
+    _say(recording)
+
+
+def _backtrace(recording: Recording, known: Facts, within: float) -> Backtrace:
+    if recording.core_file < 0:
+        return Backtrace(fault="there is no core")
+    return unwinder.unwind(recording.core_file, known.modules, within)
+
+
+def _snapshot(recording: Recording, known: Facts, trace: Backtrace, on: Conditions) -> bytes:
+    return crash_files.snapshot(
+        version=on.version,
+        crash_id=recording.record.crash_id,
+        crashed_at=recording.record.crashed_at,
+        host=on.host,
+        facts=known,
+        cause=recording.cause,
+        tid=recording.tid,
+        trace=trace,
+        held_for=recording.held_for,
+        core_size=recording.core_size,
+    )
+
+
+def _say(recording: Recording) -> None:
+    record = recording.record
+    truncated = any(file.truncated for file in recording.files.values())
+    metrics.CAPTURES.labels("truncated" if truncated else "complete").inc()
+    log.info(
+        "captured",
+        crash_id=record.crash_id,
+        pid=record.process.pid,
+        comm=record.process.comm,
+        signal=record.signal_name,
+        epoch=recording.epoch,
+        core_bytes=recording.core_size,
+        held_ms=None if recording.held_for is None else round(recording.held_for * 1000, 1),
+        took_ms=round((time.time() - record.crashed_at) * 1000),
+        notes=list(record.notes) + [f.note for f in recording.files.values() if f.note],
+    )

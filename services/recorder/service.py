@@ -1,0 +1,260 @@
+"""The recorder at work: threads that capture, threads that unwind, and a watch over them.
+
+Crashes are accepted at once by the listener's thread, captured by a bounded number of threads
+while their processes are held, and finished by a few others when nobody waits any more.
+"""
+
+import asyncio
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from crashbus.identity import boot_id
+from services.common.health import Health
+from services.common.service import Runtime
+from services.recorder import core_pattern, hardening, mechanism, metrics, recording
+from services.recorder.dead_letters import DeadLetters
+from services.recorder.errors import CaptureFailed, RecorderError
+from services.recorder.hold import Hold
+from services.recorder.listener import Listener
+from services.recorder.mechanism import Mechanism, Plan
+from services.recorder.recording import MODULE_FILES, Conditions, Recording
+from services.recorder.settings import RecorderSettings
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+ACCEPTED = 1024  # crashes waiting for a capture thread; beyond, they wait in the backlog
+UNFINISHED = 256  # crashes waiting for their backtrace; beyond, they get none
+STOP_WITHIN = 8.0  # seconds for what is in hand; the service is ended after 9
+_UNWIND_UNTIL = 6.0  # seconds of these in which backtraces may still run
+_IDLE_CHECK = 0.02  # seconds between two looks whether all is done, when stopping
+_LOOK_EVERY = 1.0  # seconds between two looks at what is held
+
+
+async def work(runtime: Runtime, settings: RecorderSettings) -> None:
+    """Record crashes until cancelled."""
+    state = runtime.bus_settings.state
+    with core_pattern.only_one(state):
+        letters = DeadLetters(runtime)
+        telling = asyncio.create_task(letters.run(), name="dead letters")
+        recorder = Recorder(runtime, settings, letters)
+        try:
+            recorder.start()
+            await recorder.watch()
+        finally:
+            # In this order: who crashes from now on is the previous handler's.
+            core_pattern.restore(state)
+            await asyncio.to_thread(recorder.stop, STOP_WITHIN)
+            telling.cancel()
+            await asyncio.wait({telling})
+
+
+class Recorder:
+    """The threads and what they share."""
+
+    def __init__(self, runtime: Runtime, settings: RecorderSettings, letters: DeadLetters) -> None:
+        self._health: Health = runtime.health
+        self._state = runtime.bus_settings.state
+        self._settings = settings
+        self._letters = letters
+        descriptors = hardening.raise_descriptor_limit()
+        self._module_files = descriptors // 2
+        self._arrivals: queue.Queue[Hold] = queue.Queue(min(ACCEPTED, descriptors // 8))
+        self._unfinished: queue.Queue[Recording] = queue.Queue(UNFINISHED)
+        self._in_work: set[Hold] = set()  # one for each capture thread at most
+        self._unwind_until: float | None = None  # monotonic seconds; set when stopping
+        self._listener = Listener(settings.socket, self._arrivals, settings.stall_deadline)
+        self._plan = _plan(settings, self._listener.path, self._state)
+        self._conditions = Conditions(
+            mechanism=self._plan.mechanism,
+            host=runtime.host,
+            boot_id=boot_id(),
+            spool=runtime.bus_settings.spool,
+            version=version("crashbus"),
+            max_core_bytes=settings.max_core_bytes,
+            configuration=_configuration(runtime, settings, self._plan),
+            module_files=self._module_files_left,
+            on_disk_full=self._on_disk_full,
+        )
+
+    def start(self) -> None:
+        """Listen, then have the kernel send crashes here."""
+        for number in range(self._settings.captures):
+            _start(f"capture-{number}", self._capture_for_ever)
+        for number in range(self._settings.backtraces):
+            _start(f"finish-{number}", self._finish_for_ever)
+        self._listener.start()
+        if self._plan.mechanism is Mechanism.PIPE:
+            _install_helper(self._settings.helper, _helper_place(self._state))
+        core_pattern.install(self._state, self._plan)
+        log.info("recording crashes", mechanism=self._plan.mechanism.value)
+
+    async def watch(self) -> None:
+        """See to it that no process is held for ever, and that the kernel still sends here."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY)
+            self._let_go_of_stalled()
+            self._check_core_pattern()
+            metrics.HELD.labels("waiting").set(self._arrivals.qsize())
+            metrics.HELD.labels("capturing").set(len(self._in_work))
+            metrics.BACKTRACES_WAITING.set(self._unfinished.qsize())
+
+    def stop(self, within: float) -> None:
+        """Take what the kernel has sent already, finish what is in hand, let go of the rest.
+
+        What is let go here stays as a record in state ``writing``, with its core cut short.
+        """
+        end = time.monotonic() + within
+        self._unwind_until = end - within + _UNWIND_UNTIL
+        self._listener.stop(within)
+        while time.monotonic() < end and not self._idle():
+            time.sleep(_IDLE_CHECK)
+        for hold in (*self._in_work.copy(), *self._waiting()):
+            hold.let_go()
+
+    def _idle(self) -> bool:
+        # A crash enters the second queue before it is done in the first.
+        return not self._arrivals.unfinished_tasks and not self._unfinished.unfinished_tasks
+
+    def _waiting(self) -> list[Hold]:
+        with self._arrivals.mutex:
+            return list(self._arrivals.queue)
+
+    def _capture_for_ever(self) -> None:
+        while True:
+            hold = self._arrivals.get()
+            self._in_work.add(hold)
+            try:
+                self._capture(hold)
+            except CaptureFailed as failure:
+                metrics.CAPTURES.labels("failed").inc()
+                self._letters.add(failure)
+            except Exception as error:  # noqa: BLE001 - one crash must not end the others' thread
+                metrics.CAPTURES.labels("failed").inc()
+                self._letters.add(_unexpected(error))
+            finally:
+                hold.close()
+                self._in_work.discard(hold)
+                self._arrivals.task_done()
+
+    def _capture(self, hold: Hold) -> None:
+        captured = recording.capture_crash(hold, self._conditions)
+        try:
+            self._unfinished.put_nowait(captured)
+        except queue.Full:
+            recording.finish(captured, self._conditions, 0)
+
+    def _finish_for_ever(self) -> None:
+        while True:
+            captured = self._unfinished.get()
+            try:
+                recording.finish(captured, self._conditions, self._backtrace_within())
+            except Exception as error:  # noqa: BLE001 - as above; its record shows it cut short
+                metrics.CAPTURES.labels("failed").inc()
+                self._letters.add(_unexpected(error))
+            finally:
+                self._unfinished.task_done()
+
+    def _backtrace_within(self) -> float:
+        deadline = self._settings.backtrace_deadline
+        if self._unwind_until is None:
+            return deadline
+        return min(deadline, self._unwind_until - time.monotonic())
+
+    def _module_files_left(self) -> int:
+        in_flight = len(self._in_work) + self._unfinished.unfinished_tasks
+        return MODULE_FILES if in_flight * MODULE_FILES < self._module_files else 0
+
+    def _on_disk_full(self, full: bool) -> None:
+        if full:
+            self._health.failing("spool", "no room for a core; free some, see docs/operations.md")
+        else:
+            self._health.working("spool")
+
+    def _let_go_of_stalled(self) -> None:
+        """Let go of what stands still: a reader that waits for a dead disk, and those behind it.
+
+        Who waits for a thread is let go only when no thread gets on.
+        """
+        now, patience = time.monotonic(), self._settings.stall_deadline + _LOOK_EVERY
+        working = [hold for hold in self._in_work.copy() if hold.is_held]
+        newest = max((hold.last_progress for hold in working), default=0.0)
+        stalled = [hold for hold in working if now - hold.last_progress > patience]
+        stalled += [
+            hold
+            for hold in self._waiting()
+            if hold.is_held and now - max(hold.last_progress, newest) > patience
+        ]
+        for hold in stalled:
+            hold.let_go()
+            metrics.LET_GO.inc()
+            log.error("let a process go: its capture stands still", seconds=round(patience))
+
+    def _check_core_pattern(self) -> None:
+        found = core_pattern.current()
+        if found == self._plan.pattern:
+            self._health.working("core_pattern")
+            return
+        fault = (
+            f"somebody else has set it to {found!r}: crashes do not come here; restart to retake"
+        )
+        if self._health.faults().get("core_pattern") != fault:
+            log.error("core_pattern was changed", found=found)
+        self._health.failing("core_pattern", fault)
+
+
+def _start(name: str, target: Callable[[], None]) -> None:
+    # Daemons: a thread that hangs in a dead disk must not keep the service from ending.
+    threading.Thread(target=target, name=name, daemon=True).start()
+
+
+def _plan(settings: RecorderSettings, socket: Path, state: Path) -> Plan:
+    chosen = mechanism.choose(settings.mechanism, mechanism.kernel_version(os.uname().release))
+    return mechanism.plan(chosen, socket, _helper_place(state))
+
+
+def _helper_place(state: Path) -> Path:
+    # Not /run: that is mounted noexec on many hosts.
+    return core_pattern.directory(state).resolve() / "corepipe"
+
+
+def _install_helper(source: Path, place: Path) -> None:
+    """Copy the helper to where only root can change what the kernel will run as root."""
+    new = place.with_suffix(".new")
+    try:
+        shutil.copyfile(source, new)
+        new.chmod(0o700)
+        new.replace(place)
+    except OSError as error:
+        raise RecorderError(
+            f"the pipe helper {source} cannot be installed as {place}: {error.strerror}; build it "
+            "with make setup, or set CRASHBUS_RECORDER_HELPER"
+        ) from error
+
+
+def _configuration(runtime: Runtime, settings: RecorderSettings, plan: Plan) -> dict[str, Any]:
+    """Return the settings in force, for ``cfg``; none of them is a secret."""
+    shared = runtime.bus_settings
+    return {
+        "recorder": settings.model_dump(mode="json"),
+        "mechanism": plan.mechanism.name.lower(),
+        "core_pattern": plan.pattern,
+        "host": shared.host,
+        "spool": str(shared.spool),
+        "state": str(shared.state),
+    }
+
+
+def _unexpected(error: Exception) -> CaptureFailed:
+    log.error("unexpected", exc_info=error)
+    return CaptureFailed(
+        "capture_failed", f"{type(error).__name__}: {error}", "this is a bug: please report it"
+    )

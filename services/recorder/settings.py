@@ -1,0 +1,43 @@
+"""The recorder's settings."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from services.common.settings import Settings, prefix_of
+
+_BUILT_HELPER = Path(__file__).parents[2] / "build" / "corepipe"
+
+
+class RecorderSettings(Settings):
+    """Makes the crash files of any process: core, backtrace, snapshot, info and cfg."""
+
+    SECTION: ClassVar[str] = "recorder"
+    model_config = SettingsConfigDict(env_prefix=prefix_of(SECTION))
+
+    mechanism: Literal["auto", "socket", "pipe"] = Field(
+        "auto",
+        description="how the kernel hands over cores: its coredump socket (Linux >= 6.16), a "
+        "core_pattern pipe helper, or auto: the socket where there is one",
+    )
+    socket: Path = Field(
+        Path("/run/crashbus/coredump.sock"),
+        description="socket that cores arrive on, in a directory that only root can enter",
+    )
+    helper: Path = Field(
+        _BUILT_HELPER, description="the compiled pipe helper, copied to the state directory"
+    )
+    max_core_bytes: int = Field(
+        0, ge=0, description="a core is cut short at this size; 0: whatever its size"
+    )
+    stall_deadline: float = Field(
+        120, gt=0, le=3600, description="seconds without progress until a held process is let go"
+    )
+    backtrace_deadline: float = Field(
+        30, gt=0, le=3600, description="seconds that the backtrace of one crash may take"
+    )
+    captures: int = Field(16, ge=1, le=256, description="how many cores are read at once")
+    backtraces: int = Field(2, ge=1, le=64, description="how many backtraces are made at once")
+    http: str = Field("127.0.0.1:9602", description="host:port to serve health and metrics")

@@ -1,0 +1,126 @@
+"""Backtraces, each made by a worker process that can be killed and holds no rights."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+from pydantic import ValidationError
+
+from services.recorder import metrics
+from services.recorder.backtrace import Backtrace, ModuleFile, Request
+from services.recorder.facts import Module
+
+_COMMAND = (sys.executable, "-I", "-m", "services.recorder.unwind_worker")
+_MAX_ANSWER = 16 * 1024 * 1024  # bytes; 20,000 frames take about 6 MB
+_NO_TIME = 0.2  # seconds; less is not worth a process
+
+
+def unwind(core: int, modules: tuple[Module, ...], within: float) -> Backtrace:
+    """Return the backtrace of a core; what goes wrong is told in it, never raised.
+
+    Args:
+        core: descriptor of the core file.
+        within: seconds after which the worker is killed.
+    """
+    if within < _NO_TIME:
+        return _failed("there was no time for it", "skipped")
+    files = [module for module in modules if module.file >= 0]
+    request = Request(
+        core=core,
+        modules=tuple(
+            ModuleFile(path=m.path, start=m.start, end=m.end, file=m.file) for m in files
+        ),
+        cpu_seconds=max(1, round(within)),
+    )
+    began = time.monotonic()
+    try:
+        answer, status = _run(request, (core, *(module.file for module in files)), within)
+    except OSError as error:
+        return _failed(f"no worker could be started: {error}", "failed")
+    metrics.BACKTRACE_SECONDS.observe(time.monotonic() - began)
+    return _read(answer, status, within)
+
+
+def _run(request: Request, descriptors: tuple[int, ...], within: float) -> tuple[bytes, int | None]:
+    """Return what the worker wrote and its exit status; None when it had to be killed."""
+    worker = subprocess.Popen(
+        _COMMAND,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        pass_fds=descriptors,
+        cwd="/",
+        # Nothing of our own environment: it may hold secrets, and drgn reads some of it.
+        # One thread, because RLIMIT_NPROC forbids a second.
+        env={"LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+    )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    try:
+        end = time.monotonic() + within
+        _send(worker.stdin.fileno(), request.model_dump_json().encode(), end)
+        worker.stdin.close()
+        answer = _receive(worker.stdout.fileno(), end)
+        status = worker.wait(max(0.0, end - time.monotonic())) if answer is not None else None
+        return answer or b"", status
+    except subprocess.TimeoutExpired:
+        return b"", None
+    finally:
+        worker.kill()
+        worker.wait()
+        for pipe in (worker.stdin, worker.stdout):
+            pipe.close()
+
+
+def _send(pipe: int, data: bytes, end: float) -> None:
+    os.set_blocking(pipe, False)
+    view = memoryview(data)
+    while view and _ready(pipe, select.POLLOUT, end):
+        try:
+            view = view[os.write(pipe, view) :]
+        except BrokenPipeError:
+            return  # it died; its status says of what
+
+
+def _receive(pipe: int, end: float) -> bytes | None:
+    """Read to the end; None when that does not come in time or after too much."""
+    answer = bytearray()
+    while _ready(pipe, select.POLLIN, end):
+        part = os.read(pipe, 1 << 20)
+        if not part:
+            return bytes(answer)
+        answer += part
+        if len(answer) > _MAX_ANSWER:
+            return None
+    return None
+
+
+def _ready(pipe: int, event: int, end: float) -> bool:
+    waiting = select.poll()
+    waiting.register(pipe, event)
+    return bool(waiting.poll(max(0.0, end - time.monotonic()) * 1000))
+
+
+def _read(answer: bytes, status: int | None, within: float) -> Backtrace:
+    if status is None:
+        return _failed(f"not done within {within:.0f} s", "killed")
+    if status != 0:
+        return _failed(f"the worker died: {_status(status)}", "failed")
+    try:
+        trace = Backtrace.model_validate_json(answer)
+    except ValidationError as error:
+        return _failed(f"the worker's answer has {error.error_count()} faults", "failed")
+    metrics.BACKTRACES.labels("failed" if trace.fault else "made").inc()
+    return trace
+
+
+def _status(status: int) -> str:
+    return signal.Signals(-status).name if -64 <= status < 0 else f"exit status {status}"
+
+
+def _failed(why: str, result: str) -> Backtrace:
+    metrics.BACKTRACES.labels(result).inc()
+    return Backtrace(fault=why)
