@@ -1,4 +1,4 @@
-/* SIGSEGV, handled in a library named libscope.so; ends with exit status 11. */
+/* SIGSEGV, handled in a library named libscope.so; ends by SIGABRT two seconds later. */
 #include <signal.h>
 
 void install_handler(int number);
