@@ -1,0 +1,92 @@
+"""``python -m services.shipper``: wires the shipper's parts."""
+
+import asyncio
+import os
+import threading
+
+import structlog
+
+from crashbus.destination import parse
+from services.common.service import STOP_WITHIN, Runtime, run
+from services.common.settings import BusSettings, SettingsError
+from services.shipper.delivery import Courier, Place
+from services.shipper.destinations import deliverer
+from services.shipper.failure import Failure
+from services.shipper.settings import ShipperSettings
+from services.shipper.shipper import Shipper
+from services.shipper.standing import Standing
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+CHECK_AGAIN = 10.0  # seconds between looks at a destination that could not be used at the start
+LEAVE_BEFORE = 0.3  # seconds kept back from the time to stop
+
+
+async def work(runtime: Runtime, settings: ShipperSettings) -> None:
+    """Ship until cancelled.
+
+    Raises:
+        SettingsError: no destination is configured, or one lacks a setting.
+    """
+    places = places_of(runtime, settings)
+    checks = [asyncio.create_task(watch_start(place)) for place in places.values()]
+    try:
+        async with runtime.bus() as bus:
+            name = f"{runtime.host}/{os.getpid()}"
+            shipper = Shipper(bus, Courier(bus, places, settings, name), settings)
+            await shipper.run(on_stop=leave_in_time)
+    finally:
+        for check in checks:
+            check.cancel()
+
+
+def places_of(runtime: Runtime, settings: ShipperSettings) -> dict[str, Place]:
+    """Return what delivers to each configured destination, by URL."""
+    urls = runtime.bus_settings.destinations
+    if not urls:
+        raise SettingsError(
+            "CRASHBUS_DESTINATIONS: no destination is set, such as s3://crashes/prefix, "
+            "tcp://collector.example:10060 or file:///var/crash/delivered"
+        )
+    return {
+        url: Place(deliverer(parse(url), settings), Standing(url, runtime.health)) for url in urls
+    }
+
+
+async def watch_start(place: Place) -> None:
+    """Look at a destination until it can be used, so that trouble shows before the first crash."""
+    while True:
+        try:
+            await place.deliverer.check()
+        except Failure as failure:
+            log.warning(
+                "cannot use a destination now, trying on",
+                destination=place.url,
+                error=str(failure),
+                mend=failure.mend,
+            )
+            place.standing.unusable(failure)
+        else:
+            place.standing.succeeded()
+            log.info("destination is ready", destination=place.url)
+            return
+        await asyncio.sleep(CHECK_AGAIN)
+
+
+def leave_in_time() -> None:
+    """End the process even if a thread is stuck in a system call; all that matters is said by then.
+
+    A thread that waits for a dead server cannot be ended, and Python would wait for it.
+    """
+    timer = threading.Timer(STOP_WITHIN - LEAVE_BEFORE, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
+def main() -> None:
+    """Run the shipper."""
+    run("shipper", ShipperSettings, work, lambda settings: settings.http)
+
+
+if __name__ == "__main__":
+    main()

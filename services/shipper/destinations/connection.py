@@ -1,0 +1,151 @@
+"""A TCP or TLS connection on which success means that every byte arrived.
+
+Plain blocking sockets with deadlines, to be used from a thread: they can say what asyncio's
+streams cannot, namely what the peer has confirmed.
+"""
+
+import fcntl
+import os
+import socket
+import ssl
+import struct
+import time
+from contextlib import suppress
+
+from services.shipper.failure import Final, Passing
+
+_POLL = 0.02  # seconds between looks at what the peer has not confirmed yet
+_SIOCOUTQ = 0x5411  # asm-generic/ioctls.h; tcp(7): unsent and unacknowledged bytes
+_READ_SIZE = 64 * 1024
+
+
+class Connection:
+    """One connection, used for one work item.
+
+    Args:
+        context: for TLS; None for plain TCP.
+        server_name: name the certificate must have.
+    """
+
+    def __init__(
+        self, host: str, port: int, context: ssl.SSLContext | None, server_name: str
+    ) -> None:
+        self._address = (host, port)
+        self._context = context
+        self._server_name = server_name
+        self._socket: socket.socket | None = None
+
+    @property
+    def _peer(self) -> str:
+        return f"{self._address[0]} port {self._address[1]}"
+
+    def open(self, timeout: float) -> None:
+        """Connect, with the TLS handshake if there is one."""
+        try:
+            self._socket = socket.create_connection(self._address, timeout)
+            if self._context is not None:
+                self._socket = self._context.wrap_socket(
+                    self._socket, server_hostname=self._server_name
+                )
+        except ssl.SSLCertVerificationError as error:
+            raise Final(
+                "certificate_rejected",
+                f"{self._peer}: {error.verify_message}",
+                "set CRASHBUS_SHIPPER_TLS_CA_FILE to the CA that signed the receiver's "
+                "certificate, or CRASHBUS_SHIPPER_TLS_SERVER_NAME to the name it holds",
+            ) from error
+        except ssl.SSLError as error:
+            raise Passing(
+                "tls_failed", f"{self._peer}: {error}", "see whether the receiver speaks TLS there"
+            ) from error
+        except OSError as error:
+            raise self._lost("cannot connect", error) from error
+
+    def send(self, data: bytes, timeout: float) -> None:
+        """Hand data to the kernel, all of it within `timeout` seconds."""
+        assert self._socket is not None
+        self._socket.settimeout(timeout)
+        try:
+            self._socket.sendall(data)
+        except OSError as error:
+            raise self._lost("the connection broke", error) from error
+
+    def finish(self, timeout: float) -> None:
+        """End the connection in order; return only if the peer's kernel has every byte.
+
+        The peer then has `timeout` seconds to close its side, which most receivers do when they
+        have read all. One that does not, but goes on listening, is taken as content.
+        """
+        assert self._socket is not None
+        self._await_confirmation(time.monotonic() + timeout)
+        self._socket.settimeout(timeout)
+        try:
+            if isinstance(self._socket, ssl.SSLSocket):
+                self._end_tls(self._socket)
+            else:
+                self._socket.shutdown(socket.SHUT_WR)
+            self._await_close(time.monotonic() + timeout)
+        except OSError as error:
+            raise self._lost("the receiver did not take everything", error) from error
+
+    def _end_tls(self, connection: ssl.SSLSocket) -> None:
+        """Say that this was all (RFC 8446, close_notify); the answer may never come."""
+        with suppress(TimeoutError, ssl.SSLError):
+            self._socket = connection.unwrap()
+
+    def _await_confirmation(self, end: float) -> None:
+        assert self._socket is not None
+        while unconfirmed := self._unconfirmed(self._socket):
+            if time.monotonic() > end:
+                raise Passing(
+                    "not_confirmed",
+                    f"{self._peer}: {unconfirmed} bytes were not confirmed in time",
+                    "see why the receiver does not read",
+                )
+            self._raise_pending_error(self._socket)
+            time.sleep(_POLL)
+        self._raise_pending_error(self._socket)
+
+    @staticmethod
+    def _unconfirmed(connection: socket.socket) -> int:
+        answer = fcntl.ioctl(connection.fileno(), _SIOCOUTQ, struct.pack("i", 0))
+        return int(struct.unpack("i", answer)[0])
+
+    def _raise_pending_error(self, connection: socket.socket) -> None:
+        number = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            raise self._lost("the connection broke", OSError(number, os.strerror(number)))
+
+    def _await_close(self, end: float) -> None:
+        """Read until the peer closes. What it says is not asked for, but to close on unread data
+        would reset the connection and could take from the peer what it has not read yet."""
+        assert self._socket is not None
+        with suppress(TimeoutError, ssl.SSLError):
+            while (left := end - time.monotonic()) > 0:
+                self._socket.settimeout(left)
+                if not self._socket.recv(_READ_SIZE):
+                    return
+
+    def interrupt(self) -> None:
+        """Make a call that blocks in another thread end now, with an error."""
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Give the connection up; what was not finished is cut off."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _lost(self, what: str, error: OSError) -> Passing:
+        if isinstance(error, TimeoutError):
+            reason, mend = "timeout", "see why the receiver does not answer"
+        elif isinstance(error, ConnectionRefusedError):
+            reason, mend = "refused", "start the receiver, or correct host and port"
+        elif isinstance(error, socket.gaierror):
+            reason, mend = "unknown_host", "correct the host, or mend the name service"
+        else:
+            reason, mend = "connection_lost", "see the receiver's log"
+        text = error.strerror or str(error) or type(error).__name__
+        return Passing(reason, f"{self._peer}: {what}: {text}", mend)

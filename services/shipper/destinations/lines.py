@@ -1,0 +1,83 @@
+"""What goes over TCP: newline-delimited JSON, one line for each small file, as AppScope sends it.
+
+AppScope's daemon tries to read every file as JSON. If it is, the line is ``{"<name>": <value>}``,
+otherwise ``{"<name>": [<lines>]}``, split at every newline, so that a final newline shows as an
+empty last line. The bytes are those of Go's encoding/json: no blanks, keys sorted, and ``<``,
+``>``, ``&``, U+2028 and U+2029 escaped. Two things differ on purpose, and lose nothing: numbers
+keep all their digits (Go rounds them to a double), and bytes that are not UTF-8 show as ``\\xNN``
+(Go makes all of them U+FFFD).
+
+A core dump, which its daemon sends raw and without an end mark, becomes one line for each chunk
+and a last one with the size and hash of the whole.
+"""
+
+import json
+import re
+from base64 import b64encode
+from typing import Any, NoReturn
+
+from crashbus import names
+from crashbus.messages import CrashFile
+from services.shipper.source import Piece
+
+_GO_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
+_GO_ESCAPES |= {"\u2028": "\\u2028", "\u2029": "\\u2029"}
+_TO_ESCAPE = re.compile("[<>&\u2028\u2029]")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def small_file(name: str, content: bytes) -> bytes:
+    """Return the line for a file, newline included."""
+    try:
+        value = json.loads(content.decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        value = names.text(content).split("\n")
+    return _line({name: value})
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is Python's, not JSON")
+
+
+def core_chunk(crash_id: str, file: CrashFile, piece: Piece) -> bytes:
+    """Return the line for one chunk of a core dump.
+
+    ``data`` is the base64 of the chunk as it is stored, ``sha256`` and ``encoding`` are of that;
+    ``offset`` and ``size`` are of the core itself, in bytes.
+    """
+    return _line(
+        {
+            file.name: {
+                "crash_id": crash_id,
+                "chunk": piece.index,
+                "chunks": file.chunks,
+                "offset": piece.offset,
+                "size": len(piece.data),
+                "encoding": file.encoding,
+                "sha256": piece.sha256,
+                "data": b64encode(piece.stored).decode(),
+            }
+        }
+    )
+
+
+def core_end(crash_id: str, file: CrashFile) -> bytes:
+    """Return the line that ends a core dump: all chunks were sent, and this is the whole."""
+    return _line(
+        {
+            file.name: {
+                "crash_id": crash_id,
+                "chunks": file.chunks,
+                "complete": True,
+                "size": file.size,
+                "sha256": file.sha256,
+                "truncated": file.truncated,
+            }
+        }
+    )
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    text = _TO_ESCAPE.sub(lambda found: _GO_ESCAPES[found[0]], text)
+    return _LONE_SURROGATE.sub("\ufffd", text).encode() + b"\n"

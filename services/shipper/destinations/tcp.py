@@ -1,0 +1,136 @@
+"""Destinations ``tcp://host:port`` and ``tls://host:port``: AppScope's newline-delimited JSON.
+
+One connection for each work item. It counts as delivered when the receiver's kernel has confirmed
+every byte and the connection was ended in order. More cannot be known over raw TCP: a receiver
+that dies after its kernel took the bytes loses them, and one that gets an item twice, because a
+shipper died between sending and acknowledging, sees its lines twice.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Sequence
+from contextlib import aclosing
+
+from crashbus.destination import Destination
+from crashbus.layout import Kind
+from crashbus.messages import CrashFile
+from services.common.settings import SettingsError
+from services.shipper.destinations import lines
+from services.shipper.destinations.base import Deliverer
+from services.shipper.destinations.connection import Connection
+from services.shipper.failure import Unfit
+from services.shipper.settings import MIB, ShipperSettings
+from services.shipper.source import Source
+from services.shipper.threads import run_whole
+
+MAX_SMALL = 16 * MIB  # bytes of one item's small files: whole lines are built in memory
+
+
+class TcpDeliverer(Deliverer):
+    """Delivers lines to a receiver."""
+
+    def __init__(self, destination: Destination, settings: ShipperSettings) -> None:
+        super().__init__(destination)
+        self._settings = settings
+        self._context = _tls_context(settings) if destination.scheme == "tls" else None
+        # Building lines takes several times their size, so only one item does it at a time.
+        self._building = asyncio.Semaphore(1)
+
+    async def check(self) -> None:
+        connection = self._connection()
+        try:
+            await run_whole(
+                connection.open, self._settings.tcp_connect_timeout, interrupt=connection.interrupt
+            )
+        finally:
+            await run_whole(connection.close)
+
+    async def deliver(self, folder: str, sources: Sequence[Source]) -> None:
+        """Deliver files in the order of their names, core dumps last.
+
+        The small files are read and verified before the connection is made.
+        """
+        ordered = sorted(sources, key=lambda source: source.file.name)
+        small = await self._small_lines([one for one in ordered if one.file.kind is not Kind.CORE])
+        cores = [one for one in ordered if one.file.kind is Kind.CORE]
+        self._refuse_unwanted(cores)
+        connection, settings = self._connection(), self._settings
+        try:
+            await run_whole(
+                connection.open, settings.tcp_connect_timeout, interrupt=connection.interrupt
+            )
+            for line in small:
+                await run_whole(
+                    connection.send,
+                    line,
+                    settings.tcp_write_timeout,
+                    interrupt=connection.interrupt,
+                )
+            for core in cores:
+                await self._send_core(connection, core)
+            await run_whole(
+                connection.finish, settings.tcp_close_timeout, interrupt=connection.interrupt
+            )
+        finally:
+            await run_whole(connection.close)
+
+    async def _small_lines(self, sources: Sequence[Source]) -> list[bytes]:
+        async with self._building:
+            left, result = MAX_SMALL, []
+            for source in sources:
+                content = await self._content(source, left)
+                left -= len(content)
+                result.append(await run_whole(lines.small_file, source.file.name, content))
+            return result
+
+    async def _content(self, source: Source, limit: int) -> bytes:
+        content = bytearray()
+        async with aclosing(source.pieces()) as pieces:
+            async for piece in pieces:
+                if len(content) + len(piece.data) > limit:
+                    raise Unfit(
+                        source.file,
+                        "file_too_large",
+                        f"a crash's small files have more than {MAX_SMALL} bytes together",
+                        "take it from a destination that stores files",
+                    )
+                content += piece.data
+        return bytes(content)
+
+    def _refuse_unwanted(self, cores: Sequence[Source]) -> None:
+        if cores and not self.destination.wants_core:
+            mend = f"add ?core=true to {self.destination.url} where cores are wanted"
+            raise Unfit(cores[0].file, "core_not_wanted", "core dumps are not sent there", mend)
+
+    async def _send_core(self, connection: Connection, source: Source) -> None:
+        """Send a core; its last line, which makes it whole, only once the hash is known good."""
+        timeout = self._settings.tcp_write_timeout
+        async with aclosing(source.pieces()) as pieces:
+            async for piece in pieces:
+                line = await run_whole(lines.core_chunk, source.crash_id, source.file, piece)
+                await run_whole(connection.send, line, timeout, interrupt=connection.interrupt)
+        end = lines.core_end(source.crash_id, source.file)
+        await run_whole(connection.send, end, timeout, interrupt=connection.interrupt)
+
+    def _connection(self) -> Connection:
+        to = self.destination
+        name = self._settings.tls_server_name or to.host
+        return Connection(to.host, to.port, self._context, name)
+
+    def url_of(self, folder: str, file: CrashFile) -> str:
+        return f"{self.destination.scheme}://{self._place()}#{file.name}"
+
+    def _place(self) -> str:
+        return self.destination.url.partition("://")[2].partition("?")[0]
+
+
+def _tls_context(settings: ShipperSettings) -> ssl.SSLContext:
+    ca_file = settings.tls_ca_file
+    try:
+        context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
+    except OSError as error:
+        raise SettingsError(f"CRASHBUS_SHIPPER_TLS_CA_FILE names {ca_file}: {error}") from None
+    if not settings.tls_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context

@@ -1,0 +1,29 @@
+"""All metrics of the shipper."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+DELIVERIES = Counter(
+    "crashbus_shipper_deliveries",
+    "Work items settled: delivered, already_delivered, handed_back or dead_lettered.",
+    ["destination", "result"],
+)
+BYTES_IN = Counter("crashbus_shipper_bytes_in", "Bytes of chunks taken from the bus.")
+BYTES_OUT = Counter(
+    "crashbus_shipper_bytes_out",
+    "Bytes of chunks of files that were delivered and verified.",
+    ["destination"],
+)
+FAILURES = Counter(
+    "crashbus_shipper_failures", "Tries that failed, by reason.", ["destination", "reason"]
+)
+RETRIES = Counter("crashbus_shipper_retries", "Tries after the first.", ["destination"])
+SECONDS = Histogram(
+    "crashbus_shipper_delivery_seconds",
+    "From taking a work item to its acknowledgement.",
+    ["destination"],
+    buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
+)
+IN_HAND = Gauge("crashbus_shipper_items_in_hand", "Work items being delivered now.")
+MALFORMED = Gauge(
+    "crashbus_shipper_malformed_items", "Malformed work items put aside since the start."
+)

@@ -1,0 +1,93 @@
+"""When to try again, and when to stop trying: pure decisions, and policies as values."""
+
+import random
+from collections.abc import Callable
+
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_exponential_jitter,
+)
+from tenacity.stop import stop_base
+
+from crashbus.errors import BusFull, BusUnreachable
+from services.shipper.failure import Passing
+from services.shipper.settings import ShipperSettings
+
+BUS_FAILURES = (BusUnreachable, BusFull)
+
+
+class _AfterDelayUnlessBus(stop_base):
+    """Stop after some seconds, but never for the bus: without it nothing can be handed back."""
+
+    def __init__(self, seconds: float) -> None:
+        self._after = stop_after_delay(seconds)
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        error = retry_state.outcome.exception() if retry_state.outcome else None
+        return not isinstance(error, BUS_FAILURES) and self._after(retry_state)
+
+
+def in_hand(
+    settings: ShipperSettings, on_retry: Callable[[BaseException], None], troubled: bool
+) -> AsyncRetrying:
+    """Return the policy for an item in hand.
+
+    Args:
+        on_retry: called with the error before each wait.
+        troubled: the destination has been failing; one try will do, so that its items do not
+            keep the shipper from other destinations.
+    """
+    return AsyncRetrying(
+        retry=retry_if_exception_type((Passing, *BUS_FAILURES)),
+        wait=_backoff(settings),
+        stop=_AfterDelayUnlessBus(0 if troubled else settings.retry_in_hand),
+        before_sleep=_telling(on_retry),
+        reraise=True,
+    )
+
+
+def until_bus_answers(
+    settings: ShipperSettings, on_retry: Callable[[BaseException], None]
+) -> AsyncRetrying:
+    """Return the policy for a word that must reach the bus: for ever."""
+    return AsyncRetrying(
+        retry=retry_if_exception_type(BUS_FAILURES),
+        wait=_backoff(settings),
+        before_sleep=_telling(on_retry),
+        reraise=True,
+    )
+
+
+def _backoff(settings: ShipperSettings) -> wait_exponential_jitter:
+    return wait_exponential_jitter(
+        initial=settings.retry_first, max=settings.retry_cap, jitter=settings.retry_first
+    )
+
+
+def _telling(on_retry: Callable[[BaseException], None]) -> Callable[[RetryCallState], None]:
+    def tell(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        if error is not None:
+            on_retry(error)
+
+    return tell
+
+
+def hand_back_delay(deliveries: int, settings: ShipperSettings) -> float:
+    """Return the seconds an item rests on the bus: doubled each time, up to the cap.
+
+    The jitter of a half spreads items that failed together.
+
+    Args:
+        deliveries: how often the bus has given the item out.
+    """
+    longest = min(settings.retry_cap, settings.retry_first * 2.0 ** min(deliveries, 30))
+    return longest * random.uniform(0.5, 1)  # noqa: S311 - no secret depends on it
+
+
+def is_too_late(published: float, now: float, settings: ShipperSettings) -> bool:
+    """Tell whether an item that still fails is to be given up (times in Unix seconds)."""
+    return now - published > settings.give_up

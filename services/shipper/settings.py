@@ -1,0 +1,95 @@
+"""The shipper's settings."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import SettingsConfigDict
+
+from services.common.settings import Settings, prefix_of
+
+MIB = 1024 * 1024
+
+
+class ShipperSettings(Settings):
+    """Deliver crash files to their destinations, verify them, and publish receipts."""
+
+    SECTION: ClassVar[str] = "shipper"
+    model_config = SettingsConfigDict(env_prefix=prefix_of("shipper"))
+
+    http: str = Field(
+        "127.0.0.1:9604", description="host:port to serve health and metrics on; empty: do not"
+    )
+    concurrency: int = Field(4, ge=1, le=64, description="work items delivered at a time")
+    ack_wait: float = Field(
+        30,
+        ge=1,
+        le=3600,
+        description="seconds without a sign of life after which the bus gives an item to another "
+        "shipper; taken from the first shipper that ever connects",
+    )
+    stall: float = Field(
+        300, gt=0, description="seconds without a chunk delivered after which a try is broken off"
+    )
+    retry_first: float = Field(
+        0.5, gt=0, description="seconds before the first retry; then doubled"
+    )
+    retry_cap: float = Field(60, gt=0, description="seconds between retries at most")
+    retry_in_hand: float = Field(
+        20, ge=0, description="seconds of retries before an item goes back to the bus for a while"
+    )
+    give_up: float = Field(
+        86400,
+        gt=0,
+        description="seconds after its publication at which an item whose destination still fails "
+        "becomes a dead letter",
+    )
+
+    s3_endpoint: str = Field(
+        "https://s3.amazonaws.com", description="the S3 server: http(s)://host[:port]"
+    )
+    s3_region: str = Field("us-east-1", min_length=1, description="region of the buckets")
+    s3_access_key: SecretStr | None = Field(None, description="access key")
+    s3_secret_key: SecretStr | None = Field(None, description="secret key")
+    s3_create_bucket: bool = Field(False, description="make the bucket if there is none")
+    s3_ca_file: Path | None = Field(
+        None, description="CA certificates to check the S3 server with, instead of the usual ones"
+    )
+    s3_part_size: int = Field(
+        8 * MIB,
+        ge=5 * MIB,
+        le=64 * MIB,
+        description="larger objects are sent in parts of this size, in bytes",
+    )
+    s3_connect_timeout: float = Field(5, gt=0, description="seconds to connect to the S3 server")
+    s3_read_timeout: float = Field(
+        30, gt=0, description="seconds the S3 server may be silent within a request"
+    )
+
+    tcp_connect_timeout: float = Field(5, gt=0, description="seconds to connect, TLS included")
+    tcp_write_timeout: float = Field(
+        30, gt=0, description="seconds for the receiver to take one line, or one chunk of a core"
+    )
+    tcp_close_timeout: float = Field(
+        5, gt=0, description="seconds for the receiver to confirm all bytes, then to close"
+    )
+    tls_ca_file: Path | None = Field(
+        None,
+        description="CA certificates to check tls:// receivers with, instead of the usual ones",
+    )
+    tls_server_name: str | None = Field(
+        None, description="name the receiver's certificate must have, if not the URL's host"
+    )
+    tls_verify: bool = Field(
+        True, description="check the receiver's certificate; false lets anyone read along"
+    )
+
+    @field_validator("s3_endpoint")
+    @classmethod
+    def _is_endpoint(cls, given: str) -> str:
+        scheme, _, rest = given.partition("://")
+        if scheme not in ("http", "https") or not rest.strip("/") or "/" in rest.rstrip("/"):
+            raise ValueError("must be http://host[:port] or https://host[:port], without a path")
+        if "@" in rest:
+            raise ValueError("must not hold keys; they have settings of their own")
+        return given.rstrip("/")
