@@ -18,6 +18,17 @@
 #define SIG_IGN 1
 #define SIGKILL 9
 #define SI_KERNEL 0x80
+#define SIGNAL_BIT(number) (1ULL << ((number) - 1))
+/* Those that dump core by default, signal(7): QUIT ILL TRAP ABRT BUS FPE SEGV XCPU XFSZ SYS. */
+#define CORE_SIGNALS                                                                            \
+    (SIGNAL_BIT(3) | SIGNAL_BIT(4) | SIGNAL_BIT(5) | SIGNAL_BIT(6) | SIGNAL_BIT(7) |            \
+     SIGNAL_BIT(8) | SIGNAL_BIT(11) | SIGNAL_BIT(24) | SIGNAL_BIT(25) | SIGNAL_BIT(31))
+#define ENDING_SIGNALS (SIGNALS & ~CORE_SIGNALS) /* SIGINT and the like */
+#if ENDING_SIGNALS
+#define WATCHED (SIGNALS | SIGNAL_BIT(SIGKILL))
+#else
+#define WATCHED SIGNALS
+#endif
 #define SIGNAL_UNKILLABLE 0x40 /* include/linux/sched/signal.h: an init */
 
 #define NAME_SIZE 256 /* NAME_MAX with its NUL */
@@ -237,42 +248,108 @@ static __always_inline int send_handled(struct event *event, struct handled_key 
     return 0;
 }
 
+/* siginfo, as far as it is told: sigaction(2). */
+struct origin {
+    s32 error;
+    s32 code;
+    u64 detail;
+};
+
+static __always_inline void read_origin(struct origin *origin, u64 info) {
+    /* 0 and 1 stand for "no siginfo" and "from the kernel" (include/linux/sched/signal.h). */
+    origin->error = info > 1 ? read_u32(info, 4) : 0;
+    origin->code = info > 1 ? read_u32(info, 8) : info == 1 ? SI_KERNEL : 0;
+    origin->detail = info > 1 ? read_u64(info, 16) : 0;
+}
+
+static __always_inline int report(struct handled_key *key, struct origin *origin, u64 handler,
+                                  u64 handler_flags) {
+    int place = 0;
+    struct event *event = scratch.lookup(&place);
+    if (!event) return 0;
+    describe(event, bpf_get_current_task());
+    event->kind = KIND_SIGNAL;
+    event->signal = key->signal;
+    event->handler = handler;
+    event->handler_flags = handler_flags;
+    event->error = origin->error;
+    event->code = origin->code;
+    event->detail = origin->detail;
+    event->total_vm = event->file_rss = event->anon_rss = event->shmem_rss = -1;
+    event->oom_score_adj = 0;
+    return handler == SIG_DFL ? send(event) : send_handled(event, key);
+}
+
+#if ENDING_SIGNALS
+/* A signal that ends a process without a core dump is not delivered: the sender ends the
+ * process at once, and every thread takes a SIGKILL without siginfo instead (complete_signal()
+ * and get_signal() in kernel/signal.c). So its origin is kept from when it was sent. */
+BPF_TABLE("lru_hash", struct handled_key, struct origin, origins, 1024);
+
+/* TP_PROTO(int sig, struct kernel_siginfo *info, struct task_struct *task, int group, int result) */
+int on_generate(struct bpf_raw_tracepoint_args *ctx) {
+    u32 signal = ctx->args[0];
+    if (signal < 1 || signal > 64 || !(ENDING_SIGNALS & SIGNAL_BIT(signal))) return 0;
+    u64 task = ctx->args[2];
+    struct handled_key key = {.signal = signal, .pid = read_u32(task, AT_TASK_TGID)};
+    key.start_boottime = read_u64(read_u64(task, AT_TASK_LEADER), AT_TASK_START);
+    struct origin origin = {};
+    read_origin(&origin, ctx->args[1]);
+    origins.update(&key, &origin);
+    return 0;
+}
+
+/* Tell whether this thread is the first of its process to say so. */
+static __always_inline int is_first_to_end(struct handled_key *key) {
+    struct handled_key end = *key;
+    struct handled nothing = {};
+    end.signal += 64; /* beside what is handled */
+    return handled.insert(&end, &nothing) == 0;
+}
+
+static __always_inline int on_group_exit(struct handled_key *key, u64 task) {
+    u32 status = read_u32(read_u64(task, AT_TASK_SIGNAL), AT_SIGNAL_EXIT_CODE);
+    if (status < 1 || status > 64 || !(ENDING_SIGNALS & SIGNAL_BIT(status))) return 0;
+    key->signal = status;
+    if (!is_first_to_end(key)) return 0;
+    struct origin origin = {.code = SI_KERNEL};
+    struct origin *known = origins.lookup(key);
+    if (known) origin = *known;
+    return report(key, &origin, SIG_DFL, 0);
+}
+#endif
+
 /* TP_PROTO(int sig, struct kernel_siginfo *info, struct k_sigaction *ka) */
 int on_signal(struct bpf_raw_tracepoint_args *ctx) {
     u32 signal = ctx->args[0];
-    if (signal < 1 || signal > 64 || !(SIGNALS >> (signal - 1) & 1)) return 0;
+    if (signal < 1 || signal > 64 || !(WATCHED & SIGNAL_BIT(signal))) return 0;
 
-    u64 action = ctx->args[2];
-    u64 handler = read_u64(action, 0); /* sa_handler, then sa_flags: sigaction(2) */
     u64 task = bpf_get_current_task();
-    if (handler == SIG_IGN) return 0;
     struct handled_key key = {.signal = signal, .pid = bpf_get_current_pid_tgid() >> 32};
     key.start_boottime = read_u64(read_u64(task, AT_TASK_LEADER), AT_TASK_START);
+#if ENDING_SIGNALS
+    if (signal == SIGKILL) {
+        on_group_exit(&key, task);
+        return 0;
+    }
+#endif
+    u64 action = ctx->args[2]; /* sa_handler, then sa_flags: sigaction(2) */
+    u64 handler = read_u64(action, 0);
+    if (handler == SIG_IGN) return 0;
     if (handler == SIG_DFL) {
         /* An init takes no signal it did not ask for; its own faults have cleared the flag. */
         if (read_u32(read_u64(task, AT_TASK_SIGNAL), AT_SIGNAL_FLAGS) & SIGNAL_UNKILLABLE)
             return 0;
+#if ENDING_SIGNALS
+        /* It was blocked or traced before; the other threads will take their SIGKILL. */
+        if ((ENDING_SIGNALS & SIGNAL_BIT(signal)) && !is_first_to_end(&key)) return 0;
+#endif
     } else if (is_counted(&key, bpf_ktime_get_ns())) {
         return 0;
     }
-
-    int place = 0;
-    struct event *event = scratch.lookup(&place);
-    if (!event) return 0;
-    describe(event, task);
-    event->kind = KIND_SIGNAL;
-    event->signal = signal;
-    event->handler = handler;
-    event->handler_flags = read_u64(action, 8);
-    /* 0 and 1 stand for "no siginfo" and "from the kernel" (include/linux/sched/signal.h). */
-    u64 info = ctx->args[1];
-    event->error = info > 1 ? read_u32(info, 4) : 0;
-    event->code = info > 1 ? read_u32(info, 8) : info == 1 ? SI_KERNEL : 0;
-    event->detail = info > 1 ? read_u64(info, 16) : 0;
-    event->total_vm = event->file_rss = event->anon_rss = event->shmem_rss = -1;
-    event->oom_score_adj = 0;
-    if (handler != SIG_DFL) return send_handled(event, &key);
-    send(event);
+    struct origin origin = {};
+    read_origin(&origin, ctx->args[1]);
+    report(&key, &origin, handler, read_u64(action, 8));
     return 0;
 }
 

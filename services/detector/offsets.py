@@ -22,6 +22,7 @@ _NEEDED = {
     "AT_CRED_UID": ("cred", "uid.val"),
     "AT_CRED_GID": ("cred", "gid.val"),
     "AT_SIGNAL_FLAGS": ("signal_struct", "flags"),
+    "AT_SIGNAL_EXIT_CODE": ("signal_struct", "group_exit_code"),
 }
 
 # Without one of these groups, /proc is asked, if the process is still there. A member may have

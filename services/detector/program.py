@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crashbus import signals as names
 from crashbus.errors import CrashbusError
 from services.detector import offsets
 from services.detector.btf import Btf
@@ -15,7 +16,8 @@ from services.detector.headers import BPF, kernel_source
 BTF_FILE = Path("/sys/kernel/btf/vmlinux")
 HANDLED_MAX = 4096  # (process, signal) pairs the kernel remembers; the longest unseen goes
 
-_TRACEPOINTS = {"signal_deliver": "on_signal", "mark_victim": "on_oom_victim"}
+_TRACEPOINTS = {b"signal_deliver": b"on_signal", b"mark_victim": b"on_oom_victim"}
+_IF_ENDING = {b"signal_generate": b"on_generate"}  # only compiled in for SIGINT and the like
 _TOTAL_LOST, _TOTAL_COUNTED = 0, 1
 
 
@@ -60,12 +62,14 @@ class Program:
             "HANDLED_MAX": HANDLED_MAX,
         }
         self._bpf = _compile(values)
+        core = frozenset(names.number(one) for one in names.CRASH_SIGNALS)
+        self._tracepoints = _TRACEPOINTS | (_IF_ENDING if signals - core else {})
 
         def on_event(_context: Any, data: int, size: int) -> None:
             on_record(ctypes.string_at(data, size))
 
         self._on_event = on_event  # the library keeps only a pointer to it
-        self._bpf["events"].open_ring_buffer(on_event)
+        self._bpf[b"events"].open_ring_buffer(on_event)
 
     def attach(self) -> None:
         """Start to see signals.
@@ -73,11 +77,11 @@ class Program:
         Raises:
             ProgramError: the verifier or the tracepoint refuses it.
         """
-        for tracepoint, function in _TRACEPOINTS.items():
+        for tracepoint, function in self._tracepoints.items():
             try:
                 self._bpf.attach_raw_tracepoint(tp=tracepoint, fn_name=function)
             except Exception as error:  # bcc raises no other type
-                raise ProgramError(f"cannot attach to {tracepoint}: {error}") from error
+                raise ProgramError(f"cannot attach to {tracepoint.decode()}: {error}") from error
 
     def detach(self) -> None:
         """See no more; what is in the ring buffer stays there for `drain`."""
@@ -104,7 +108,7 @@ class Program:
         """Return how many handled signals of each process were only counted so far."""
         return {
             HandledKey(key.pid, key.start_boottime, key.signal): state.count
-            for key, state in self._bpf["handled"].items()
+            for key, state in self._bpf[b"handled"].items()
         }
 
     def close(self) -> None:
@@ -112,7 +116,7 @@ class Program:
         self._bpf.cleanup()
 
     def _total(self, index: int) -> int:
-        table = self._bpf["totals"]
+        table = self._bpf[b"totals"]
         return int(sum(table[table.Key(index)]))
 
 
