@@ -74,9 +74,8 @@ def read_identity(pid: int, boot_id: str) -> Process:
             f"{gone}, so its crash cannot be named",
             "nothing, if it was killed while it crashed (docker stop, OOM)",
         ) from gone
-    living = _living_task(pid)
-    if process.executable is None and living != f"/proc/{pid}":
-        task = int(living.rsplit("/", 1)[1])
+    task = _living_task(pid)
+    if task != pid:
         process = process.model_copy(
             update={
                 "executable": processes.executable(task),
@@ -92,7 +91,8 @@ def read_rest(process: Process, module_files: int) -> Facts:
     Args:
         module_files: how many descriptors may be opened for modules.
     """
-    proc = Path(_living_task(process.pid))
+    living = _living_task(process.pid)
+    proc = Path(f"/proc/{living}")
     environment, cut = _environment(proc)
     return Facts(
         process=process,
@@ -102,22 +102,20 @@ def read_rest(process: Process, module_files: int) -> Facts:
         root=_link(proc / "root"),
         limits=parse_limits(names.text(_read(proc / "limits"))),
         threads=_threads(process.pid),
-        modules=_modules(proc, process.pid, module_files),
+        modules=_modules(living, module_files),
         notes=(f"environment cut to {MAX_ENVIRONMENT} bytes",) if cut else (),
     )
 
 
-def _living_task(pid: int) -> str:
-    """Return the /proc directory of a thread that still has its memory.
+def _living_task(pid: int) -> int:
+    """Return a thread that still has its memory, as a name in /proc; proc_tid(5).
 
     When the first thread has ended before the others, /proc/<pid> shows nothing of it.
     """
-    if _link(Path(f"/proc/{pid}/exe")) is not None:
-        return f"/proc/{pid}"
-    for task in _tasks(pid):
-        if _link(Path(f"/proc/{pid}/task/{task}/exe")) is not None:
-            return f"/proc/{pid}/task/{task}"
-    return f"/proc/{pid}"
+    for task in (pid, *_tasks(pid)):
+        if _link(Path(f"/proc/{task}/exe")) is not None:
+            return task
+    return pid
 
 
 def _tasks(pid: int) -> Iterator[int]:
@@ -200,18 +198,18 @@ def parse_maps(raw: bytes) -> list[tuple[str, int, int, str]]:
     ][:MAX_MODULES]
 
 
-def _modules(proc: Path, pid: int, files: int) -> tuple[Module, ...]:
+def _modules(task: int, files: int) -> tuple[Module, ...]:
     """Open the mapped files themselves, which path, root and deletion cannot hide."""
     modules = []
-    for path, start, end, mapping in parse_maps(_read(proc / "maps", MAX_MAPS)):
-        opened = _open_mapping(pid, mapping) if files > 0 else -1
+    for path, start, end, mapping in parse_maps(_read(Path(f"/proc/{task}/maps"), MAX_MAPS)):
+        opened = _open_mapping(task, mapping) if files > 0 else -1
         files -= opened >= 0
         modules.append(Module(path, start, end, opened))
     return tuple(modules)
 
 
-def _open_mapping(pid: int, mapping: str) -> int:
-    path = Path(f"/proc/{pid}/map_files/{mapping}")
+def _open_mapping(task: int, mapping: str) -> int:
+    path = Path(f"/proc/{task}/map_files/{mapping}")
     try:
         # To open a device is to act on it: look first. What is mapped stays while it is held.
         if not stat.S_ISREG(path.stat().st_mode):

@@ -1,0 +1,118 @@
+"""What the recorder needs of this host, for ``crashbus doctor``."""
+
+import importlib.util
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from services.common.finding import Finding
+from services.common.settings import BusSettings
+from services.recorder import core_pattern, mechanism
+from services.recorder.errors import RecorderError
+from services.recorder.mechanism import Mechanism
+from services.recorder.settings import RecorderSettings
+
+_ENOUGH_ROOM = 1024**3  # bytes; a core of a common service fits
+
+
+def check() -> list[Finding]:
+    """Look at everything the recorder needs; changes nothing.
+
+    Raises:
+        SettingsError: a setting is wrong.
+    """
+    shared, settings = BusSettings.load(), RecorderSettings.load()
+    return [
+        _root(),
+        _mechanism(settings),
+        _core_pattern(),
+        _suid_dumpable(),
+        _drgn(),
+        _spool(shared.spool),
+        _room(shared.spool),
+    ]
+
+
+def _root() -> Finding:
+    if os.geteuid() == 0:
+        return Finding("recorder: root", True, "runs as root")
+    return Finding("recorder: root", False, "does not run as root", "run it as root")
+
+
+def _mechanism(settings: RecorderSettings) -> Finding:
+    name, release = "recorder: mechanism", os.uname().release
+    try:
+        chosen = mechanism.choose(settings.mechanism, mechanism.kernel_version(release))
+    except RecorderError as error:
+        return Finding(name, False, str(error), "set CRASHBUS_RECORDER_MECHANISM=auto")
+    detail = f"Linux {release}: {chosen.value}"
+    if chosen is Mechanism.PIPE and not os.access(settings.helper, os.R_OK):
+        return Finding(name, False, f"{detail}, but {settings.helper} is missing", "make setup")
+    return Finding(name, True, detail)
+
+
+def _core_pattern() -> Finding:
+    name = "recorder: core_pattern"
+    try:
+        found = core_pattern.current()
+    except OSError as error:
+        return Finding(name, False, f"cannot be read: {error.strerror}", "mount /proc")
+    writable = os.access(core_pattern.PATTERN, os.W_OK)
+    detail = f"{found!r}: cores go to {mechanism.owner(found)}"
+    if not writable:
+        return Finding(name, False, f"{detail}; cannot be changed", "mount /proc/sys writable")
+    return Finding(name, True, f"{detail}; the recorder takes over while it runs")
+
+
+def _suid_dumpable() -> Finding:
+    value = Path("/proc/sys/fs/suid_dumpable").read_text().strip()
+    words = {
+        "0": "the kernel dumps no setuid or otherwise privileged programs",
+        "1": "the kernel dumps setuid programs too, readable by their users: insecure",
+        "2": "the kernel dumps setuid programs too, for root only",
+    }
+    detail = f"fs.suid_dumpable={value}: {words.get(value, 'unknown')}"
+    mend = "sysctl fs.suid_dumpable=2, to capture these programs too" if value == "0" else ""
+    # Not capturing them is a choice of the host's owner, no fault.
+    return Finding("recorder: setuid programs", True, detail, mend)
+
+
+def _drgn() -> Finding:
+    if importlib.util.find_spec("drgn") is None:
+        return Finding(
+            "recorder: drgn",
+            False,
+            "not installed: backtraces will be missing",
+            "pip install 'crashbus[recorder]'",
+        )
+    return Finding("recorder: drgn", True, "installed")
+
+
+def _spool(path: Path) -> Finding:
+    name = "recorder: spool"
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return Finding(name, True, f"{path} is not there yet; the recorder makes it")
+    except OSError as error:
+        return Finding(name, False, f"{path}: {error.strerror}", "let CRASHBUS_SPOOL name another")
+    if not stat.S_ISDIR(status.st_mode):
+        return Finding(name, False, f"{path} is no directory", f"rm {path}")
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid != 0 or mode != 0o1777:
+        return Finding(
+            name,
+            True,
+            f"{path} belongs to UID {status.st_uid}, mode {mode:o}; the recorder takes it over",
+        )
+    return Finding(name, True, f"{path} belongs to root and is open to all")
+
+
+def _room(path: Path) -> Finding:
+    place = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    detail = f"{free / 1024**3:.1f} GiB free for cores in {place}"
+    if free < _ENOUGH_ROOM:
+        return Finding("recorder: room", False, detail, f"free some: df {place}")
+    return Finding("recorder: room", True, detail)

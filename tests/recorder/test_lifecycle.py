@@ -1,0 +1,349 @@
+"""What a recorder does to the host while it starts, stops, is killed, or runs out of something."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from crashbus import Bus, DeadLetter, capture
+from tests.recorder.conftest import MakeRecorder
+from tests.support import core_pattern
+from tests.support.crashers import crasher
+from tests.support.nats import NatsServer
+from tests.support.recorder import crash
+from tests.support.requirements import need_program
+from tests.support.wait import until
+
+_HOG = """
+import ctypes, mmap, sys
+size = int(sys.argv[1]) << 20
+memory = mmap.mmap(-1, size)
+memory.write(b"\\xa5" * size)
+ctypes.string_at(0)
+"""
+HOG = ("/usr/bin/python3", "-c", _HOG)
+
+
+@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
+async def test_core_pattern_is_put_back_after_sigterm(
+    recorder_with: MakeRecorder, mechanism: str
+) -> None:
+    core_pattern.set_pattern("/somewhere/core.%p")
+    before = core_pattern.pipe_limit()
+    recorder = recorder_with(recorder_mechanism=mechanism)
+    await recorder.start()
+
+    assert recorder.stop() == 0
+
+    assert core_pattern.current() == "/somewhere/core.%p"
+    assert core_pattern.pipe_limit() == before
+    assert "old=/somewhere/core.%p" in recorder.log
+
+
+async def test_core_pattern_of_before_survives_a_killed_recorder(
+    recorder_with: MakeRecorder,
+) -> None:
+    core_pattern.set_pattern("/somewhere/core.%p")
+    recorder = recorder_with()
+    await recorder.start()
+    recorder.kill()
+    assert core_pattern.current().startswith("@")
+
+    await recorder.start()
+    recorder.stop()
+
+    assert core_pattern.current() == "/somewhere/core.%p"
+
+
+async def test_core_pattern_can_be_put_back_without_a_recorder(
+    recorder_with: MakeRecorder,
+) -> None:
+    core_pattern.set_pattern("/somewhere/core.%p")
+    recorder = recorder_with()
+    await recorder.start()
+    command = [
+        ".venv/bin/python", "-m", "services.recorder.core_pattern",
+        "--restore", "--state", str(recorder.state),
+    ]  # fmt: skip
+
+    refused = subprocess.run(command, capture_output=True, text=True)
+    recorder.kill()
+    subprocess.run(command, check=True, capture_output=True)
+
+    assert "a recorder runs already" in refused.stderr
+    assert core_pattern.current() == "/somewhere/core.%p"
+
+
+async def test_pattern_that_somebody_else_set_meanwhile_stays(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with()
+    await recorder.start()
+    core_pattern.set_pattern("/theirs/core")
+    await until(lambda: "core_pattern was changed" in recorder.log)
+
+    assert recorder.stop() == 0
+
+    assert core_pattern.current() == "/theirs/core"
+
+
+async def test_other_handler_is_named_when_it_is_replaced(recorder_with: MakeRecorder) -> None:
+    core_pattern.set_pattern("|/bin/false %P")
+    recorder = recorder_with()
+
+    await recorder.start()
+
+    assert re.search(r"taking over from another handler.*handler=false", recorder.log)
+
+
+async def test_second_recorder_with_the_same_state_is_refused(
+    recorder_with: MakeRecorder,
+) -> None:
+    first = recorder_with()
+    second = recorder_with(state=first.state)
+    await first.start()
+
+    second.launch()
+    assert second.process is not None
+    assert second.process.wait(20) == 1
+
+    assert "a recorder runs already" in second.log
+    pid, _ = crash(crasher("null_pointer"))
+    await first.captured(pid)
+
+
+async def test_recorder_cannot_dump_to_itself(recorder_with: MakeRecorder) -> None:
+    recorder = recorder_with()
+    await recorder.start()
+    assert recorder.process is not None
+
+    recorder.process.send_signal(signal.SIGSEGV)
+    recorder.process.wait(5)
+
+    assert not list(recorder.spool.glob("*"))
+    await recorder.start()
+    pid, _ = crash(crasher("null_pointer"))
+    await recorder.captured(pid)
+
+
+@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
+async def test_storm_of_fifty_crashes_at_once_loses_none(
+    recorder_with: MakeRecorder, mechanism: str
+) -> None:
+    recorder = recorder_with(recorder_mechanism=mechanism, recorder_backtrace_deadline=0.1)
+    await recorder.start()
+    program = str(crasher("waiting"))
+    processes = [subprocess.Popen([program], stdout=subprocess.PIPE) for _ in range(50)]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
+
+    for process in processes:
+        process.send_signal(signal.SIGSEGV)
+    for process in processes:
+        process.communicate(timeout=30)
+    records = [await recorder.captured(process.pid, 30) for process in processes]
+
+    for record in records:
+        assert len(record.files) == 5
+        assert not any(file.truncated for file in record.files.values())
+    assert len({record.crash_id for record in records}) == 50
+
+
+async def test_backtraces_that_take_too_long_are_told(recorder_with: MakeRecorder) -> None:
+    recorder = recorder_with(recorder_backtrace_deadline=0.21)
+    await recorder.start()
+
+    pid, _ = crash(crasher("null_pointer"))
+    record = await recorder.captured(pid)
+
+    assert any(note.startswith("backtrace failed: not done within") for note in record.notes)
+    assert "backtrace failed: not done" in recorder.file(pid, "backtrace").read_text()
+
+
+async def test_crash_in_hand_is_finished_after_sigterm(recorder_with: MakeRecorder) -> None:
+    recorder = recorder_with()
+    await recorder.start()
+    process = subprocess.Popen([*HOG, "300"], stderr=subprocess.DEVNULL)
+    await until(lambda: list(recorder.spool.glob(f"{process.pid}/core_*")))
+
+    assert recorder.stop() == 0
+
+    assert process.wait(5) == -signal.SIGSEGV
+    record = recorder.record(process.pid)
+    assert record is not None, recorder.log
+    assert not record.files[f"core_{int(record.crashed_at)}"].truncated
+
+
+async def test_killed_recorder_lets_the_process_go_and_leaves_the_set_cut_short(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with()
+    await recorder.start()
+    process = subprocess.Popen([*HOG, "300"], stderr=subprocess.DEVNULL)
+    await until(lambda: list(recorder.spool.glob(f"{process.pid}/core_*")))
+
+    recorder.kill()
+
+    assert process.wait(5) == -signal.SIGSEGV
+    with recorder.file(process.pid, "capture").open("rb") as file:
+        assert not capture.is_being_written(file.fileno())
+        assert capture.read(file.fileno()).state == "writing"
+
+
+async def test_process_killed_while_it_dumps_leaves_a_truncated_core(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with()
+    await recorder.start()
+    process = subprocess.Popen([*HOG, "300"], stderr=subprocess.DEVNULL)
+    core = await until(lambda: list(recorder.spool.glob(f"{process.pid}/core_*")))
+    await until(lambda: core[0].stat().st_size > 1 << 20)
+
+    process.kill()
+    process.wait(5)
+    record = await recorder.captured(process.pid)
+
+    described = record.files[core[0].name]
+    assert described.truncated
+    assert "bytes are missing: the process was killed while it dumped" in (described.note or "")
+    assert described.size == core[0].stat().st_size
+
+
+async def test_core_over_the_limit_is_cut_and_flagged(recorder_with: MakeRecorder) -> None:
+    recorder = recorder_with(recorder_max_core_bytes=2_000_000)
+    await recorder.start()
+
+    pid, _ = crash(*HOG, "100")
+    record = await recorder.captured(pid)
+
+    described = record.files[recorder.file(pid, "core").name]
+    assert (described.size, described.truncated) == (2_000_000, True)
+    assert described.note == "cut at the limit of 2000000 bytes"
+    assert recorder.file(pid, "core").stat().st_size == 2_000_000
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 24 MiB."""
+    need_program("mount")
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+async def test_full_disk_costs_the_rest_of_the_core_and_nothing_else(
+    recorder_with: MakeRecorder, small_disk: Path
+) -> None:
+    recorder = recorder_with(spool=small_disk / "spool")
+    recorder.spool = small_disk / "spool"
+    await recorder.start()
+
+    pid, number = crash(*HOG, "100")
+    record = await recorder.captured(pid)
+
+    assert number == signal.SIGSEGV
+    core = record.files[recorder.file(pid, "core").name]
+    assert core.truncated
+    assert core.note == "no room on disk"
+    assert 10 << 20 < core.size == recorder.file(pid, "core").stat().st_size
+    assert len(record.files) == 5
+    assert json.loads(recorder.file(pid, "snapshot").read_bytes())["Pid"] == pid
+    # The crash after it is captured as far as it goes, and the recorder is still there.
+    second, _ = crash(*HOG, "100")
+    assert (await recorder.captured(second)).state == "complete"
+
+
+async def test_crash_that_cannot_be_captured_is_a_dead_letter(
+    recorder_with: MakeRecorder, small_disk: Path, nats_server: NatsServer, bus: Bus
+) -> None:
+    (small_disk / "full").write_bytes(b"x" * (23 << 20))
+    with (small_disk / "fuller").open("wb") as file, pytest.raises(OSError):
+        while True:
+            os.write(file.fileno(), b"x" * 4096)
+    recorder = recorder_with(spool=small_disk / "spool", nats_url=nats_server.url)
+    await recorder.start()
+
+    _, number = crash(crasher("null_pointer"))
+
+    assert number == signal.SIGSEGV
+    letters = await until(lambda: bus.stored(DeadLetter))
+    assert letters[0].service == "recorder"
+    assert letters[0].reason in ("spool_unusable", "capture_failed")
+    assert "df " in letters[0].mend
+
+
+async def test_capture_does_not_wait_for_the_bus(recorder_with: MakeRecorder) -> None:
+    recorder = recorder_with(nats_url="nats://127.0.0.1:1")
+    await recorder.start()
+
+    pid, _ = crash(crasher("null_pointer"))
+    record = await recorder.captured(pid)
+
+    assert record.state == "complete"
+
+
+async def test_spool_that_is_removed_while_it_runs_is_made_again(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with()
+    await recorder.start()
+    first, _ = crash(crasher("null_pointer"))
+    await recorder.captured(first)
+
+    subprocess.run(["rm", "-rf", str(recorder.spool)], check=True)
+    second, _ = crash(crasher("null_pointer"))
+
+    assert (await recorder.captured(second)).state == "complete"
+
+
+async def test_foreign_connection_is_refused_and_hurts_nobody(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with()
+    await recorder.start()
+    path = core_pattern.current().lstrip("@")
+
+    _, writer = await asyncio.open_unix_connection(path)
+    writer.write(b"GET / HTTP/1.1\r\n\r\n" * 4)
+    await writer.drain()
+    pid, _ = crash(crasher("null_pointer"))
+
+    assert (await recorder.captured(pid)).state == "complete"
+    await until(lambda: "handshake_failed" in recorder.log)
+    writer.close()
+
+
+@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
+async def test_crash_while_the_recorder_is_dead_does_not_hang(
+    recorder_with: MakeRecorder, mechanism: str
+) -> None:
+    recorder = recorder_with(recorder_mechanism=mechanism)
+    await recorder.start()
+    recorder.kill()
+
+    began = time.monotonic()
+    _, number = crash(crasher("null_pointer"))
+
+    assert number == signal.SIGSEGV
+    assert time.monotonic() - began < 5
+
+
+async def test_unusable_settings_are_told_in_a_line(recorder_with: MakeRecorder) -> None:
+    recorder = recorder_with(recorder_mechanism="pigeon")
+
+    recorder.launch()
+    assert recorder.process is not None
+
+    assert recorder.process.wait(20) == 2
+    assert "CRASHBUS_RECORDER_MECHANISM" in recorder.log
+    assert "Traceback" not in recorder.log

@@ -1,0 +1,126 @@
+"""A real recorder of a test's own: its own spool, state and socket."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from crashbus import capture
+from crashbus.capture import CaptureRecord
+from tests.support.wait import until
+
+START_WITHIN = 20  # seconds; the machine may be busy
+FILES = ("info", "cfg", "backtrace", "snapshot", "core")
+
+
+class RecorderService:
+    """Runs ``python -m services.recorder``.
+
+    Attributes:
+        spool: where its crash files are, in a short directory: a socket's path is bounded.
+        log: what it wrote so far.
+    """
+
+    def __init__(self, **settings: object) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="cb-", dir="/tmp"))
+        self.spool = self._directory / "spool"
+        self.state = self._directory / "state"
+        self._log = self._directory / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._environment = {
+            "CRASHBUS_SPOOL": self.spool,
+            "CRASHBUS_STATE": self.state,
+            "CRASHBUS_HOST": "test-host",
+            "CRASHBUS_NATS_URL": "nats://127.0.0.1:1",
+            "CRASHBUS_RECORDER_SOCKET": self._directory / "run" / "s",
+            "CRASHBUS_RECORDER_HTTP": "",
+        } | {f"CRASHBUS_{name.upper()}": value for name, value in settings.items()}
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    async def start(self) -> None:
+        """Start it and wait until crashes go to it."""
+        before = self._starts()
+        self.launch()
+        await until(lambda: self._alive() and self._starts() > before, START_WITHIN)
+
+    def launch(self) -> None:
+        """Start it."""
+        environment = os.environ | {k: str(v) for k, v in self._environment.items()}
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "services.recorder"], stderr=log, env=environment
+            )
+
+    def _starts(self) -> int:
+        # core_pattern alone does not tell: a killed recorder's is still there.
+        return self.log.count("recording crashes")
+
+    def _alive(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise RuntimeError(self.log)
+        return True
+
+    def stop(self) -> int:
+        """Stop it with SIGTERM and return its exit status."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(15)
+
+    def kill(self) -> None:
+        """End it as the OOM killer would."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+
+    def close(self) -> None:
+        """Stop it, if it runs, and remove its files."""
+        if self.process is not None and self.process.poll() is None:
+            self.stop()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def record(self, pid: int) -> CaptureRecord | None:
+        """Return the newest record of a process that is complete and no longer written."""
+        for path in sorted((self.spool / str(pid)).glob("capture_*"), reverse=True):
+            with path.open("rb") as file:
+                if capture.is_being_written(file.fileno()):
+                    continue
+                record = capture.read(file.fileno())
+                if record.state == "complete":
+                    return record
+        return None
+
+    async def captured(self, pid: int, within: float = 20) -> CaptureRecord:
+        """Wait until a crash is captured whole."""
+        try:
+            return await until(lambda: self.record(pid), within)
+        except TimeoutError:
+            raise TimeoutError(f"no record of {pid}; the recorder says:\n{self.log}") from None
+
+    def file(self, pid: int, kind: str) -> Path:
+        """Return the only file of a kind that a crash has."""
+        (path,) = (self.spool / str(pid)).glob(f"{kind}_*")
+        return path
+
+
+def crash(*command: str | Path, within: float = 20, **options: object) -> tuple[int, int]:
+    """Run a program until it ends; return its PID and the signal that killed it (0: none)."""
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        **options,  # type: ignore[call-overload]
+    )
+    return process.pid, -min(0, process.wait(within))
