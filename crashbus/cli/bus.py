@@ -5,14 +5,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from crashbus import Bus, DeadLetter, Manifest, Receipt, SignalEvent, connect, names
-from crashbus.bus import NotStored
 from crashbus.cli.crashes import Crash, join
 from crashbus.cli.errors import Trouble
-from crashbus.errors import BusUnreachable
+from crashbus.errors import BusUnreachable, NoStreams
 from services.common.settings import BusSettings
 
 NO_STREAMS = Trouble(
     "the bus has no Crashbus streams", "start a service of Crashbus on it, it makes them"
+)
+
+
+MEND_KEYS = (
+    "set CRASHBUS_NATS_USER and CRASHBUS_NATS_PASSWORD, or CRASHBUS_NATS_CREDENTIALS, "
+    "to what the server knows"
 )
 
 
@@ -24,14 +29,22 @@ async def connected() -> AsyncIterator[Bus]:
         Trouble: it does not answer, or it has no streams.
     """
     settings = BusSettings.load()
-    options = settings.connection_options("crashbus-cli")
+    refusals: list[str] = []
+
+    async def note(error: Exception) -> None:
+        refusals.append(str(error))
+
+    options = {**settings.connection_options("crashbus-cli"), "error_cb": note}
     try:
         async with connect(settings.nats_url, host=settings.host, **options) as bus:
             yield bus
-    except BusUnreachable as error:
-        raise Trouble(str(error), "start the server, or name another with --nats-url") from error
-    except NotStored:
+    except NoStreams:
         raise NO_STREAMS from None
+    except BusUnreachable as error:
+        # The client tries on whatever the server says, so its last word is not in the error.
+        if any("uthorization" in refusal for refusal in refusals):
+            raise Trouble(f"{settings.nats_url} refuses us: {refusals[-1]}", MEND_KEYS) from error
+        raise Trouble(str(error), "start the server, or name another with --nats-url") from error
 
 
 def stored_crashes(host: str | None = None) -> list[Crash]:

@@ -16,6 +16,7 @@ import typer
 from rich.text import Text
 
 from crashbus import chunks, destination, streams
+from crashbus.cli.bus import MEND_KEYS
 from crashbus.cli.terminal import console, plain, print_json, size
 from crashbus.destination import Destination, DestinationError
 from services.common.finding import Finding
@@ -121,7 +122,7 @@ async def _nats(settings: BusSettings) -> list[Finding]:
 
 def _mend_nats(error: str) -> str:
     if "uthorization" in error:
-        return "set CRASHBUS_NATS_USER and CRASHBUS_NATS_PASSWORD, or CRASHBUS_NATS_CREDENTIALS"
+        return MEND_KEYS
     return "start nats-server with JetStream, or set CRASHBUS_NATS_URL"
 
 

@@ -15,17 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol, Self
 
-import certifi
-import urllib3
-from minio import Minio
-from minio.error import MinioException, S3Error
 from pydantic import ValidationError
-from urllib3.exceptions import HTTPError
 
 from crashbus import Manifest, destination, layout, names
 from crashbus.cli.errors import Trouble
-from crashbus.destination import Destination, DestinationError
-from services.shipper.settings import ShipperSettings
+from crashbus.destination import DestinationError
 
 _FOLDER = re.compile(
     r"(?P<host>[^/]+)/(?P<day>\d{4}-\d\d-\d\d)/(?P<time>\d{6})-(?P<process>[^/]+)"
@@ -33,17 +27,6 @@ _FOLDER = re.compile(
 )
 
 _READABLE = "name s3://bucket/prefix or file:///path"
-
-# What helps against errors of S3: docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
-_KEYS = "check CRASHBUS_SHIPPER_S3_ACCESS_KEY and CRASHBUS_SHIPPER_S3_SECRET_KEY (or ..._FILE)"
-_MENDS = {
-    "NoSuchBucket": "check the bucket's name, or make it",
-    "InvalidAccessKeyId": _KEYS,
-    "SignatureDoesNotMatch": _KEYS,
-    "AccessDenied": f"{_KEYS}, and that they may list and read the bucket",
-    "RequestTimeTooSkewed": "set this host's clock",
-    "AuthorizationHeaderMalformed": "check CRASHBUS_SHIPPER_S3_REGION",
-}
 
 MAX_MANIFEST = 8 * 1024 * 1024  # bytes; a manifest lists few files, but arguments may be long
 
@@ -189,7 +172,9 @@ def open_store(url: str) -> Store:
         case "file":
             return FileStore(parsed.url, Path(parsed.path))
         case "s3":
-            return S3Store(parsed, ShipperSettings.load())
+            from crashbus.cli.s3 import S3Store  # takes a tenth of a second to import
+
+            return S3Store(parsed)
     raise StoreError(f"{parsed.url}: what went over a connection cannot be read back", _READABLE)
 
 
@@ -239,67 +224,3 @@ class FileStore(Store):
             raise StoreError(
                 f"{self.url}: cannot list {directory}: {error.strerror}", "run as a user who may"
             ) from error
-
-
-class S3Store(Store):
-    """``s3://bucket/prefix``: a bucket, with the shipper's settings for server and keys."""
-
-    def __init__(self, parsed: Destination, settings: ShipperSettings) -> None:
-        super().__init__(parsed.url)
-        self._bucket = parsed.bucket
-        self._prefix = f"{parsed.prefix}/" if parsed.prefix else ""
-        self._endpoint = settings.s3_endpoint
-        self._client = _client(settings)
-
-    @contextmanager
-    def open(self, key: str) -> Iterator[Readable]:
-        with self._as_store_errors(key):
-            response = self._client.get_object(self._bucket, self._prefix + key)
-            try:
-                yield response
-            finally:
-                response.close()
-                response.release_conn()
-
-    def _folders(self, below: str) -> list[str]:
-        prefix = self._prefix + below
-        with self._as_store_errors(below):
-            listed = list(self._client.list_objects(self._bucket, prefix=prefix))
-        names_ = (one.object_name or "" for one in listed if one.is_dir)
-        return [name.removeprefix(prefix).rstrip("/") for name in names_]
-
-    @contextmanager
-    def _as_store_errors(self, key: str) -> Iterator[None]:
-        try:
-            yield
-        except S3Error as error:
-            if error.code in ("NoSuchKey", "NoSuchObject"):
-                raise NotThere(f"{self.url} has no {key}", "take another destination") from error
-            raise StoreError(
-                f"{self.url}: {error.code} {error.message or ''}".rstrip(),
-                _MENDS.get(str(error.code), "see what the S3 server's log says"),
-            ) from error
-        except (MinioException, HTTPError, OSError) as error:
-            raise StoreError(
-                f"{self.url}: {self._endpoint} does not answer: {error}",
-                "start the S3 server, or set CRASHBUS_SHIPPER_S3_ENDPOINT",
-            ) from error
-
-
-def _client(settings: ShipperSettings) -> Minio:
-    """Return a client that gives up in time: a person is waiting."""
-    scheme, _, place = settings.s3_endpoint.partition("://")
-    access, secret = settings.s3_access_key, settings.s3_secret_key
-    http = urllib3.PoolManager(
-        timeout=urllib3.Timeout(settings.s3_connect_timeout, settings.s3_read_timeout),
-        retries=urllib3.Retry(2, backoff_factor=0.2, status_forcelist=(500, 502, 503, 504)),
-        ca_certs=str(settings.s3_ca_file or certifi.where()),
-    )
-    return Minio(
-        place,
-        access_key=access.get_secret_value() if access else None,
-        secret_key=secret.get_secret_value() if secret else None,
-        secure=scheme == "https",
-        region=settings.s3_region,
-        http_client=http,
-    )

@@ -1,0 +1,100 @@
+"""Listening and taking work, over the loss of the server and of its store."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
+from pathlib import Path
+
+from crashbus import Bus, SignalEvent
+from crashbus.errors import BusUnreachable
+from tests.cli.support import make
+from tests.support.nats import NatsServer
+from tests.support.wait import until
+
+
+def event(name: str) -> SignalEvent:
+    return make().event.model_copy(update={"event_id": name})
+
+
+async def publish(bus: Bus, name: str) -> None:
+    async def done() -> bool:
+        with suppress(BusUnreachable):
+            await bus.publish(event(name))
+            return True
+        return False
+
+    await until(done, within=20)
+
+
+async def next_id(events: AsyncIterator[SignalEvent]) -> str:
+    return (await asyncio.wait_for(anext(events), 20)).event_id
+
+
+async def test_who_listens_hears_what_comes_and_not_what_was(bus: Bus) -> None:
+    await bus.publish(event("old"))
+    async with aclosing(bus.subscribe(SignalEvent)) as events:
+        hearing = asyncio.create_task(next_id(events))
+        await asyncio.sleep(0)
+        for count in range(200):
+            await bus.publish(event(f"new{count}"))
+            if hearing.done():
+                break
+            await asyncio.sleep(0.01)
+        assert (await hearing).startswith("new")
+
+
+async def test_who_listens_misses_and_repeats_nothing_over_a_restart(
+    nats_server: NatsServer, bus: Bus
+) -> None:
+    await bus.publish(event("old"))
+    heard: list[str] = []
+
+    async def listen() -> None:
+        async for one in bus.subscribe(SignalEvent):
+            heard.append(one.event_id)  # noqa: PERF401 - it never ends
+
+    listening = asyncio.create_task(listen())
+    await until(lambda: _consumers(bus))
+    await asyncio.to_thread(nats_server.kill)
+    await asyncio.to_thread(nats_server.start)
+    for name in ("a", "b", "c"):
+        await publish(bus, name)
+    await until(lambda: len(heard) >= 3, within=15)
+    listening.cancel()
+    assert heard == ["a", "b", "c"]
+
+
+async def _consumers(bus: Bus) -> int:
+    return (await bus._js.stream_info("CRASH_SIGNALS")).state.consumer_count or 0
+
+
+async def test_work_is_taken_again_when_the_bus_lost_its_store(
+    nats_server: NatsServer, bus: Bus, tmp_path: Path
+) -> None:
+    taken: list[str] = []
+
+    async def work() -> None:
+        async for delivery in bus.consume(SignalEvent, "worker", service="test"):
+            taken.append(delivery.message.event_id)
+            with suppress(BusUnreachable):
+                await delivery.ack()
+
+    working = asyncio.create_task(work())
+    await publish(bus, "before")
+    await until(lambda: taken == ["before"])
+
+    await asyncio.to_thread(nats_server.kill)
+    shutil.rmtree(tmp_path / "nats" / "store")
+    await asyncio.to_thread(nats_server.start)
+
+    async def streams_made() -> bool:
+        with suppress(BusUnreachable):
+            await bus.ensure_streams()
+            return True
+        return False
+
+    await until(streams_made, within=20)
+    await publish(bus, "after")
+    await until(lambda: taken == ["before", "after"], within=20)
+    working.cancel()
