@@ -9,6 +9,9 @@ from crashbus import Bus, connect
 from tests.support.nats import NatsServer
 from tests.support.requirements import need_program
 
+# A real S3 server, started once for all tests that want it.
+pytest_plugins = ["tests.support.s3"]
+
 
 @pytest.fixture
 def nats_server(tmp_path: Path) -> Iterator[NatsServer]:

@@ -7,8 +7,8 @@ import threading
 import structlog
 
 from crashbus.destination import parse
-from services.common.service import STOP_WITHIN, Runtime, run
-from services.common.settings import BusSettings, SettingsError
+from services.common.service import Runtime, run
+from services.common.settings import SettingsError
 from services.shipper.delivery import Courier, Place
 from services.shipper.destinations import deliverer
 from services.shipper.failure import Failure
@@ -19,7 +19,7 @@ from services.shipper.standing import Standing
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 CHECK_AGAIN = 10.0  # seconds between looks at a destination that could not be used at the start
-LEAVE_BEFORE = 0.3  # seconds kept back from the time to stop
+LEAVE_WITHIN = 0.5  # seconds for Python to end by itself
 
 
 async def work(runtime: Runtime, settings: ShipperSettings) -> None:
@@ -33,8 +33,10 @@ async def work(runtime: Runtime, settings: ShipperSettings) -> None:
     try:
         async with runtime.bus() as bus:
             name = f"{runtime.host}/{os.getpid()}"
-            shipper = Shipper(bus, Courier(bus, places, settings, name), settings)
-            await shipper.run(on_stop=leave_in_time)
+            await Shipper(bus, Courier(bus, places, settings, name), settings).run()
+    except asyncio.CancelledError:
+        leave_in_time()
+        raise
     finally:
         for check in checks:
             check.cancel()
@@ -74,11 +76,12 @@ async def watch_start(place: Place) -> None:
 
 
 def leave_in_time() -> None:
-    """End the process even if a thread is stuck in a system call; all that matters is said by then.
+    """End the process soon even if a thread is stuck in a system call.
 
-    A thread that waits for a dead server cannot be ended, and Python would wait for it.
+    All is said and handed back by now. A thread that waits for a dead server cannot be ended,
+    and Python would wait for it.
     """
-    timer = threading.Timer(STOP_WITHIN - LEAVE_BEFORE, os._exit, (0,))
+    timer = threading.Timer(LEAVE_WITHIN, os._exit, (0,))
     timer.daemon = True
     timer.start()
 

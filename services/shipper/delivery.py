@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar, TypeVarTuple
 
 import structlog
 
@@ -21,6 +22,9 @@ from services.shipper.source import Source
 from services.shipper.standing import Standing
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+Ts = TypeVarTuple("Ts")
+R = TypeVar("R")
 
 MAX_ERROR = 2000  # characters of an error in a dead letter
 MAX_HISTORY = 50  # tries told in a dead letter: the first and the latest
@@ -232,7 +236,7 @@ class Courier:
                 attempts=tries.total,
                 shipper=self._name,
             )
-            await self._say(lambda: self._bus.publish(receipt))  # noqa: B023 - awaited at once
+            await self._with_bus(self._bus.publish, receipt)
             log.info("delivered", url=receipt.url, bytes=file.stored_size, attempts=tries.total)
 
     async def _dead_letter(
@@ -257,19 +261,14 @@ class Courier:
             error=str(failure)[:MAX_ERROR],
             mend=failure.mend,
         )
-        await self._say(lambda: self._bus.publish(letter))
+        await self._with_bus(self._bus.publish, letter)
 
     async def _undelivered(
         self, item: WorkItem, files: Sequence[CrashFile] | None = None
     ) -> list[CrashFile]:
         """Return those files of the item that have no receipt."""
         subject = f"crash.shipped.{names.token(item.host)}.{item.crash_id}"
-        receipts: list[Receipt] = []
-
-        async def ask() -> None:
-            receipts[:] = await self._bus.stored(Receipt, subject)
-
-        await self._say(ask)
+        receipts = await self._with_bus(self._bus.stored, Receipt, subject)
         delivered = {
             (one.file.name, one.file.sha256)
             for one in receipts
@@ -277,13 +276,13 @@ class Courier:
         }
         return [file for file in files or item.files if (file.name, file.sha256) not in delivered]
 
-    async def _say(self, call: Callable[[], Awaitable[None]]) -> None:
+    async def _with_bus(self, call: Callable[[*Ts], Awaitable[R]], *args: *Ts) -> R:
         """Do something that needs the bus, however long it is away."""
 
         def on_retry(error: BaseException) -> None:
             log.warning("waiting for the bus", error=str(error))
 
-        await policy.until_bus_answers(self._settings, on_retry)(call)
+        return await policy.until_bus_answers(self._settings, on_retry)(call, *args)
 
     def _earlier_tries(self, taken: Taken[WorkItem]) -> Tries:
         tries = self._handed_back.pop(_key(taken.message), None) or Tries(before=0)

@@ -8,9 +8,11 @@ from tenacity import (
     RetryCallState,
     retry_if_exception_type,
     stop_after_delay,
-    wait_exponential_jitter,
+    wait_exponential,
+    wait_random,
 )
 from tenacity.stop import stop_base
+from tenacity.wait import wait_base
 
 from crashbus.errors import BusFull, BusUnreachable
 from services.shipper.failure import Passing
@@ -61,10 +63,9 @@ def until_bus_answers(
     )
 
 
-def _backoff(settings: ShipperSettings) -> wait_exponential_jitter:
-    return wait_exponential_jitter(
-        initial=settings.retry_first, max=settings.retry_cap, jitter=settings.retry_first
-    )
+def _backoff(settings: ShipperSettings) -> wait_base:
+    growing = wait_exponential(multiplier=settings.retry_first, max=settings.retry_cap)
+    return growing + wait_random(0, settings.retry_first)
 
 
 def _telling(on_retry: Callable[[BaseException], None]) -> Callable[[RetryCallState], None]:

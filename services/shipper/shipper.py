@@ -1,7 +1,6 @@
 """The shipper's loop: which items are in hand, and how it ends."""
 
 import asyncio
-from collections.abc import Callable
 
 import structlog
 
@@ -14,7 +13,7 @@ from services.shipper.settings import ShipperSettings
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 CONSUMER = "shippers"  # all shippers share it, and so share the work
-FINISH_WITHIN = 6.0  # seconds from SIGTERM for what is in hand; the rest is handed back
+FINISH_WITHIN = 5.5  # seconds from SIGTERM for what is in hand; the rest is handed back
 HAND_BACK_WITHIN = 2.0  # seconds to take back what was begun
 
 
@@ -27,12 +26,8 @@ class Shipper:
         self._settings = settings
         self._in_hand: set[asyncio.Task[None]] = set()
 
-    async def run(self, on_stop: Callable[[], None] = lambda: None) -> None:
-        """Deliver until cancelled, then finish or hand back what is in hand.
-
-        Args:
-            on_stop: called when it was cancelled, before the end is made.
-        """
+    async def run(self) -> None:
+        """Deliver until cancelled, then finish or hand back what is in hand."""
         metrics.MALFORMED.set_function(lambda: self._bus.malformed)
         items = self._bus.consume(
             WorkItem, CONSUMER, service="shipper", ack_wait=self._settings.ack_wait
@@ -44,7 +39,6 @@ class Shipper:
                 while len(self._in_hand) >= self._settings.concurrency:
                     await asyncio.wait(self._in_hand, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            on_stop()
             await self._finish()
 
     def _take(self, taken: Delivery[WorkItem]) -> None:

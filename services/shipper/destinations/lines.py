@@ -12,6 +12,7 @@ and a last one with the size and hash of the whole.
 """
 
 import json
+import math
 import re
 from base64 import b64encode
 from typing import Any, NoReturn
@@ -29,14 +30,29 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 def small_file(name: str, content: bytes) -> bytes:
     """Return the line for a file, newline included."""
     try:
-        value = json.loads(content.decode(), parse_constant=_no_constant)
+        value = json.loads(
+            content.decode(),
+            parse_constant=_no_number,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
     except (ValueError, RecursionError):
         value = names.text(content).split("\n")
     return _line({name: value})
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is Python's, not JSON")
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text[:20]} is not a number in JSON, or not one that a double holds")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
+
+
+def _integer(text: str) -> int:
+    _finite(text)
+    return int(text)
 
 
 def core_chunk(crash_id: str, file: CrashFile, piece: Piece) -> bytes:

@@ -1,0 +1,458 @@
+"""What a shipper does with its work, whatever happens to it."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from crashbus import Bus, WorkItem, streams
+from crashbus.chunks import Chunk
+from services.shipper.settings import ShipperSettings
+from tests.shipper.conftest import (
+    MIB,
+    Running,
+    dead_letters,
+    nothing_left,
+    quick,
+    receipts_of,
+    send,
+)
+from tests.support.nats import NatsServer
+from tests.support.s3 import S3Server
+from tests.support.service import ServiceProcess
+from tests.support.tcp import Receiver
+from tests.support.wait import until
+
+Start = Callable[..., Awaitable[ServiceProcess]]
+
+
+async def test_destination_of_no_setting_is_refused(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    sent = await send(bus, {"info_1": b"x"})
+    item = sent.item(other.as_uri())
+    await bus.publish(item)
+
+    async with shipping([ours.as_uri()]):
+        (letter,) = await dead_letters(bus)
+        await nothing_left(bus)
+
+    assert letter.reason == "destination_not_configured"
+    assert letter.work == item
+    assert "CRASHBUS_DESTINATIONS" in letter.mend
+    assert not other.exists()
+
+
+def forged(item: WorkItem, **changes: object) -> bytes:
+    """Return the item as msgpack with fields that the class would not take."""
+    import msgpack
+
+    data = msgpack.unpackb(item.encode())
+    for name, value in changes.items():
+        if name in data:
+            data[name] = value
+        else:
+            data["files"][0][name] = value
+    packed: bytes = msgpack.packb(data)
+    return packed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "../../etc/cron.d/x"},
+        {"name": ".."},
+        {"name": "a/b"},
+        {"name": "a\0b"},
+        {"crash_id": "../../../../root"},
+        {"crash_id": "*"},
+        {"chunks": -1},
+        {"encoding": "exec"},
+        {"crashed_at": float("nan")},
+        {"crashed_at": 1e300},
+        {"files": []},
+        {"v": "9.0"},
+    ],
+    ids=str,
+)
+async def test_forged_work_item_is_put_aside_whole_and_counted(
+    bus: Bus, shipping: Running, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    base = tmp_path / "base"
+    sent = await send(bus, {"info_1": b"x"})
+    item = sent.item(base.as_uri())
+    payload = forged(item, **changes)
+    before = bus.malformed
+    await bus.publish_raw(item.subject, payload)
+    await bus.publish(item)
+
+    async with shipping([base.as_uri()]):
+        (letter,) = await dead_letters(bus)
+        await receipts_of(bus, sent, 1)
+        await nothing_left(bus)
+
+    assert letter.reason == "malformed_message"
+    assert letter.payload_received == payload
+    assert bus.malformed == before + 1
+    assert [one.name for one in tmp_path.iterdir() if one.name not in ("base", "nats")] == []
+
+
+async def test_bytes_that_are_not_msgpack_are_put_aside(bus: Bus, shipping: Running) -> None:
+    await bus.publish_raw("crash.file.web1.x", b"\xc1 not msgpack")
+
+    async with shipping(["file:///nonexistent"]):
+        (letter,) = await dead_letters(bus)
+
+    assert (letter.reason, letter.payload_received) == ("malformed_message", b"\xc1 not msgpack")
+
+
+async def test_hostile_text_stays_below_the_destination(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    sent = await send(bus, {"info_1": b"x"})
+    item = sent.item(base.as_uri(), host="../../..", process_name="../../evil\0\n")
+    await bus.publish(item)
+
+    async with shipping([base.as_uri()]):
+        (receipt,) = await receipts_of(bus, sent, 1)
+
+    (file,) = (one for one in tmp_path.rglob("info_1*"))
+    assert file.is_relative_to(base)
+    assert receipt.url == file.as_uri()
+
+
+async def test_chunk_that_is_not_what_was_sent_is_a_dead_letter(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    sent = await send(bus, {"core_1": os.urandom(3 * MIB)}, encoding="identity")
+    await bus.purge_chunks(sent.crash_id, "core_1")
+    body = os.urandom(1000)
+    for index in range(sent.files[0].chunks):
+        await bus.publish_chunk(sent.crash_id, "core_1", Chunk(index, 1000, body, "0" * 64))
+    await bus.publish(sent.item(tmp_path.as_uri()))
+
+    async with shipping([tmp_path.as_uri()]):
+        (letter,) = await dead_letters(bus)
+
+    assert letter.reason == "damaged_file"
+    assert list(tmp_path.rglob("core_1*")) == []
+
+
+async def test_frame_that_blows_up_is_a_dead_letter(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    import hashlib
+
+    import zstandard
+
+    sent = await send(bus, {"core_1": b"small"})
+    await bus.purge_chunks(sent.crash_id, "core_1")
+    bomb = zstandard.compress(bytes(1024 * MIB))
+    await bus.publish_chunk(
+        sent.crash_id, "core_1", Chunk(0, 5, bomb, hashlib.sha256(bomb).hexdigest())
+    )
+    await bus.publish(sent.item(tmp_path.as_uri()))
+
+    async with shipping([tmp_path.as_uri()]):
+        (letter,) = await dead_letters(bus)
+
+    assert letter.reason == "damaged_file"
+
+
+async def test_chunks_that_never_came_are_a_dead_letter(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    sent = await send(bus, {"info_1": b"x"})
+    await bus.purge_chunks(sent.crash_id, "info_1")
+    await bus.publish(sent.item(tmp_path.as_uri()))
+
+    async with shipping([tmp_path.as_uri()]):
+        (letter,) = await dead_letters(bus)
+        await nothing_left(bus)
+
+    assert letter.reason == "chunks_missing"
+    assert "collector" in letter.mend
+
+
+async def test_item_that_comes_after_its_receipt_is_done(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    """The collector purges chunks on a receipt; the shipper may die before it acknowledges."""
+    sent = await send(bus, {"info_1": b"x"})
+    await bus.publish(sent.item(tmp_path.as_uri()))
+
+    async with shipping([tmp_path.as_uri()]):
+        await receipts_of(bus, sent, 1)
+        await bus.purge_chunks(sent.crash_id, "info_1")
+        await bus.publish(sent.item(tmp_path.as_uri()))
+        await nothing_left(bus)
+
+    assert await bus.stored(streams_dead_letter()) == []
+
+
+def streams_dead_letter() -> type:
+    from crashbus import DeadLetter
+
+    return DeadLetter
+
+
+async def test_lines_are_not_sent_twice_when_only_the_acknowledgement_was_lost(
+    bus: Bus, shipping: Running
+) -> None:
+    receiver = Receiver()
+    sent = await send(bus, {"info_1": b"x"})
+    item = sent.item(receiver.url)
+    await bus.publish(item)
+    async with shipping([receiver.url]):
+        await receipts_of(bus, sent, 1)
+        await nothing_left(bus)
+    await bus.publish(item)
+    async for taken in bus.consume(WorkItem, "shippers", service="test"):
+        await taken.retry(0)  # as if a shipper had taken it and died
+        break
+
+    async with shipping([receiver.url]):
+        await nothing_left(bus)
+    receiver.close()
+
+    assert receiver.accepted == 1
+
+
+async def test_error_of_our_own_is_told_and_does_not_end_the_service(
+    bus: Bus, shipping: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from services.shipper.destinations.file import Upload
+
+    whole = Upload.complete
+
+    def broken(self: Upload, name: str) -> None:
+        if name.startswith("cfg"):
+            raise ZeroDivisionError("a bug")
+        whole(self, name)
+
+    monkeypatch.setattr(Upload, "complete", broken)
+    sent = await send(bus, {"cfg_1": b"x", "info_1": b"y"})
+    for name in sent.contents:
+        await bus.publish(sent.item(tmp_path.as_uri(), name))
+
+    async with shipping([tmp_path.as_uri()], quick(retry_in_hand=0.1, give_up=0.5)):
+        await receipts_of(bus, sent, 1)
+        (letter,) = await dead_letters(bus)
+
+    assert letter.reason == "internal_error"
+    assert "ZeroDivisionError: a bug" in letter.error
+
+
+async def test_dead_destination_does_not_keep_another_from_its_files(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    gone = Receiver()
+    gone.close()
+    sent = await send(bus, {f"info_{n}": b"x" for n in range(20)})
+    for name in sent.contents:
+        await bus.publish(sent.item(gone.url, name))
+    for name in sent.contents:
+        await bus.publish(sent.item(tmp_path.as_uri(), name))
+
+    async with shipping([gone.url, tmp_path.as_uri()], quick(retry_in_hand=0.5)):
+        await receipts_of(bus, sent, 20)
+
+
+async def test_delivery_outlives_a_restart_of_the_bus(
+    bus: Bus, shipping: Running, nats_server: NatsServer, tmp_path: Path
+) -> None:
+    sent = await send(bus, {"core_1": os.urandom(40 * MIB)}, encoding="identity")
+    await bus.publish(sent.item(tmp_path.as_uri()))
+
+    async with shipping([tmp_path.as_uri()]):
+        await until(lambda: list(tmp_path.rglob(".crashbus-*")))
+        nats_server.kill()
+        await asyncio.sleep(0.3)  # an outage that lasts
+        nats_server.start()
+        await receipts_of(bus, sent, 1, within=30)
+
+    assert (tmp_path / sent.folder / "core_1").read_bytes() == sent.contents["core_1"]
+
+
+async def test_killed_shipper_leaves_its_work_to_another(
+    bus: Bus, s3: S3Server, shipper_process: Start
+) -> None:
+    bucket = s3.make_bucket()
+    sent = await send(bus, {"core_1": os.urandom(60 * MIB)}, encoding="identity")
+    part = {"CRASHBUS_SHIPPER_S3_PART_SIZE": str(5 * MIB)}
+    first = await shipper_process([f"s3://{bucket}"], **s3.settings(), **part)
+    await first.healthy()
+    await bus.publish(sent.item(f"s3://{bucket}"))
+    await until(lambda: asyncio.to_thread(s3.unfinished_uploads, bucket), every=0.001)
+    first.kill()
+
+    second = await shipper_process([f"s3://{bucket}"], **s3.settings(), **part)
+    (receipt,) = await receipts_of(bus, sent, 1, within=30)
+    await nothing_left(bus)
+
+    assert receipt.shipper == f"shipper-host/{second.pid}"
+    assert receipt.attempts == 2
+    assert s3.read(bucket, f"{sent.folder}/core_1") == sent.contents["core_1"]
+    assert s3.unfinished_uploads(bucket) == []
+
+
+async def test_shippers_share_the_work(bus: Bus, shipper_process: Start, tmp_path: Path) -> None:
+    url = (tmp_path / "base").as_uri()
+    shippers = [await shipper_process([url]) for _ in range(2)]
+    for one in shippers:
+        await one.healthy()
+    sent = await send(bus, {f"info_{n}": os.urandom(1000) for n in range(60)})
+    for name in sent.contents:
+        await bus.publish(sent.item(url, name))
+
+    receipts = await receipts_of(bus, sent, 60)
+    await nothing_left(bus)
+
+    assert sorted(receipt.file.name for receipt in receipts) == sorted(sent.contents)
+    assert len({receipt.shipper for receipt in receipts}) == 2
+
+
+async def test_sigterm_finishes_what_can_be_finished(
+    bus: Bus, shipper_process: Start, tmp_path: Path
+) -> None:
+    url = (tmp_path / "base").as_uri()
+    shipper = await shipper_process([url])
+    await shipper.healthy()
+    sent = await send(bus, {"core_1": os.urandom(60 * MIB)}, encoding="identity")
+    await bus.publish(sent.item(url))
+    await until(lambda: list((tmp_path / "base").rglob(".crashbus-*")), every=0.001)
+
+    shipper.kill(signal.SIGTERM)
+
+    assert await shipper.wait(10) == 0
+    (receipt,) = await receipts_of(bus, sent, 1, within=1)
+    assert receipt.attempts == 1
+    await nothing_left(bus)
+
+
+async def test_sigterm_hands_back_what_cannot_be_finished(
+    bus: Bus, s3: S3Server, shipper_process: Start
+) -> None:
+    bucket = s3.make_bucket()
+    url = f"s3://{bucket}"
+    settings = {"CRASHBUS_SHIPPER_S3_PART_SIZE": str(5 * MIB), **s3.settings()}
+    shipper = await shipper_process([url], CRASHBUS_SHIPPER_ACK_WAIT="60", **settings)
+    await shipper.healthy()
+    sent = await send(bus, {"core_1": os.urandom(60 * MIB)}, encoding="identity")
+    await bus.publish(sent.item(url))
+    await until(lambda: asyncio.to_thread(s3.unfinished_uploads, bucket), every=0.001)
+    s3.pause_gateway()
+
+    started = time.monotonic()
+    shipper.kill(signal.SIGTERM)
+
+    assert await shipper.wait(11) == 0, shipper.log
+    assert time.monotonic() - started < 10
+    assert "handed back" in shipper.log
+    s3.resume_gateway()
+    other = await shipper_process([url], CRASHBUS_SHIPPER_ACK_WAIT="60", **settings)
+    (receipt,) = await receipts_of(bus, sent, 1, within=20)  # long before ack_wait is over
+    assert receipt.shipper == f"shipper-host/{other.pid}"
+    assert s3.unfinished_uploads(bucket) == []
+
+
+async def test_start_without_bus_or_destination_warns_and_waits(
+    nats_server: NatsServer, shipper_process: Start
+) -> None:
+    gone = Receiver()
+    gone.close()
+    nats_server.kill()
+    shipper = await shipper_process([gone.url])
+
+    await until(lambda: "cannot use a destination now" in shipper.log)
+    await until(lambda: "waiting for the bus" in shipper.log)
+    assert "start the receiver" in shipper.log
+    assert "Traceback" not in shipper.log
+    shipper.kill(signal.SIGTERM)
+    assert await shipper.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"CRASHBUS_DESTINATIONS": ""}, "CRASHBUS_DESTINATIONS"),
+        ({"CRASHBUS_DESTINATIONS": "gopher://x"}, "s3://, tcp://, tls:// or file://"),
+        ({"CRASHBUS_DESTINATIONS": "s3://abc"}, "CRASHBUS_SHIPPER_S3_ACCESS_KEY"),
+        ({"CRASHBUS_SHIPPER_CONCURRENCY": "many"}, "CRASHBUS_SHIPPER_CONCURRENCY"),
+        (
+            {
+                "CRASHBUS_DESTINATIONS": "tls://h:1",
+                "CRASHBUS_SHIPPER_TLS_CA_FILE": "/nonexistent",
+            },
+            "CRASHBUS_SHIPPER_TLS_CA_FILE",
+        ),
+        ({"CRASHBUS_SHIPPER_S3_ENDPOINT": "localhost:9000"}, "http://host[:port]"),
+    ],
+)
+async def test_wrong_setting_ends_it_with_status_2_and_the_mend(
+    shipper_process: Start, variables: dict[str, str], told: str
+) -> None:
+    shipper = await shipper_process(["file:///tmp"], **variables)
+
+    assert await shipper.wait(15) == 2
+    assert told in shipper.log
+    assert "Traceback" not in shipper.log
+
+
+async def test_secrets_are_read_from_files_and_never_logged(
+    bus: Bus, s3: S3Server, shipper_process: Start, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text(f"{s3.secret_key}\n")
+    settings = s3.settings()
+    del settings["CRASHBUS_SHIPPER_S3_SECRET_KEY"]
+    bucket = s3.make_bucket()
+    shipper = await shipper_process(
+        [f"s3://{bucket}"], CRASHBUS_SHIPPER_S3_SECRET_KEY_FILE=str(secret), **settings
+    )
+    sent = await send(bus, {"info_1": b"x"})
+    await bus.publish(sent.item(f"s3://{bucket}"))
+
+    await receipts_of(bus, sent, 1)
+
+    assert s3.secret_key not in shipper.log
+    assert shipper.metric("crashbus_shipper_deliveries_total") == 1
+
+
+def test_settings_hide_secrets() -> None:
+    assert "hush" not in repr(ShipperSettings(s3_secret_key="hush"))  # type: ignore[arg-type]
+
+
+async def test_memory_does_not_grow_with_the_file(
+    bus: Bus, s3: S3Server, shipper_process: Start
+) -> None:
+    bucket = s3.make_bucket()
+    shipper = await shipper_process([f"s3://{bucket}"], **s3.settings())
+    await shipper.healthy()
+    sent = await send(bus, {f"core_{n}": os.urandom(50 * MIB) for n in range(4)}, "identity")
+    for name in sent.contents:
+        await bus.publish(sent.item(f"s3://{bucket}", name))
+
+    await receipts_of(bus, sent, 4, within=40)
+
+    status = Path(f"/proc/{shipper.pid}/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) // 1024
+    assert peak < 150, f"{peak} MiB"
+    print(f"peak {peak} MiB")
+
+
+async def test_stream_of_work_is_empty_when_all_is_delivered(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    sent = await send(bus, {"info_1": b"x"})
+    await bus.publish(sent.item(tmp_path.as_uri()))
+    async with shipping([tmp_path.as_uri()]):
+        await nothing_left(bus)
+    assert await bus.holds(WorkItem, sent.item(tmp_path.as_uri()).subject) is False
+    assert streams.stream_of(WorkItem) == streams.FILES
