@@ -9,10 +9,12 @@ because the process's /proc can be read while it waits. USERSPACE (no core at al
 memory ourselves) and REJECT are not used.
 """
 
+import fcntl
 import os
 import re
 import socket
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 
 from services.recorder.errors import CaptureFailed
@@ -109,6 +111,8 @@ def _from_helper(hold: Hold) -> Arrival:
         for descriptor in descriptors:
             os.close(descriptor)
         raise _not_the_kernel(f"{len(descriptors)} descriptors and {text!r}")
+    with suppress(OSError):  # a smaller pipe only costs time
+        fcntl.fcntl(descriptors[0], fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
     hold.continue_with(descriptors[0])
     pid, _, signal, _ = (int(part) for part in match.groups())
     return Arrival(pid, signal if signal <= 64 else 0)

@@ -1,0 +1,148 @@
+"""A spool in a directory that everyone can write to, and what others put there."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from crashbus.layout import Kind
+from services.recorder import spool
+from services.recorder.errors import CaptureFailed
+from tests.support.requirements import need_root
+
+NOBODY = 65534
+EPOCH = 1795388839
+
+
+@pytest.fixture(autouse=True)
+def _root() -> None:
+    need_root()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "appscope"
+
+
+def is_ours(path: Path) -> bool:
+    status = path.lstat()
+    mode = stat.S_IMODE(status.st_mode)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == 0 and mode == 0o1777
+
+
+def open_crash(root: Path, pid: int = 42) -> int:
+    """Open and close the directory of a crash; return the epoch."""
+    directory, epoch = spool.open_crash(root, pid, EPOCH)
+    os.close(directory)
+    return epoch
+
+
+def test_spool_is_made_open_to_all(root: Path) -> None:
+    assert open_crash(root) == EPOCH
+
+    assert is_ours(root)
+    assert is_ours(root / "42")
+
+
+def test_spool_of_another_user_is_taken_over(root: Path) -> None:
+    root.mkdir(mode=0o755)
+    os.chown(root, NOBODY, NOBODY)
+
+    open_crash(root)
+
+    assert is_ours(root)
+
+
+def test_appscope_s_directory_is_shared_with_its_process(root: Path) -> None:
+    open_crash(root, 1)
+    (root / "42").mkdir()
+    (root / "42" / "info_1").touch()
+    os.chown(root / "42", NOBODY, NOBODY)
+
+    open_crash(root)
+
+    assert is_ours(root / "42")
+    assert (root / "42" / "info_1").exists()
+
+
+@pytest.mark.parametrize("place", ["", "42"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file", "fifo"])
+def test_what_stands_in_the_place_of_a_directory_is_put_aside(
+    root: Path, tmp_path: Path, place: str, kind: str
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir(mode=0o700)
+    if place:
+        open_crash(root, 1)
+    path = root / place if place else root
+    if kind == "link":
+        path.symlink_to(victim)
+    elif kind == "dangling link":
+        path.symlink_to(tmp_path / "nowhere")
+    elif kind == "file":
+        path.touch()
+    else:
+        os.mkfifo(path)
+
+    open_crash(root)
+
+    assert is_ours(path)
+    assert list(victim.iterdir()) == []
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o700
+    assert not (tmp_path / "nowhere").exists()
+    assert len(list(path.parent.glob(".*.aside-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"{kind}_{EPOCH}" for kind in Kind if kind != "manifest"), f".capture_{EPOCH}"]
+)
+def test_epoch_whose_name_is_taken_is_passed_over(root: Path, name: str) -> None:
+    open_crash(root)
+    (root / "42" / name).symlink_to("/etc/passwd")
+
+    assert open_crash(root) == EPOCH + 1
+
+
+def test_directory_full_of_names_is_put_aside(root: Path) -> None:
+    open_crash(root)
+    for epoch in range(EPOCH, EPOCH + 200):
+        (root / "42" / f"core_{epoch}").touch()
+
+    assert open_crash(root) == EPOCH
+
+    assert list((root / "42").iterdir()) == []
+
+
+def test_file_is_never_written_through_a_link(root: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.touch()
+    directory, _ = spool.open_crash(root, 42, EPOCH)
+    (root / "42" / f"core_{EPOCH}").symlink_to(victim)
+
+    with pytest.raises(FileExistsError):
+        spool.create_file(directory, Kind.CORE, EPOCH)
+
+    os.close(directory)
+    assert victim.stat().st_size == 0
+
+
+def test_file_is_for_root_alone_whatever_the_umask(root: Path) -> None:
+    directory, epoch = spool.open_crash(root, 42, EPOCH)
+    before = os.umask(0)
+    try:
+        os.close(spool.create_file(directory, Kind.CORE, epoch))
+    finally:
+        os.umask(before)
+        os.close(directory)
+
+    assert stat.S_IMODE((root / "42" / f"core_{EPOCH}").stat().st_mode) == 0o600
+
+
+def test_unusable_spool_names_the_mend(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(CaptureFailed, match="cannot be used") as caught:
+        spool.open_spool(tmp_path / "file" / "appscope")
+
+    assert "CRASHBUS_SPOOL" in caught.value.mend
