@@ -8,7 +8,7 @@ services. Whatever goes wrong with the server or the way to it is `BusUnreachabl
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
@@ -23,7 +23,13 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from crashbus import streams
 from crashbus.chunks import Chunk
-from crashbus.errors import BusFull, BusUnreachable, ChunksMissing, MalformedMessage
+from crashbus.errors import (
+    BusFull,
+    BusUnreachable,
+    ChunksMissing,
+    MalformedMessage,
+    NoStreams,
+)
 from crashbus.messages import DeadLetter, Message, chunk_subject
 
 log = logging.getLogger("crashbus.bus")
@@ -34,7 +40,9 @@ CONNECT_TIMEOUT = 2.0  # seconds for one try; a server on the next host answers 
 RECONNECT_WAIT = 0.5  # seconds between tries: short, so that little piles up meanwhile
 PUBLISH_TIMEOUT = 5.0  # seconds for the server to store a message; its disk may be busy
 FETCH_TIMEOUT = 5.0  # seconds one fetch waits before it asks again
+FOLLOW_BATCH = 64  # messages asked for at once by one who only listens
 DEFAULT_CHUNK_STORE = 8 * 1024**3
+_STREAM_NOT_FOUND = 10059
 _STORE_FULL = {10023, 10047, 10077}  # resources exceeded, store full, maximum bytes exceeded
 
 OnMalformed = Callable[[MalformedMessage], Awaitable[None]]
@@ -81,6 +89,7 @@ class Bus:
         self._client = client
         self._js: JetStreamContext = client.jetstream(timeout=PUBLISH_TIMEOUT)
         self._host = host
+        self._chunk_store: int | None = None  # set where this connection makes streams
         self.malformed = 0  # messages skipped or put aside since the start
 
     @property
@@ -94,7 +103,11 @@ class Bus:
         return self._client.is_connected
 
     async def ensure_streams(self, chunk_store_bytes: int = DEFAULT_CHUNK_STORE) -> None:
-        """Make the streams that do not exist; one that exists stays as its owner made it."""
+        """Make the streams that do not exist; one that exists stays as its owner made it.
+
+        From then on this connection makes them anew should the server lose them.
+        """
+        self._chunk_store = chunk_store_bytes
         with _as_bus_errors():
             for config in streams.all_streams(chunk_store_bytes):
                 assert config.name is not None
@@ -119,7 +132,17 @@ class Bus:
     ) -> None:
         """Publish bytes that were encoded before, and wait until they are stored."""
         with _as_bus_errors():
-            await self._js.publish(subject, payload, headers=headers)
+            try:
+                await self._js.publish(subject, payload, headers=headers)
+            except nats.js.errors.NoStreamResponseError:
+                await self._restore_streams()
+                await self._js.publish(subject, payload, headers=headers)
+
+    async def _restore_streams(self) -> None:
+        """Make streams that the server lost, if making them is our business."""
+        if self._chunk_store is not None:
+            log.warning("the bus has lost streams, making them anew")
+            await self.ensure_streams(self._chunk_store)
 
     async def publish_chunk(self, crash_id: str, file: str, chunk: Chunk) -> None:
         """Publish one chunk of a crash file and wait until it is stored."""
@@ -157,8 +180,11 @@ class Bus:
     async def chunk_count(self, crash_id: str, file: str) -> int:
         """Return how many chunks of a crash file the bus holds, copies included."""
         subject = chunk_subject(crash_id, file)
-        with _as_bus_errors():
-            info = await self._js.stream_info(streams.CHUNKS, subjects_filter=subject)
+        try:
+            with _as_bus_errors():
+                info = await self._js.stream_info(streams.CHUNKS, subjects_filter=subject)
+        except NoStreams:
+            return 0
         return (info.state.subjects or {}).get(subject, 0)
 
     async def holds(self, kind: type[Message], subject: str) -> bool:
@@ -166,31 +192,62 @@ class Bus:
         try:
             with _as_bus_errors():
                 await self._js.get_last_msg(streams.stream_of(kind), subject)
-        except NotStored:
+        except (NotStored, NoStreams):
             return False
         return True
 
     async def purge_chunks(self, crash_id: str, file: str) -> None:
         """Remove all chunks of a crash file from the bus."""
-        with _as_bus_errors():
+        with suppress(NoStreams), _as_bus_errors():
             await self._js.purge_stream(streams.CHUNKS, subject=chunk_subject(crash_id, file))
 
     async def subscribe(self, kind: type[M], subject: str | None = None) -> AsyncIterator[M]:
-        """Yield messages from now on, in order; malformed ones are logged, counted, skipped."""
+        """Yield messages from now on, in order, each once; over reconnects and restarts, too.
+
+        Malformed messages are logged, counted and skipped.
+        """
+        name = streams.stream_of(kind)
         with _as_bus_errors():
-            subscription = await self._js.subscribe(
-                subject or kind.SUBJECT,
-                stream=streams.stream_of(kind),
-                ordered_consumer=True,
-                config=ConsumerConfig(deliver_policy=DeliverPolicy.NEW),
-            )
+            seen = (await self._js.stream_info(name)).state.last_seq
+        # nats-py's ordered consumer takes 20 s to see that the server has lost it, and begins
+        # at the first message ever stored if it had none by then.
+        subscription: JetStreamContext.PullSubscription | None = None
         try:
-            async for raw in subscription.messages:
-                message = self._read(kind, raw.subject, raw.data)
-                if message is not None:
-                    yield message
+            while True:
+                try:
+                    if subscription is None:
+                        subscription = await self._follow(name, subject or kind.SUBJECT, seen + 1)
+                    with _obeying_cancellation():
+                        arrived = await subscription.fetch(FOLLOW_BATCH, timeout=FETCH_TIMEOUT)
+                except nats.errors.TimeoutError:
+                    subscription = await self._if_there(subscription)
+                    continue
+                except (nats.errors.Error, OSError) as error:
+                    log.warning("cannot follow %s, trying again: %s", name, error)
+                    subscription = None
+                    await asyncio.sleep(RECONNECT_WAIT)
+                    continue
+                for raw in arrived:
+                    seen = raw.metadata.sequence.stream
+                    message = self._read(kind, raw.subject, raw.data)
+                    if message is not None:
+                        yield message
         finally:
-            await subscription.unsubscribe()
+            if subscription is not None:
+                with suppress(nats.errors.Error, OSError):
+                    await subscription.unsubscribe()
+
+    async def _follow(
+        self, stream: str, subject: str, start: int
+    ) -> JetStreamContext.PullSubscription:
+        config = ConsumerConfig(
+            ack_policy=AckPolicy.NONE,
+            deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+            opt_start_seq=start,
+            inactive_threshold=60,
+            mem_storage=True,
+        )
+        return await self._js.pull_subscribe(subject, stream=stream, config=config)
 
     async def stored(
         self, kind: type[M], subject: str | None = None, since: float | None = None
@@ -236,6 +293,7 @@ class Bus:
         subject: str | None = None,
         ack_wait: float = 30,
         batch: int = 1,
+        new_only: bool = False,
     ) -> AsyncIterator[Delivery[M]]:
         """Yield work from a durable consumer that any number of services may share.
 
@@ -247,10 +305,15 @@ class Bus:
             service: who is asking, for the dead letter.
             ack_wait: seconds after which an unsettled message is given to another.
             batch: how many to ask for at once.
+            new_only: when the consumer is made, leave out what was there before it.
         """
         name = streams.stream_of(kind)
         config = ConsumerConfig(
-            ack_policy=AckPolicy.EXPLICIT, ack_wait=ack_wait, max_deliver=-1, max_ack_pending=1024
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=ack_wait,
+            max_deliver=-1,
+            max_ack_pending=1024,
+            deliver_policy=DeliverPolicy.NEW if new_only else DeliverPolicy.ALL,
         )
         subscription: JetStreamContext.PullSubscription | None = None
         while True:
@@ -259,8 +322,10 @@ class Bus:
                     subscription = await self._js.pull_subscribe(
                         subject or kind.SUBJECT, durable=durable, stream=name, config=config
                     )
-                arrived = await subscription.fetch(batch, timeout=FETCH_TIMEOUT)
+                with _obeying_cancellation():
+                    arrived = await subscription.fetch(batch, timeout=FETCH_TIMEOUT)
             except nats.errors.TimeoutError:
+                subscription = await self._if_there(subscription)
                 continue
             except (nats.errors.Error, OSError) as error:
                 log.warning("cannot take work from %s, trying again: %s", name, error)
@@ -274,6 +339,28 @@ class Bus:
                     await self._put_aside(raw, error, service)
                     continue
                 yield Delivery(message, raw.metadata.num_delivered or 1, raw)
+
+    async def _if_there(
+        self, subscription: JetStreamContext.PullSubscription | None
+    ) -> JetStreamContext.PullSubscription | None:
+        """Return a subscription that was silent, or None where its consumer is gone.
+
+        A server that lost a consumer does not say so: a fetch from it just times out.
+        """
+        if subscription is not None:
+            try:
+                with _obeying_cancellation():
+                    await subscription.consumer_info()
+            except (nats.errors.Error, OSError):
+                return None
+        return subscription
+
+    async def _restore_if_lost(self, error: Exception) -> None:
+        if isinstance(error, nats.js.errors.NotFoundError):
+            try:
+                await self._restore_streams()
+            except (BusUnreachable, BusFull) as failure:
+                log.warning("could not make the streams: %s", failure)
 
     async def _put_aside(self, raw: Msg, error: MalformedMessage, service: str) -> None:
         """Keep a malformed message for inspection; while that fails, it stays where it is."""
@@ -308,16 +395,37 @@ class NotStored(nats.js.errors.NotFoundError):
     """The server has no such message."""
 
 
-class _as_bus_errors:  # noqa: N801 - reads as the statement it is
-    """Context in which NATS's many errors become ours."""
+class _obeying_cancellation:  # noqa: N801 - reads as the statement it is
+    """Context that a cancellation always leaves.
+
+    Before Python 3.12 asyncio.wait_for, by which the client waits, returns a result that came
+    at the same moment and forgets the cancellation (python/cpython#86296). A loop around it
+    would then go on for ever.
+    """
 
     def __enter__(self) -> None:
-        return None
+        self._before = _cancellations()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, NotStored):
+        if _cancellations() > self._before and not isinstance(error, asyncio.CancelledError):
+            raise asyncio.CancelledError
+
+
+def _cancellations() -> int:
+    task = asyncio.current_task()
+    return task.cancelling() if task else 0
+
+
+class _as_bus_errors(_obeying_cancellation):  # noqa: N801
+    """Context in which NATS's many errors become ours."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, (NotStored, BusUnreachable)):
             return
         if isinstance(error, nats.js.errors.NotFoundError):
+            if error.err_code == _STREAM_NOT_FOUND:
+                raise NoStreams("the bus has no Crashbus streams") from error
             raise NotStored(error.code, error.description, error.err_code) from error
         if isinstance(error, nats.js.errors.APIError) and error.err_code in _STORE_FULL:
             raise BusFull(f"the bus has no room: {error.description}") from error
@@ -340,8 +448,11 @@ async def connect(
         BusUnreachable: no server answers; later losses are mended silently.
     """
 
+    closing = False
+
     async def on_disconnect() -> None:
-        log.warning("lost the bus at %s, reconnecting", url)
+        if not closing:
+            log.warning("lost the bus at %s, reconnecting", url)
 
     async def on_reconnect() -> None:
         log.info("the bus at %s is back", url)
@@ -367,6 +478,7 @@ async def connect(
     try:
         yield bus
     finally:
+        closing = True
         await bus.close()
 
 

@@ -92,7 +92,7 @@ class Encoder:
     """Cuts a file into chunks; knows its size and hash when all chunks are made."""
 
     def __init__(self, size: int, encoding: Encoding, level: int = 1) -> None:
-        self._chunk_size = size
+        self.chunk_size = size
         self._compressor = zstandard.ZstdCompressor(level=level) if encoding == "zstd" else None
         self._hash = hashlib.sha256()
         self.size = 0
@@ -101,7 +101,7 @@ class Encoder:
 
     def chunks(self, source: BinaryIO) -> Iterator[Chunk]:
         """Yield the chunks of `source` from its current position to its end."""
-        while data := source.read(self._chunk_size):
+        while data := source.read(self.chunk_size):
             yield self.encode(data)
 
     def encode(self, data: bytes) -> Chunk:

@@ -35,3 +35,7 @@ class BusUnreachable(CrashbusError):
 
 class BusFull(CrashbusError):
     """The bus has no room for a message; it has not been stored."""
+
+
+class NoStreams(BusUnreachable):
+    """The server answers, but has no Crashbus streams: no service ever ran on it."""
