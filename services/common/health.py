@@ -24,6 +24,7 @@ class Health:
 
     def __init__(self) -> None:
         self._faults: dict[str, str] = {}
+        self._watched: dict[str, Callable[[], str | None]] = {}
         self._lock = threading.Lock()
         self._last_beat = time.monotonic()
 
@@ -41,10 +42,20 @@ class Health:
         with self._lock:
             self._faults.pop(check, None)
 
+    def watch(self, check: str, fault: Callable[[], str | None]) -> None:
+        """Ask `fault` at every probe what does not work; None: it works.
+
+        It is called from another thread, so it may only look.
+        """
+        with self._lock:
+            self._watched[check] = fault
+
     def faults(self) -> dict[str, str]:
         """Return what does not work now: check to reason; empty when healthy."""
         with self._lock:
             faults = dict(self._faults)
+            watched = dict(self._watched)
+        faults |= {check: why for check, fault in watched.items() if (why := fault())}
         silence = time.monotonic() - self._last_beat
         if silence > LOOP_STUCK_AFTER:
             faults["event_loop"] = f"no beat for {silence:.0f} s"

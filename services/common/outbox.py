@@ -29,10 +29,14 @@ EXPENDABLE_SHARE = 0.8  # of the bounds; the rest is kept for what must not be l
 RETRY_DISK = 1.0  # seconds between tries of a disk that refused
 _BUSY = 1.0  # seconds to wait for another process's lock: that of one that is just ending
 
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_MEND = "free disk space, or name another directory in CRASHBUS_STATE"
+
 _SCHEMA = """
 PRAGMA locking_mode = EXCLUSIVE;
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
+PRAGMA journal_size_limit = 4194304;
 PRAGMA journal_size_limit = 4194304;
 CREATE TABLE IF NOT EXISTS message (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -99,7 +103,7 @@ class Outbox:
         self._memory: deque[Waiting] = deque()
         self._memory_bytes = 0
         self._last_memory_id = 0
-        self._removed: dict[int, int] = {}  # published, with sizes; the disk has yet to forget
+        self._removed: dict[int, Waiting] = {}  # published; the disk has yet to forget them
         self._lost_here = 0  # not yet added to those on disk
         self._lost_on_disk = 0
         self.lost_total = 0  # since the start
@@ -131,8 +135,8 @@ class Outbox:
     def remove(self, messages: Iterable[Waiting]) -> None:
         """Forget messages that have been published."""
         with self._lock:
-            gone = {message.id: len(message.payload) for message in messages}
-            self._removed |= {one: size for one, size in gone.items() if one > 0}
+            gone = {message.id: message for message in messages}
+            self._removed |= {number: message for number, message in gone.items() if number > 0}
             self._memory = deque(m for m in self._memory if m.id not in gone)
             self._memory_bytes = sum(len(m.payload) for m in self._memory)
             self._settle()
@@ -168,7 +172,8 @@ class Outbox:
     def _usage(self) -> tuple[int, int]:
         count, size = self._on_disk
         count += len(self._memory) - len(self._removed)
-        return count, size + self._memory_bytes - sum(self._removed.values())
+        forgotten = sum(len(message.payload) for message in self._removed.values())
+        return count, size + self._memory_bytes - forgotten
 
     def _fits(self, message: Outgoing) -> bool:
         count, size = self._usage()
@@ -203,8 +208,10 @@ class Outbox:
             return
         with database:  # one transaction
             database.execute("BEGIN IMMEDIATE")
+            # By both: the numbers begin anew when a damaged database was moved aside.
             database.executemany(
-                "DELETE FROM message WHERE id = ?", [(one,) for one in self._removed]
+                "DELETE FROM message WHERE id = ? AND message_id = ?",
+                [(m.id, m.message_id) for m in self._removed.values()],
             )
             database.executemany(
                 "INSERT INTO message (subject, message_id, payload) VALUES (?, ?, ?)",
@@ -254,29 +261,23 @@ class Outbox:
         if row is None:
             database.execute("INSERT INTO lost VALUES (0)")
         self._lost_on_disk = row[0] if row else 0
-        self._measure(database)
-
-    def _measure(self, database: sqlite3.Connection) -> None:
-        count, size = database.execute(
+        self._on_disk = database.execute(
             "SELECT count(*), coalesce(sum(length(payload)), 0) FROM message"
         ).fetchone()
-        self._on_disk = (count, size)
 
     def _refused(self, error: sqlite3.Error | OSError) -> None:
-        """Say what is wrong, and start from a closed database at the next try."""
-        self._disconnect()
-        self._retry_at = time.monotonic() + RETRY_DISK
+        """Say what is wrong, and when to try again."""
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without its extension
         reason = f"{self._path}: {error}"
-        if getattr(error, "sqlite_errorcode", None) in (
-            sqlite3.SQLITE_CORRUPT,
-            sqlite3.SQLITE_NOTADB,
-        ):
+        self._retry_at = time.monotonic() + RETRY_DISK
+        if code != sqlite3.SQLITE_FULL:  # a full disk can still be read
+            self._disconnect()
+        if code in _DAMAGED:
             self._move_aside(reason)
         elif reason != self.fault:
+            mend = "stop the other process that uses it" if code == sqlite3.SQLITE_BUSY else _MEND
             log.error(
-                "the outbox cannot be written, messages wait in memory",
-                error=reason,
-                mend="free disk space, or name another directory in CRASHBUS_STATE",
+                "the outbox cannot be written, messages wait in memory", error=reason, mend=mend
             )
         self.fault = reason
 

@@ -53,7 +53,6 @@ class Publisher:
             except (BusUnreachable, BusFull) as error:
                 self._runtime.health.failing("bus", str(error))
                 await asyncio.sleep(PUBLISH_AGAIN)
-                await self._renew_streams(bus)
             else:
                 self._runtime.health.working("bus")
 
@@ -98,12 +97,3 @@ class Publisher:
             headers = {"Nats-Msg-Id": uuid.uuid4().hex}
             await bus.publish_raw(told.subject, told.encode(), headers)
             await asyncio.to_thread(self._outbox.told_of_lost, count)
-
-    async def _renew_streams(self, bus: Bus) -> None:
-        """Make the streams again: the server may have come back with an empty store."""
-        if not bus.is_connected:
-            return
-        try:
-            await bus.ensure_streams(self._runtime.bus_settings.chunk_store_bytes)
-        except (BusUnreachable, BusFull) as error:
-            log.debug("streams not renewed yet", error=str(error))

@@ -54,7 +54,11 @@ class Runtime:
     async def bus(self) -> AsyncIterator[Bus]:
         """Connect to the bus, with its streams made; waits as long as it takes."""
         async with AsyncExitStack() as stack:
-            yield await self._connected(stack)
+            bus = await self._connected(stack)
+            self.health.watch(
+                "bus_connection", lambda: None if bus.is_connected else "lost, reconnecting"
+            )
+            yield bus
 
     async def _connected(self, stack: AsyncExitStack) -> Bus:
         while True:
@@ -107,14 +111,19 @@ def run(name: str, settings_class: type[S], work: Work[S], http: Callable[[S], s
         )
         sys.exit(EXIT_SETTINGS)
     try:
-        failed = asyncio.run(_until_signal(runtime, work(runtime, settings)))
+        error = asyncio.run(_until_signal(runtime, work(runtime, settings)))
     finally:
         stop_serving()
-    sys.exit(EXIT_FAILED if failed else 0)
+    if isinstance(error, SettingsError):
+        sys.stderr.write(f"crashbus {name}: {error}\n")
+        sys.exit(EXIT_SETTINGS)
+    if error is not None:
+        log.error("failed", exc_info=error)
+        sys.exit(EXIT_FAILED)
 
 
-async def _until_signal(runtime: Runtime, work: Coroutine[Any, Any, None]) -> bool:
-    """Work until a signal says stop; return whether the work failed by itself."""
+async def _until_signal(runtime: Runtime, work: Coroutine[Any, Any, None]) -> BaseException | None:
+    """Work until a signal says stop; return what made the work fail by itself."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -128,10 +137,9 @@ async def _until_signal(runtime: Runtime, work: Coroutine[Any, Any, None]) -> bo
         task.cancel()
     await asyncio.wait({working}, timeout=STOP_WITHIN - 1)
     if working.done() and not working.cancelled() and (error := working.exception()):
-        log.error("failed", exc_info=error)
-        return True
+        return error
     log.info("stopped", in_order=working.done())
-    return False
+    return None
 
 
 async def _beat(health: Health) -> None:

@@ -27,7 +27,7 @@ class NatsServer:
         self._config = directory / "nats.conf"
         self._config.write_text(
             f"listen: 127.0.0.1:{self.port}\n"
-            f"jetstream {{\n  store_dir: {directory / 'store'}\n  sync_interval: 10s\n}}\n{extra}"
+            f"jetstream {{\n  store_dir: {directory / 'store'}\n}}\n{extra}"
         )
         self._process: subprocess.Popen[bytes] | None = None
 

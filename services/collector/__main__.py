@@ -1,0 +1,60 @@
+"""The collector's start: wires its parts."""
+
+import asyncio
+
+from crashbus import identity
+from services.collector import retention
+from services.collector.deaths import Deaths
+from services.collector.delivery import Deliverer
+from services.collector.gather import Gatherer
+from services.collector.ledger import Ledger
+from services.collector.publish import Publisher
+from services.collector.settings import CollectorSettings
+from services.common.service import Runtime, run
+from services.common.settings import SettingsError
+
+
+async def work(runtime: Runtime, settings: CollectorSettings) -> None:
+    """Gather and deliver until cancelled."""
+    shared = runtime.bus_settings
+    if not shared.destinations:
+        raise SettingsError(
+            "CRASHBUS_DESTINATIONS is empty: say where crash files go, such as file:///var/crashes"
+        )
+    ledger = Ledger(shared.state / "collector")
+    await asyncio.to_thread(ledger.load)
+    async with runtime.bus() as bus:
+        publisher = Publisher(
+            bus,
+            shared.spool,
+            settings.compression,
+            settings.max_file_bytes,
+            shared.chunk_store_bytes,
+        )
+        deliverer = Deliverer(runtime.host, bus, ledger, publisher, settings.recheck)
+        gatherer = Gatherer(
+            shared.spool,
+            runtime.host,
+            identity.boot_id(),
+            shared.destinations,
+            ledger,
+            bus,
+            deliverer.start,
+        )
+        deaths = Deaths(runtime.host, shared.destinations, bus, ledger, gatherer)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(gatherer.run(), name="gather")
+            tasks.create_task(deliverer.run(), name="deliver")
+            tasks.create_task(deaths.run(), name="deaths")
+            tasks.create_task(
+                retention.run(str(shared.spool), ledger, settings.keep_delivered), name="retention"
+            )
+
+
+def main() -> None:
+    """Run the collector."""
+    run("collector", CollectorSettings, work, lambda settings: settings.http)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""Delivery: compares the ledger with the bus and does what is missing.
+
+One procedure serves the first time, a restart, and a bus that lost its store: for each file
+that a destination still waits for, see that its chunks and its work item are on the bus.
+Files go in shipping order; core dumps have a lane of their own, so that the small files of
+the next crash never wait behind a core.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import structlog
+
+from crashbus import destination as destinations
+from crashbus.bus import Bus, Delivery
+from crashbus.errors import BusFull, BusUnreachable
+from crashbus.layout import MANIFEST_NAME, Kind
+from crashbus.messages import CrashFile, DeadLetter, Receipt, WorkItem
+from crashbus.names import token
+from services.collector import metrics
+from services.collector.ledger import Crash, Ledger, Source
+from services.collector.publish import Publisher, SourceLost
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+SMALL_AT_ONCE = 4
+CORES_AT_ONCE = 1  # one core already keeps compression busy; two would only be slower each
+TRY_AGAIN = 2.0  # seconds after a failure of the bus or of the disk
+
+
+def wants(destination: str, kind: Kind) -> bool:
+    """Tell whether a file of this kind is to be delivered to this destination."""
+    parsed = destinations.parse(destination)
+    if kind is Kind.CORE:
+        return parsed.wants_core
+    return kind is not Kind.MANIFEST or not parsed.ships_together
+
+
+def waiting(crash: Crash, source: Source) -> tuple[str, ...]:
+    """Return the destinations that still wait for a file."""
+    wanted = tuple(d for d in crash.destinations if wants(d, source.kind))
+    return source.waits_for(wanted)
+
+
+def work_items(crash: Crash, core: bool) -> list[WorkItem]:
+    """Return what the shippers have to do for a crash, in order.
+
+    A destination that takes its small files together gets one item for each set, whole and
+    in name order, as AppScope's daemon sends them; all others get an item for each file.
+
+    Args:
+        core: return the items of core dumps, or those of all other files.
+    """
+    sources = [s for s in crash.in_order() if s.file and (s.kind is Kind.CORE) is core]
+    items = []
+    for place in crash.destinations:
+        together = destinations.parse(place).ships_together and not core
+        for group in _sets(sources) if together else [[s] for s in sources]:
+            if any(place in waiting(crash, source) for source in group):
+                files = tuple(s.file for s in group if s.file)
+                items.append(_item(crash, place, files))
+    return sorted(items, key=lambda item: files_rank(item.files))
+
+
+def _sets(sources: list[Source]) -> list[list[Source]]:
+    """Group files by the set they belong to, each in name order."""
+    groups: dict[tuple[str, str], list[Source]] = {}
+    for source in sorted(sources, key=lambda s: s.name):
+        groups.setdefault((source.directory, source.name.rpartition("_")[2]), []).append(source)
+    return list(groups.values())
+
+
+def files_rank(files: tuple[CrashFile, ...]) -> int:
+    """Return where a work item stands in shipping order."""
+    order = list(Kind)
+    return min(order.index(file.kind) for file in files)
+
+
+def _item(crash: Crash, destination: str, files: tuple[CrashFile, ...]) -> WorkItem:
+    return WorkItem(
+        host=crash.host,
+        crash_id=crash.crash_id,
+        crashed_at=crash.crashed_at,
+        process_name=crash.process.comm,
+        destination=destination,
+        files=files,
+    )
+
+
+class Deliverer:
+    """Brings every crash of the ledger to its destinations."""
+
+    def __init__(
+        self, host: str, bus: Bus, ledger: Ledger, publisher: Publisher, recheck: float
+    ) -> None:
+        self._host = host
+        self._bus = bus
+        self._ledger = ledger
+        self._publisher = publisher
+        self._recheck = recheck
+        self._small: asyncio.Queue[str] = asyncio.Queue()
+        self._cores: asyncio.Queue[str] = asyncio.Queue()
+        self._queued: set[tuple[int, str]] = set()
+        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+
+    async def run(self) -> None:
+        """Deliver until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(SMALL_AT_ONCE):
+                tasks.create_task(self._lane(self._small, core=False), name="small files")
+            for _ in range(CORES_AT_ONCE):
+                tasks.create_task(self._lane(self._cores, core=True), name="cores")
+            tasks.create_task(self._take(Receipt), name="receipts")
+            tasks.create_task(self._take(DeadLetter), name="dead letters")
+            tasks.create_task(self._rechecks(), name="rechecks")
+
+    def start(self, crash: Crash) -> None:
+        """Bring a crash on its way, or further on it."""
+        self._enqueue(self._small, crash.crash_id)
+
+    def _enqueue(self, lane: asyncio.Queue[str], crash_id: str) -> None:
+        if (id(lane), crash_id) not in self._queued:
+            self._queued.add((id(lane), crash_id))
+            lane.put_nowait(crash_id)
+
+    async def _rechecks(self) -> None:
+        """Take up what is unfinished: at the start, and from time to time."""
+        while True:
+            unfinished = self._ledger.open_crashes()
+            metrics.UNDELIVERED.set(len(unfinished))
+            oldest = min((crash.crashed_at for crash in unfinished), default=None)
+            metrics.OLDEST_UNDELIVERED.set(0 if oldest is None else time.time() - oldest)
+            for crash in unfinished:
+                self.start(crash)
+            await asyncio.sleep(self._recheck)
+
+    async def _lane(self, lane: asyncio.Queue[str], core: bool) -> None:
+        while True:
+            crash_id = await lane.get()
+            self._queued.discard((id(lane), crash_id))
+            crash = self._ledger.get(crash_id)
+            if crash is None or crash.delivered_at is not None:
+                continue
+            try:
+                async with self._lock(crash_id, "cores" if core else "small files"):
+                    await self._publish_missing(crash, core)
+                if not core and _has_core_to_send(crash):
+                    self._enqueue(self._cores, crash_id)
+                async with self._lock(crash_id, "end"):
+                    await self._conclude(crash)
+            except (BusUnreachable, BusFull, OSError) as error:
+                log.warning("delivery waits", crash_id=crash_id, error=str(error))
+                await asyncio.sleep(TRY_AGAIN)
+                self._enqueue(lane, crash_id)
+
+    def _lock(self, crash_id: str, part: str) -> asyncio.Lock:
+        """One task at a time works on each part of a crash's delivery."""
+        return self._locks.setdefault((crash_id, part), asyncio.Lock())
+
+    async def _publish_missing(self, crash: Crash, core: bool) -> None:
+        if crash.reported is not None:
+            await self._catch_up(crash)
+        for source in crash.in_order():
+            if (source.kind is Kind.CORE) is core and waiting(crash, source):
+                await self._publish_source(crash, source)
+        for item in work_items(crash, core):
+            await self._offer(item)
+
+    async def _catch_up(self, crash: Crash) -> None:
+        """Apply what the bus knows of a crash that was on its way before."""
+        subject = f"{token(crash.host)}.{crash.crash_id}"
+        for letter in await self._bus.stored(DeadLetter, f"crash.failed.{subject}"):
+            self._apply_failure(crash, letter)
+        for receipt in await self._bus.stored(Receipt, f"crash.shipped.{subject}"):
+            _apply_receipt(crash, receipt)
+
+    async def _publish_source(self, crash: Crash, source: Source) -> None:
+        """See that a file's chunks are on the bus."""
+        known = source.file
+        if (
+            known is not None
+            and await self._bus.chunk_count(crash.crash_id, source.name) >= known.chunks
+        ):
+            return
+        try:
+            file = await self._publisher.publish(crash.crash_id, source)
+            if known is not None and file.sha256 != known.sha256:
+                raise SourceLost("source_changed", f"{source.name} is not what it was before")
+        except SourceLost as error:
+            await self._lose(crash, source, error)
+            return
+        source.file = file
+        await asyncio.to_thread(self._ledger.save, crash)
+
+    async def _lose(self, crash: Crash, source: Source, error: SourceLost) -> None:
+        """Give a file up, for all to see."""
+        log.error("crash file lost", crash_id=crash.crash_id, error=str(error))
+        await self._bus.publish(
+            DeadLetter(
+                host=crash.host,
+                crash_id=crash.crash_id,
+                service="collector",
+                reason=error.reason,
+                error=str(error),
+                mend="nothing can bring this file back; the crash's other files are delivered",
+            )
+        )
+        metrics.FAILED.inc()
+        for place in waiting(crash, source):
+            source.failed[place] = error.reason
+        crash.notes.append(str(error))
+        await asyncio.to_thread(self._ledger.save, crash)
+
+    async def _offer(self, item: WorkItem) -> None:
+        """Publish a work item unless it still waits on the bus or was settled meanwhile.
+
+        A shipper publishes its receipt before it acknowledges the item. So when the item is
+        not there any more, a receipt that it left is there already.
+        """
+        if await self._bus.holds(WorkItem, item.subject):
+            return
+        crash = self._ledger.get(item.crash_id)
+        if crash is None:
+            return
+        if item.subject in crash.offered:
+            await self._catch_up(crash)
+        names = {file.name for file in item.files}
+        if names & {s.name for s in _all_sources(crash) if item.destination in waiting(crash, s)}:
+            crash.offered.add(item.subject)
+            await asyncio.to_thread(self._ledger.save, crash)
+            await self._bus.publish(item)
+
+    async def _conclude(self, crash: Crash) -> None:
+        """Report a crash once all its files are known, and finish it once all are delivered."""
+        await self._report(crash)
+        await self._release_chunks(crash)
+        if crash.reported is not None:
+            await self._send_manifest(crash)
+        await self._finish(crash)
+
+    async def _report(self, crash: Crash) -> None:
+        names = tuple(s.name for s in crash.in_order())
+        read = all(s.file or not waiting(crash, s) for s in crash.sources.values())
+        if not read or names == crash.reported:
+            return
+        crash.revision += 1
+        crash.reported_at = time.time()
+        await self._bus.publish(crash.to_manifest())
+        crash.reported = names
+        crash.manifest = None
+        await asyncio.to_thread(self._ledger.save, crash)
+        log.info("reported", crash_id=crash.crash_id, revision=crash.revision)
+
+    async def _release_chunks(self, crash: Crash) -> None:
+        """Remove from the bus the chunks that no destination waits for any more."""
+        for source in _all_sources(crash):
+            if source.file and not source.released and not waiting(crash, source):
+                await self._bus.purge_chunks(crash.crash_id, source.name)
+                source.released = True
+
+    async def _send_manifest(self, crash: Crash) -> None:
+        """Offer manifest.json to each destination that has all other files of the crash."""
+        ready = [
+            place
+            for place in crash.destinations
+            if wants(place, Kind.MANIFEST)
+            and all(place in s.delivered for s in crash.sources.values() if wants(place, s.kind))
+        ]
+        if not ready:
+            return
+        if crash.manifest is None:
+            crash.manifest = Source(directory="0", name=MANIFEST_NAME, kind=Kind.MANIFEST)
+        manifest = crash.manifest
+        if not any(place in waiting(crash, manifest) for place in ready):
+            return
+        known = manifest.file
+        if known is None or await self._bus.chunk_count(crash.crash_id, MANIFEST_NAME) < 1:
+            data = crash.to_manifest().model_dump_json(indent=1).encode()
+            await self._bus.purge_chunks(crash.crash_id, MANIFEST_NAME)
+            manifest.file = await self._publisher.publish_bytes(crash.crash_id, manifest, data)
+            await asyncio.to_thread(self._ledger.save, crash)
+        assert manifest.file is not None
+        for place in ready:
+            if place in waiting(crash, manifest):
+                await self._offer(_item(crash, place, (manifest.file,)))
+
+    async def _finish(self, crash: Crash) -> None:
+        if crash.delivered_at is not None or crash.reported is None:
+            return
+        places = [p for p in crash.destinations if wants(p, Kind.MANIFEST)]
+        manifest_there = all(crash.manifest and p in crash.manifest.delivered for p in places)
+        files_there = all(
+            place in source.delivered
+            for source in crash.sources.values()
+            for place in crash.destinations
+            if wants(place, source.kind)
+        )
+        if manifest_there and files_there:
+            crash.delivered_at = time.time()
+            await asyncio.to_thread(self._ledger.save, crash)
+            for part in ("small files", "cores", "end"):
+                self._locks.pop((crash.crash_id, part), None)
+            metrics.DELIVERED.inc()
+            log.info("delivered", crash_id=crash.crash_id, files=len(crash.sources))
+
+    async def _take(self, kind: type[Receipt] | type[DeadLetter]) -> None:
+        """Apply receipts or dead letters of this host as they come."""
+        place = "shipped" if kind is Receipt else "failed"
+        durable = f"collector-{place}-{token(self._host)}"
+        subject = f"crash.{place}.{token(self._host)}.>"
+        deliveries: AsyncIterator[Delivery[Receipt | DeadLetter]] = self._bus.consume(
+            kind, durable, service="collector", subject=subject, batch=64
+        )
+        async for delivery in deliveries:
+            try:
+                await self._apply(delivery)
+            except (BusUnreachable, BusFull, OSError) as error:
+                log.warning("receipt will come again", error=str(error))
+
+    async def _apply(self, delivery: Delivery[Receipt | DeadLetter]) -> None:
+        message = delivery.message
+        crash = self._ledger.get(message.crash_id) if message.crash_id else None
+        if crash is not None and crash.delivered_at is None:
+            if isinstance(message, Receipt):
+                changed = _apply_receipt(crash, message)
+            else:
+                changed = self._apply_failure(crash, message)
+            if changed:
+                await asyncio.to_thread(self._ledger.save, crash)
+                self._enqueue(self._small, crash.crash_id)
+        await delivery.ack()
+
+    def _apply_failure(self, crash: Crash, letter: DeadLetter) -> bool:
+        if letter.work is None:
+            return False
+        changed = False
+        for file in letter.work.files:
+            source = _source_of(crash, file)
+            place = letter.work.destination
+            if source is not None and place in waiting(crash, source):
+                source.failed[place] = letter.reason
+                metrics.FAILED.inc()
+                changed = True
+                log.error(
+                    "a destination failed for good",
+                    crash_id=crash.crash_id,
+                    file=file.name,
+                    destination=place,
+                    reason=letter.reason,
+                )
+        return changed
+
+
+def _has_core_to_send(crash: Crash) -> bool:
+    return any(s.kind is Kind.CORE and waiting(crash, s) for s in crash.sources.values())
+
+
+def _all_sources(crash: Crash) -> list[Source]:
+    return [*crash.sources.values(), *([crash.manifest] if crash.manifest else [])]
+
+
+def _source_of(crash: Crash, file: CrashFile) -> Source | None:
+    """Return the source a message speaks of, if size and hash are those of the source."""
+    for source in _all_sources(crash):
+        known = source.file
+        if source.name == file.name and known is not None:
+            same = (known.size, known.sha256) == (file.size, file.sha256)
+            return source if same else None
+    return None
+
+
+def _apply_receipt(crash: Crash, receipt: Receipt) -> bool:
+    """Note that a file lies at a destination; a receipt for other bytes counts for nothing."""
+    source = _source_of(crash, receipt.file)
+    if source is None or receipt.destination not in crash.destinations:
+        return False
+    if receipt.destination in source.delivered:
+        return False
+    source.failed.pop(receipt.destination, None)
+    source.delivered.append(receipt.destination)
+    return True

@@ -1,0 +1,172 @@
+"""The ledger: what became of each crash, one file each, so that a restart goes on.
+
+An entry is written before anything is published, and with every step after that. It is
+replaced by rename, so it is always the old or the new one; rename(2).
+"""
+
+import os
+import time
+from pathlib import Path
+
+import structlog
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from crashbus import layout
+from crashbus.layout import Kind
+from crashbus.messages import (
+    CrashFile,
+    CrashId,
+    FileName,
+    Host,
+    Manifest,
+    Process,
+    Time,
+)
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+
+class Source(BaseModel):
+    """One crash file: where it lies, and how far its delivery is.
+
+    Attributes:
+        directory: its directory's name below the spool.
+        note: why it is incomplete, if it is.
+        file: size, hash and form; None until it was read for the first time.
+        delivered: the destinations that confirmed it.
+        failed: the destinations that gave it up, each with its reason.
+        released: its chunks are off the bus, for no destination waits for them.
+    """
+
+    directory: str = Field(pattern=r"^\d{1,10}$")
+    name: FileName
+    kind: Kind
+    note: str | None = None
+    file: CrashFile | None = None
+    delivered: list[str] = Field(default_factory=list)
+    failed: dict[str, str] = Field(default_factory=dict)
+    released: bool = False
+
+    def waits_for(self, destinations: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the destinations that have neither confirmed it nor given it up."""
+        return tuple(d for d in destinations if d not in self.delivered and d not in self.failed)
+
+
+class Crash(BaseModel):
+    """A crash and its delivery. Mutable: `Ledger.save` makes a change last."""
+
+    model_config = ConfigDict(validate_assignment=True)
+
+    crash_id: CrashId
+    host: Host
+    crashed_at: Time
+    process: Process
+    signal: int = 0
+    signal_name: str = "unknown"
+    code: int | None = None
+    code_meaning: str | None = None
+    fault_address: int | None = None
+    destinations: tuple[str, ...] = ()
+    notes: list[str] = Field(default_factory=list)
+    sources: dict[str, Source] = Field(default_factory=dict)
+    offered: set[str] = Field(default_factory=set)  # subjects of work items ever published
+    revision: int = 0
+    reported_at: float = 0.0
+    reported: tuple[str, ...] | None = None  # names in the latest manifest
+    manifest: Source | None = None  # manifest.json of the latest revision
+    delivered_at: float | None = None
+
+    def in_order(self) -> list[Source]:
+        """Return the files in the order in which they are shipped."""
+        return sorted(
+            self.sources.values(), key=lambda s: (layout.SHIPPING_ORDER.index(s.kind), s.name)
+        )
+
+    def to_manifest(self) -> Manifest:
+        """Return the manifest of all files; each must have been read."""
+        return Manifest(
+            host=self.host,
+            time=self.reported_at,
+            crash_id=self.crash_id,
+            crashed_at=self.crashed_at,
+            process_name=self.process.comm,
+            revision=self.revision,
+            process=self.process,
+            signal=self.signal,
+            signal_name=self.signal_name,
+            code=self.code,
+            code_meaning=self.code_meaning,
+            fault_address=self.fault_address,
+            files=tuple(s.file for s in self.in_order() if s.file is not None),
+            destinations=self.destinations,
+            notes=tuple(self.notes),
+        )
+
+
+class Ledger:
+    """All entries, in memory and on disk."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._crashes: dict[str, Crash] = {}
+
+    def load(self) -> None:
+        """Read all entries; one that cannot be read is put aside, and its files found anew."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in self._directory.glob("*.json"):
+            try:
+                crash = Crash.model_validate_json(path.read_bytes())
+            except ValidationError as error:
+                aside = path.with_suffix(".unreadable")
+                path.rename(aside)
+                log.error("ledger entry put aside", path=str(aside), error=str(error))
+                continue
+            self._crashes[crash.crash_id] = crash
+
+    def save(self, crash: Crash) -> None:
+        """Make an entry last.
+
+        Raises:
+            OSError: the disk is full or broken; the former entry is still there.
+        """
+        path = self._path(crash.crash_id)
+        new = path.with_suffix(".new")
+        with new.open("wb") as file:
+            file.write(crash.model_dump_json(indent=1).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(path)
+        self._crashes[crash.crash_id] = crash
+
+    def forget(self, crash: Crash) -> None:
+        """Remove an entry whose files are removed."""
+        self._crashes.pop(crash.crash_id, None)
+        self._path(crash.crash_id).unlink(missing_ok=True)
+
+    def get(self, crash_id: str) -> Crash | None:
+        """Return an entry."""
+        return self._crashes.get(crash_id)
+
+    def crashes(self) -> list[Crash]:
+        """Return all entries, oldest crash first."""
+        return sorted(self._crashes.values(), key=lambda crash: crash.crashed_at)
+
+    def open_crashes(self) -> list[Crash]:
+        """Return those that are not delivered yet."""
+        return [crash for crash in self.crashes() if crash.delivered_at is None]
+
+    def knows_file(self, directory: str, name: str) -> bool:
+        """Tell whether a file in the spool belongs to an entry."""
+        return any(
+            source.directory == directory
+            for crash in self._crashes.values()
+            if (source := crash.sources.get(name)) is not None
+        )
+
+    def expired(self, keep: float) -> list[Crash]:
+        """Return the delivered crashes that have been kept for `keep` seconds."""
+        limit = time.time() - keep
+        return [c for c in self.crashes() if c.delivered_at is not None and c.delivered_at <= limit]
+
+    def _path(self, crash_id: str) -> Path:
+        return self._directory / f"{crash_id}.json"

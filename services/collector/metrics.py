@@ -1,0 +1,24 @@
+"""The collector's metrics, all of them."""
+
+from prometheus_client import Counter, Gauge
+
+CRASHES = Counter("crashbus_collector_crashes", "Crashes gathered", ["source"])
+FILES = Counter("crashbus_collector_files", "Crash files put on the bus", ["kind"])
+BYTES_READ = Counter("crashbus_collector_read_bytes", "Bytes read from crash files")
+BYTES_SENT = Counter("crashbus_collector_sent_bytes", "Bytes of chunks put on the bus")
+REFUSED = Counter(
+    "crashbus_collector_refused", "Things found among crash files and not touched", ["reason"]
+)
+NOT_CAPTURED = Counter(
+    "crashbus_collector_not_captured", "Deaths seen by the detector that left no crash files"
+)
+CUT_SHORT = Counter("crashbus_collector_cut_short", "Crash files gathered incomplete")
+UNDELIVERED = Gauge(
+    "crashbus_collector_undelivered_crashes", "Crashes that wait for a destination's receipt"
+)
+OLDEST_UNDELIVERED = Gauge(
+    "crashbus_collector_oldest_undelivered_seconds", "Age of the oldest crash that waits"
+)
+DELIVERED = Counter("crashbus_collector_delivered", "Crashes confirmed by every destination")
+FAILED = Counter("crashbus_collector_failed_files", "Crash files given up by a shipper")
+BUS_FULL = Counter("crashbus_collector_bus_full", "Times a chunk was refused for want of room")

@@ -1,0 +1,153 @@
+"""Reading the spool: the directories that crashing processes and the recorder write to.
+
+Everything here may be an attacker's: any local user can make ``/tmp/appscope/<pid>``. So a
+name is used only when it has the form of a crash file's, and each is opened as one component
+below a descriptor, never through a link; see openat(2), O_NOFOLLOW.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from crashbus import layout
+from crashbus.errors import CrashbusError
+from crashbus.layout import Kind
+
+MAX_ENTRIES = 4096  # looked at in one directory; AppScope writes five for each signal
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Without O_NONBLOCK, opening a FIFO put there for us would wait for ever.
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class Refused(CrashbusError):
+    """Something in the spool is not a crash file and is left alone.
+
+    Attributes:
+        reason: one word for the metric.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One crash file as the directory shows it.
+
+    Attributes:
+        identity: device and inode, by which open descriptors are recognised.
+    """
+
+    name: str
+    kind: Kind
+    epoch: int
+    size: int
+    uid: int
+    identity: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies in one ``<pid>`` directory: crash files by epoch and kind, and what does not."""
+
+    sets: dict[int, dict[Kind, Entry]]
+    refused: tuple[Refused, ...]
+
+
+@contextmanager
+def open_directory(name: str, parent: int | None = None) -> Iterator[int]:
+    """Open a directory that is no link.
+
+    Raises:
+        OSError: it is not there, a link, or no directory.
+    """
+    descriptor = os.open(name, _DIRECTORY, dir_fd=parent)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def open_file(name: str, directory: int) -> int:
+    """Open a crash file for reading and return its descriptor.
+
+    Raises:
+        Refused: it is a link, a device, a FIFO, …, or has a second name elsewhere.
+        FileNotFoundError: it is gone.
+    """
+    try:
+        descriptor = os.open(name, _FILE, dir_fd=directory)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Refused("unreadable", f"{name!r} cannot be opened: {error.strerror}") from error
+    fault = _fault(os.fstat(descriptor))
+    if fault:
+        os.close(descriptor)
+        raise Refused(fault, f"{name!r} is refused: {fault}")
+    return descriptor
+
+
+def _fault(status: os.stat_result) -> str | None:
+    if not stat.S_ISREG(status.st_mode):
+        return "not_a_regular_file"
+    # A hard link could make us ship a file that its maker may not read.
+    return "hard_link" if status.st_nlink > 1 else None
+
+
+def list_directory(directory: int) -> Listing:
+    """Look at a ``<pid>`` directory, without opening anything in it."""
+    sets: dict[int, dict[Kind, Entry]] = {}
+    refused = []
+    for position, name in enumerate(_names(directory)):
+        if position >= MAX_ENTRIES:
+            refused.append(Refused("too_many_entries", f"more than {MAX_ENTRIES} entries"))
+            break
+        parsed = layout.parse_crash_file_name(name)
+        if parsed is None:
+            if not name.startswith(".capture_"):  # a record in the making
+                refused.append(Refused("foreign_name", f"{name!r} is no crash file's name"))
+            continue
+        try:
+            entry = _entry(name, *parsed, directory)
+        except FileNotFoundError:
+            continue
+        except Refused as error:
+            refused.append(error)
+            continue
+        sets.setdefault(entry.epoch, {})[entry.kind] = entry
+    return Listing(sets, tuple(refused))
+
+
+def _names(directory: int) -> Iterator[str]:
+    # A name that is not UTF-8 comes with surrogates and fits no crash file's name.
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            yield entry.name
+
+
+def _entry(name: str, kind: Kind, epoch: int, directory: int) -> Entry:
+    status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    fault = _fault(status)
+    if fault:
+        raise Refused(fault, f"{name!r} is refused: {fault}")
+    return Entry(name, kind, epoch, status.st_size, status.st_uid, (status.st_dev, status.st_ino))
+
+
+def open_by_process(pid: int) -> set[tuple[int, int]]:
+    """Return device and inode of every file a process has open; empty when it is gone."""
+    identities = set()
+    try:
+        with os.scandir(f"/proc/{pid}/fd") as descriptors:
+            for descriptor in descriptors:
+                try:
+                    status = descriptor.stat()
+                except OSError:
+                    continue  # closed meanwhile
+                identities.add((status.st_dev, status.st_ino))
+    except OSError:
+        return set()
+    return identities

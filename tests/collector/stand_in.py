@@ -1,0 +1,66 @@
+"""A shipper for the collector's tests: takes work items and puts the files together again.
+
+The real one is tested with real destinations; here what matters is what the collector puts
+on the bus and how it takes receipts.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from crashbus import Bus, Receipt, WorkItem
+from crashbus.chunks import Verifier
+from tests.support.wait import until
+
+
+@dataclass
+class StandInShipper:
+    """Delivers into memory: (destination, folder/name) to content."""
+
+    bus: Bus
+    delivered: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    order: list[tuple[str, str]] = field(default_factory=list)
+    items: list[WorkItem] = field(default_factory=list)
+
+    async def run(self) -> None:
+        async for delivery in self.bus.consume(WorkItem, "shippers", service="shipper"):
+            await self.ship(delivery.message)
+            await delivery.ack()
+
+    async def ship(self, item: WorkItem) -> None:
+        self.items.append(item)
+        for file in item.files:
+            verifier = Verifier(file.encoding)
+            chunks = self.bus.chunks(item.crash_id, file.name, file.chunks)
+            parts = [verifier.accept(chunk) async for chunk in chunks]
+            verifier.finish(file.size, file.sha256)
+            self.delivered[item.destination, f"{item.folder}/{file.name}"] = b"".join(parts)
+            self.order.append((item.destination, file.name))
+        for file in item.files:
+            await self.bus.publish(
+                Receipt(
+                    host=item.host,
+                    crash_id=item.crash_id,
+                    file=file,
+                    destination=item.destination,
+                    url=f"{item.destination}/{item.folder}/{file.name}",
+                    attempts=1,
+                    shipper="stand-in",
+                )
+            )
+
+    def names(self, destination: str) -> set[str]:
+        return {path.rsplit("/", 1)[1] for place, path in self.delivered if place == destination}
+
+    def content(self, destination: str, name: str) -> bytes:
+        return next(
+            data
+            for (place, path), data in self.delivered.items()
+            if place == destination and path.endswith(f"/{name}")
+        )
+
+    async def has(self, destination: str, *names: str) -> None:
+        """Return once these files are delivered."""
+        await until(lambda: set(names) <= self.names(destination), within=20)
+
+    def start(self) -> "asyncio.Task[None]":
+        return asyncio.create_task(self.run())

@@ -1,0 +1,337 @@
+"""The collector as a process: real files by a real crashing process, a real bus."""
+
+import asyncio
+import hashlib
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from nats.js.api import StreamConfig
+from nats.js.errors import NotFoundError
+
+from crashbus import DeadLetter, Manifest, SignalEvent, crash_id, identity, streams
+from crashbus.errors import BusUnreachable
+from crashbus.messages import Process
+from tests.collector.conftest import FILE, TCP, Setup
+from tests.support.crashers import crasher
+from tests.support.wait import until
+
+
+@pytest.fixture(autouse=True)
+async def shipper(setup: Setup) -> object:
+    task = setup.shipper.start()
+    yield task
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def crash(setup: Setup, *options: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([crasher("appscope_like"), setup.spool, *options])
+
+
+async def reports(setup: Setup, count: int = 1) -> list[Manifest]:
+    async def enough() -> list[Manifest] | None:
+        try:
+            found = await setup.bus.stored(Manifest)
+        except BusUnreachable:
+            return None
+        return found if len(found) >= count else None
+
+    return await until(enough, within=20)
+
+
+def epoch_of(setup: Setup, pid: int) -> int:
+    return int(next((setup.spool / str(pid)).glob("core_*")).name.split("_")[1])
+
+
+async def test_appscope_set_is_delivered_whole_and_once_for_each_destination(
+    setup: Setup,
+) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    process = crash(setup)
+    start = identity.start_ticks(process.pid)
+    (manifest,) = await reports(setup)
+    epoch = epoch_of(setup, process.pid)
+    core = f"core_{epoch}"
+    small = {f"{kind}_{epoch}" for kind in ("info", "backtrace", "cfg")}
+    await setup.shipper.has(FILE, *small, core, "manifest.json")
+
+    assert manifest.crash_id == crash_id(identity.boot_id(), process.pid, start)
+    assert manifest.signal_name == "SIGSEGV"
+    assert manifest.fault_address == 0x10
+    assert {file.name for file in manifest.files} == {*small, core}
+    assert not any(file.truncated for file in manifest.files)
+    for name in (*small, core):
+        source = (setup.spool / str(process.pid) / name).read_bytes()
+        assert setup.shipper.content(FILE, name) == source
+        listed = next(file for file in manifest.files if file.name == name)
+        assert listed.sha256 == hashlib.sha256(source).hexdigest()
+    # AppScope's daemon sends small files in name order, and no core.
+    assert [name for place, name in setup.shipper.order if place == TCP] == sorted(small)
+    # Small files go first, the manifest when all others are there.
+    order = [name for place, name in setup.shipper.order if place == FILE]
+    assert order[0].startswith("info") and order[-2:] == [core, "manifest.json"]
+    written = Manifest.model_validate_json(setup.shipper.content(FILE, "manifest.json"))
+    assert written.files == manifest.files
+    # Chunks leave the bus on the same evidence.
+    jetstream = setup.bus._js
+
+    async def no_chunks() -> bool:
+        return (await jetstream.stream_info(streams.CHUNKS)).state.messages == 0
+
+    await until(no_chunks)
+    process.wait()
+
+
+async def test_recovering_process_yields_one_crash_with_several_sets(setup: Setup) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    process = crash(setup, "recover")
+    try:
+        manifests = await reports(setup, 3)
+        assert len({manifest.crash_id for manifest in manifests}) == 1
+        assert [manifest.revision for manifest in manifests] == [1, 2, 3]
+        assert len(manifests[-1].files) == 12
+        names = [file.name for file in manifests[-1].files]
+        await setup.shipper.has(FILE, *names)
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def test_crash_before_the_collector_started_is_found_at_start(setup: Setup) -> None:
+    process = crash(setup)
+    process.wait()
+    await setup.collector.start()
+    (manifest,) = await reports(setup)
+    assert len(manifest.files) == 4
+    assert "its start is not known" in manifest.notes[0]
+    await setup.shipper.has(FILE, "manifest.json")
+
+
+async def test_event_names_the_process_when_it_was_gone_before_anyone_looked(
+    setup: Setup,
+) -> None:
+    process = crash(setup)
+    event = signal_event(process.pid, disposition="handled")
+    await setup.bus.publish(event)
+    process.wait()
+    await setup.collector.start()
+    (manifest,) = await reports(setup)
+    assert manifest.crash_id == event.crash_id
+    assert manifest.process == event.process
+
+
+def signal_event(pid: int, disposition: str = "default") -> SignalEvent:
+    boot, start = identity.boot_id(), identity.start_ticks(pid)
+    return SignalEvent(
+        host="test-host",
+        crash_id=crash_id(boot, pid, start),
+        event_id=f"{pid}-{start}",
+        monotonic_ns=1,
+        process=Process(
+            boot_id=boot, pid=pid, ns_pid=pid, start_ticks=start, uid=0, gid=0, comm="x"
+        ),
+        tid=pid,
+        signal=11,
+        signal_name="SIGSEGV",
+        code=1,
+        code_meaning="address not mapped to object",
+        disposition=disposition,  # type: ignore[arg-type]
+    )
+
+
+async def deaths_in_hand(setup: Setup, count: int) -> bool:
+    """Tell whether the collector follows just so many signal events."""
+    with suppress(NotFoundError):  # its consumer is made soon
+        info = await setup.bus._js.consumer_info(streams.SIGNALS, "collector-signals-test-host")
+        return info.num_ack_pending == count
+    return False
+
+
+async def test_death_without_crash_files_is_told(setup: Setup) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    await until(lambda: deaths_in_hand(setup, 0))
+    victim = subprocess.Popen(["sleep", "60"])
+    event = signal_event(victim.pid)
+    await setup.bus.publish(event)
+    # It is alive, so nothing is told yet; its end is what decides.
+    await until(lambda: deaths_in_hand(setup, 1))
+    assert await setup.bus.stored(DeadLetter) == []
+    victim.kill()
+    victim.wait()
+    (manifest,) = await reports(setup)
+    (letter,) = await setup.bus.stored(DeadLetter)
+    assert letter.reason == "not_captured" and letter.crash_id == event.crash_id
+    assert manifest.files == () and "nothing captured it" in manifest.notes[0]
+
+
+@pytest.mark.parametrize("moment", ["info", "core"])
+async def test_collector_killed_while_gathering_goes_on_after_restart(
+    setup: Setup, moment: str
+) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    process = crash(setup)
+    directory = setup.spool / str(process.pid)
+    await until(lambda: list(directory.glob(f"{moment}_*")))
+    setup.collector.kill()
+    await setup.collector.wait()
+    process.wait()
+    await setup.collector.start()
+    manifest = (await reports(setup))[-1]
+    await setup.shipper.has(FILE, *(file.name for file in manifest.files), "manifest.json")
+    assert len(manifest.files) == 4
+
+
+async def test_bus_that_lost_its_store_gets_everything_again(setup: Setup) -> None:
+    """Work items and chunks vanish before any shipper took them; only time is lost."""
+    await setup.collector.start()
+    await setup.collector.healthy()
+    jetstream = setup.bus._js
+    for stream in (streams.FILES, streams.CHUNKS):
+        await jetstream.delete_stream(stream)
+    process = crash(setup)
+    process.wait()
+    # The collector makes the streams anew.
+    (manifest,) = await reports(setup)
+    await setup.shipper.has(FILE, *(file.name for file in manifest.files), "manifest.json")
+
+
+async def test_nats_killed_and_restarted_loses_nothing(setup: Setup) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    setup.nats.kill()
+    process = crash(setup)
+    process.wait()
+    setup.nats.start()
+    (manifest,) = await reports(setup)
+    await setup.shipper.has(FILE, *(file.name for file in manifest.files), "manifest.json")
+
+
+async def shrink_chunk_store(setup: Setup, size: int) -> StreamConfig:
+    """Leave room for small files but not for a core."""
+    config = (await setup.bus._js.stream_info(streams.CHUNKS)).config
+    config.max_bytes = size
+    await setup.bus._js.update_stream(config)
+    return config
+
+
+async def test_full_bus_holds_the_core_back_and_loses_nothing(setup: Setup) -> None:
+    config = await shrink_chunk_store(setup, 40_000)
+    await setup.collector.start()
+    await setup.collector.healthy()
+    process = crash(setup)
+    process.wait()
+    await until(lambda: setup.collector.metric("crashbus_collector_bus_full_total") > 0)
+    config.max_bytes = 64 * 1024**2
+    await setup.bus._js.update_stream(config)
+    (manifest,) = await reports(setup)
+    await setup.shipper.has(FILE, *(file.name for file in manifest.files), "manifest.json")
+
+
+async def test_hostile_entries_are_refused_counted_and_left_alone(
+    setup: Setup, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("root's own")
+    secret.chmod(0o600)
+    directory = setup.spool / "4194303"
+    directory.mkdir()
+    (directory / "core_100").symlink_to(secret)
+    os.link(secret, directory / "info_100")
+    os.mkfifo(directory / "cfg_100")
+    (directory / "backtrace_100").mkdir()
+    os.mknod(directory / "snapshot_100", 0o600 | 0o020000, os.makedev(1, 3))
+    Path(os.fsdecode(bytes(directory) + b"/core_\xff\xfe")).write_text("not UTF-8")
+    (directory / "..core_1").write_text("odd")
+    (setup.spool / "4194302").symlink_to("/etc")
+    (setup.spool / "not-a-pid").mkdir()
+    await setup.collector.start()
+    await setup.collector.healthy()
+    await until(lambda: setup.collector.metric("crashbus_collector_refused_total") >= 7)
+    # It still works, and took none of them.
+    process = crash(setup)
+    process.wait()
+    (manifest,) = await reports(setup)
+    assert manifest.process.comm == "appscope_like"
+    assert secret.read_text() == "root's own"
+    assert len(list(directory.iterdir())) == 7
+
+
+async def test_file_of_another_user_in_a_crash_is_refused(setup: Setup) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    process = crash(setup)
+    directory = setup.spool / str(process.pid)
+    info = await until(lambda: next(iter(directory.glob("info_*")), None))
+    fake = directory / info.name.replace("info", "snapshot")
+    fake.write_text("{}")
+    os.chown(fake, 65534, 65534)
+    process.wait()
+    (manifest,) = await reports(setup)
+    assert fake.name not in {file.name for file in manifest.files}
+    await until(lambda: "belongs to UID 65534" in setup.collector.log)
+
+
+async def test_vanished_source_is_a_dead_letter_and_the_rest_is_delivered(setup: Setup) -> None:
+    config = await shrink_chunk_store(setup, 40_000)  # the core waits, the rest goes
+    await setup.collector.start()
+    await setup.collector.healthy()
+    process = crash(setup)
+    process.wait()
+    await until(lambda: "waiting for the bus" in setup.collector.log)
+    core = next((setup.spool / str(process.pid)).glob("core_*"))
+    await until(lambda: setup.ledger())
+    core.unlink()
+    setup.collector.kill()  # one that runs holds the file open, so that it cannot lose it
+    await setup.collector.wait()
+    config.max_bytes = 64 * 1024**2
+    await setup.bus._js.update_stream(config)
+    await setup.collector.start()
+    (manifest,) = await reports(setup)
+    letters = await setup.bus.stored(DeadLetter)
+    assert [letter.reason for letter in letters] == ["source_vanished"]
+    assert str(core) in letters[0].error
+    assert len(manifest.files) == 3
+    await setup.shipper.has(FILE, *(file.name for file in manifest.files))
+    assert "manifest.json" not in setup.shipper.names(FILE)
+
+
+async def test_sources_go_only_after_every_receipt(setup: Setup, shipper: object) -> None:
+    assert isinstance(shipper, asyncio.Task)
+    shipper.cancel()
+    setup.collector._environment["CRASHBUS_COLLECTOR_KEEP_DELIVERED"] = "0"
+    await setup.collector.start()
+    await setup.collector.healthy()
+    process = crash(setup)
+    process.wait()
+    await reports(setup)
+    directory = setup.spool / str(process.pid)
+    assert len(list(directory.iterdir())) == 4
+    again = setup.shipper.start()
+    await until(lambda: not directory.exists(), within=20)
+    await until(lambda: not setup.ledger())
+    assert "manifest.json" in setup.shipper.names(FILE)
+    again.cancel()
+
+
+async def test_sigterm_ends_it_in_order_within_ten_seconds(setup: Setup) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    setup.collector.kill(signal.SIGTERM)
+    assert await setup.collector.wait(10) == 0
+
+
+async def test_missing_destination_is_said_in_one_line(setup: Setup) -> None:
+    setup.collector._environment["CRASHBUS_DESTINATIONS"] = ""
+    await setup.collector.start()
+    assert await setup.collector.wait(10) == 2
+    assert "CRASHBUS_DESTINATIONS" in setup.collector.log
+    assert "Traceback" not in setup.collector.log
