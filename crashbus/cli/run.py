@@ -1,0 +1,98 @@
+"""``crashbus run``: every service and a private nats-server on this host."""
+
+import asyncio
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from crashbus.cli import supervisor
+from crashbus.cli.errors import Trouble
+from crashbus.cli.supervisor import SERVICES, Supervisor
+from services.common import log as logs
+from services.common.settings import BusSettings
+
+_OWN_PORT = 4222
+
+
+def run(
+    dest: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dest",
+            help="Where crash files go: s3://bucket/prefix, tcp://host:port, tls://host:port or"
+            " file:///directory. Give it several times for several places.",
+        ),
+    ] = None,
+    shippers: Annotated[int, typer.Option(help="How many shippers share the work.", min=1)] = 1,
+    port: Annotated[
+        int, typer.Option(help="Port of the private nats-server, on loopback.")
+    ] = _OWN_PORT,
+    nats: Annotated[
+        bool,
+        typer.Option("--nats/--no-nats", help="Start a private nats-server, or use a running one."),
+    ] = True,
+    logs_to: Annotated[
+        Path | None,
+        typer.Option("--logs", help="Write each service's log to a file in this directory."),
+    ] = None,
+) -> None:
+    """Run all services here: from now on every crash on this host is captured and delivered."""
+    environment = dict(os.environ)
+    if dest:
+        environment["CRASHBUS_DESTINATIONS"] = ",".join(dest)
+    if nats:
+        environment["CRASHBUS_NATS_URL"] = f"nats://127.0.0.1:{port}"
+    os.environ.update(environment)
+    settings = BusSettings.load()
+    if not settings.destinations:
+        raise Trouble("no destination is set", "give --dest file:///var/crashes or s3://bucket")
+    if os.geteuid() != 0:
+        raise Trouble("eBPF and core_pattern need root", "run it with sudo")
+    if nats and shutil.which("nats-server") is None:
+        raise Trouble("nats-server is not installed", "apt-get install nats-server, or --no-nats")
+    logs.configure(settings.log_level, settings.log_format, "run")
+    asyncio.run(_supervise(settings, environment, shippers, port if nats else None, logs_to))
+
+
+async def _supervise(
+    settings: BusSettings,
+    environment: dict[str, str],
+    shippers: int,
+    port: int | None,
+    logs_to: Path | None,
+) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(ending, stop.set)
+    together = Supervisor()
+    try:
+        if port is not None:
+            command = supervisor.nats_command(
+                settings.state / "nats", port, _log_file(logs_to, "nats-server")
+            )
+            await together.start(command)
+            await supervisor.until_answers(settings.nats_url)
+        for name in SERVICES:
+            for number in range(1, (shippers if name == "shipper" else 1) + 1):
+                await together.start(
+                    supervisor.service_command(name, number, environment, _log_file(logs_to, name))
+                )
+        stopping = asyncio.create_task(stop.wait())
+        ends: set[asyncio.Future[Any]] = {stopping, together.given_up}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if together.given_up.done():
+            raise Trouble(together.given_up.result(), "its log says which setting is wrong")
+    finally:
+        await together.stop()
+
+
+def _log_file(directory: Path | None, name: str) -> Path | None:
+    if directory is None:
+        return None
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory / f"{name}.log"

@@ -1,0 +1,180 @@
+"""All of Crashbus on one host without containers: nats-server and the services, supervised.
+
+Each runs as a process of its own, as it would in a container, so that one that fails takes
+nothing else down. What ends by itself is started again, ever more slowly.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nats
+import nats.errors
+import structlog
+
+from crashbus.cli.errors import Trouble
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+SERVICES = ("recorder", "detector", "shipper", "collector")
+STOP_WITHIN = 12.0  # seconds; a service promises to be gone within 10
+_FIRST_WAIT = 0.5  # seconds before what ended is started again; doubled each time
+_LONGEST_WAIT = 30.0
+_STEADY_AFTER = 60.0  # seconds; after that, the next failure counts as the first
+_READY_WITHIN = 10.0  # seconds for nats-server to answer; it recovers its store first
+_EXIT_SETTINGS = 2
+# Should the supervisor be killed, the kernel sends SIGTERM to what it started, prctl(2).
+_ENDS_WITH_US = ("setpriv", "--pdeathsig", "TERM", "--")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A process to keep running."""
+
+    name: str
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+    log: Path | None
+
+
+class Supervisor:
+    """Starts commands in order, keeps them running, and stops them in the opposite order."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, asyncio.subprocess.Process] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self.given_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def start(self, command: Command) -> None:
+        """Start a command and keep it running until `stop`."""
+        process = await _start(command)
+        self._running[command.name] = process
+        self._tasks.append(asyncio.create_task(self._keep(command, process), name=command.name))
+
+    async def _keep(self, command: Command, process: asyncio.subprocess.Process) -> None:
+        wait = _FIRST_WAIT
+        while True:
+            began = time.monotonic()
+            status = await process.wait()
+            if status == _EXIT_SETTINGS:
+                if not self.given_up.done():
+                    self.given_up.set_result(f"{command.name} cannot work as it is set up")
+                return
+            if time.monotonic() - began > _STEADY_AFTER:
+                wait = _FIRST_WAIT
+            log.error("ended, starting again", name=command.name, status=status, seconds=wait)
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, _LONGEST_WAIT)
+            process = await _start(command)
+            self._running[command.name] = process
+
+    async def stop(self) -> None:
+        """Stop everything; what does not listen is killed."""
+        for task in self._tasks:
+            task.cancel()
+        servers = [p for name, p in self._running.items() if name == "nats-server"]
+        await _end([p for name, p in self._running.items() if name != "nats-server"])
+        # The bus goes last: the services put their last words on it.
+        await _end(servers)
+
+
+async def _start(command: Command) -> asyncio.subprocess.Process:
+    output = command.log.open("ab") if command.log else None
+    try:
+        # A session of its own: Ctrl-C reaches the supervisor alone, which stops all in order.
+        return await asyncio.create_subprocess_exec(
+            *_ENDS_WITH_US,
+            *command.arguments,
+            env=dict(command.environment),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise Trouble(f"{command.name} cannot be started: {error}", "install it") from error
+    finally:
+        if output is not None:
+            output.close()
+
+
+async def _end(processes: Sequence[asyncio.subprocess.Process]) -> None:
+    living = [process for process in processes if process.returncode is None]
+    for process in living:
+        process.send_signal(signal.SIGTERM)
+    waits = [asyncio.create_task(process.wait()) for process in living]
+    if not waits:
+        return
+    _, late = await asyncio.wait(waits, timeout=STOP_WITHIN)
+    for process in living:
+        if process.returncode is None:
+            process.kill()
+    if late:
+        await asyncio.wait(late)
+
+
+def free_port() -> int:
+    """Return a TCP port on loopback that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def nats_command(directory: Path, port: int, output: Path | None) -> Command:
+    """Return the command of a private nats-server, loopback only, with its store on disk."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = directory / "nats.conf"
+    config.write_text(
+        f"listen: 127.0.0.1:{port}\n"
+        "server_name: crashbus\n"
+        "jetstream {\n"
+        f'  store_dir: "{directory}"\n'
+        "}\n"
+    )
+    return Command("nats-server", ("nats-server", "-c", str(config)), os.environ, output)
+
+
+def service_command(
+    name: str, number: int, environment: Mapping[str, str], output: Path | None
+) -> Command:
+    """Return the command of one service; of several alike, each has its number."""
+    variable = f"CRASHBUS_{name.upper()}_HTTP"
+    own = dict(environment)
+    if number > 1:
+        own[variable] = f"127.0.0.1:{free_port()}"
+    label = name if number == 1 else f"{name}-{number}"
+    return Command(label, (sys.executable, "-m", f"services.{name}"), own, output)
+
+
+async def until_answers(url: str) -> None:
+    """Return once a NATS server answers.
+
+    Raises:
+        Trouble: none did in time.
+    """
+    end = time.monotonic() + _READY_WITHIN
+    while True:
+        try:
+            client = await nats.connect(
+                url, allow_reconnect=False, connect_timeout=1, error_cb=_ignore
+            )
+        except (OSError, nats.errors.Error, TimeoutError) as error:
+            if time.monotonic() > end:
+                raise Trouble(
+                    f"nats-server does not answer at {url}: {error}",
+                    "see its log; another program may have the port, --port takes another",
+                ) from error
+            await asyncio.sleep(0.05)
+        else:
+            await client.close()
+            return
+
+
+async def _ignore(_: Exception) -> None:
+    """The failure is raised as well."""
