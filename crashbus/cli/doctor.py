@@ -2,16 +2,18 @@
 
 import asyncio
 import importlib
-import os
+import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import nats
 import nats.errors
 import nats.js.errors
+import structlog
 import typer
 from rich.text import Text
 
@@ -24,9 +26,9 @@ from services.common.settings import BusSettings, SettingsError
 from services.shipper.settings import ShipperSettings
 
 _TIMEOUT = 3.0  # seconds for a server to answer; a person is waiting
-_MEND_FILE = "make it writable for the shipper, or take another directory"
+_MEND_SETTINGS = "set the variable as it says"
 _MEND_SHIPPER = "pip install 'crashbus[shipper]'"
-_LEAST_FREE = 1024**3  # bytes: room for one core dump of usual size
+_LEAST_FREE = 1024**3  # bytes; the bus's store may lie there, too
 
 
 def doctor(
@@ -37,6 +39,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Say what this host can and cannot do; exit with 1 if something is wrong."""
+    # What the services' parts would log, the findings say.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     wrong = 0
     for finding in findings(tuple(dest or ())):
         wrong += not finding.ok
@@ -66,12 +70,12 @@ def findings(given: tuple[str, ...] = ()) -> Iterator[Finding]:
     yield from _of_service("recorder")
     try:
         settings = BusSettings.load()
+        options = settings.connection_options("crashbus-doctor")
     except SettingsError as error:
-        yield Finding("settings", False, str(error), "set the variable as it says")
+        yield Finding("settings", False, str(error), _MEND_SETTINGS)
         return
-    yield from asyncio.run(_nats(settings))
-    yield _room("spool", settings.spool)
-    yield _room("state", settings.state)
+    yield from asyncio.run(_nats(settings.nats_url, options))
+    yield _state(settings.state)
     for url in given or settings.destinations:
         yield _destination(url)
 
@@ -85,11 +89,14 @@ def _of_service(service: str) -> list[Finding]:
     except ModuleNotFoundError as error:
         mend = f"to run it here: pip install 'crashbus[{service}]'"
         return [Finding(service, False, f"{error.name} is not installed", mend)]
-    return check()
+    try:
+        return check()
+    except SettingsError as error:
+        return [Finding(f"settings of the {service}", False, str(error), _MEND_SETTINGS)]
 
 
-async def _nats(settings: BusSettings) -> list[Finding]:
-    servers = [part.strip() for part in settings.nats_url.split(",")]
+async def _nats(url: str, options: dict[str, Any]) -> list[Finding]:
+    servers = [part.strip() for part in url.split(",")]
     errors: list[str] = []
 
     async def note(error: Exception) -> None:
@@ -101,8 +108,10 @@ async def _nats(settings: BusSettings) -> list[Finding]:
                 servers,
                 connect_timeout=int(_TIMEOUT),
                 allow_reconnect=False,
+                max_reconnect_attempts=1,  # 0 would mean for ever
+                reconnect_time_wait=0,
                 error_cb=note,
-                **settings.connection_options("crashbus-doctor"),
+                **options,
             ),
             _TIMEOUT * len(servers),
         )
@@ -148,10 +157,10 @@ async def _jetstream(js: nats.js.JetStreamContext) -> Finding:
     return Finding("jetstream", True, f"on; a service will make {', '.join(missing)}")
 
 
-def _room(name: str, directory: Path) -> Finding:
+def _state(directory: Path) -> Finding:
     free = shutil.disk_usage(_existing(directory)).free
-    mend = f"free some space there, or set CRASHBUS_{name.upper()}"
-    return Finding(name, free >= _LEAST_FREE, f"{directory}: {size(free)} free", mend)
+    mend = "free some space there, or set CRASHBUS_STATE"
+    return Finding("state", free >= _LEAST_FREE, f"{directory}: {size(free)} free", mend)
 
 
 def _existing(path: Path) -> Path:
@@ -169,10 +178,19 @@ def _destination(url: str) -> Finding:
         return Finding(name, False, str(error), "write it as it says")
     directory = Path(parsed.path)
     if parsed.scheme == "file" and not directory.is_dir():
-        # The shipper would make it; to look is not to make.
-        writable = os.access(_existing(directory), os.W_OK)
-        return Finding(name, writable, f"not there yet, in {_existing(directory)}", _MEND_FILE)
+        return _not_yet(name, directory)
     return asyncio.run(_ready(name, parsed))
+
+
+def _not_yet(name: str, directory: Path) -> Finding:
+    """See whether the shipper could make a directory, without making it."""
+    above = _existing(directory)
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            return Finding(name, True, f"not there yet, can be made in {above}")
+    except OSError as error:
+        mend = "make it writable for the shipper, or take another directory"
+        return Finding(name, False, f"cannot be made in {above}: {error.strerror}", mend)
 
 
 async def _ready(name: str, parsed: Destination) -> Finding:
@@ -188,5 +206,5 @@ async def _ready(name: str, parsed: Destination) -> Finding:
     except Failure as error:
         return Finding(name, False, str(error), error.mend)
     except SettingsError as error:
-        return Finding(name, False, str(error), "set the variable as it says")
+        return Finding(name, False, str(error), _MEND_SETTINGS)
     return Finding(name, True, "ready")

@@ -10,6 +10,7 @@ A field ``nats_url`` of a class with the section ``bus`` is read, first found fi
 
 import os
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -188,6 +189,9 @@ class BusSettings(Settings):
 
         Args:
             name: how the NATS server shall call the connection.
+
+        Raises:
+            SettingsError: credentials are set, and what reads them is not installed.
         """
         options: dict[str, Any] = {"name": name}
         if self.nats_user:
@@ -195,5 +199,8 @@ class BusSettings(Settings):
         if self.nats_password:
             options["password"] = self.nats_password.get_secret_value()
         if self.nats_credentials:
+            if find_spec("nkeys") is None:
+                variable = variable_of(BusSettings, "nats_credentials")
+                raise SettingsError(f"{variable} needs the package nkeys: pip install nkeys")
             options["user_credentials"] = str(self.nats_credentials)
         return options

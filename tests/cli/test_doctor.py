@@ -1,0 +1,137 @@
+"""What doctor says of hosts that work and of hosts that do not."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crashbus import Bus
+from tests.cli.support import Result, crashbus
+from tests.support.nats import NatsServer, free_port
+from tests.support.s3 import S3Server
+
+
+def by_name(result: Result) -> dict[str, dict[str, Any]]:
+    assert "Traceback" not in result.err
+    return {one["name"]: one for one in map(json.loads, result.out.splitlines())}
+
+
+async def doctor(*dest: str, env: Mapping[str, str]) -> tuple[Result, dict[str, dict[str, Any]]]:
+    given = [part for url in dest for part in ("--dest", url)]
+    result = await crashbus("doctor", "--json", *given, env=env)
+    findings = by_name(result)
+    assert result.status == (1 if any(not one["ok"] for one in findings.values()) else 0)
+    assert all(one["mend"] for one in findings.values() if not one["ok"])
+    return result, findings
+
+
+async def test_everything_of_the_bus_is_found(nats_server: NatsServer, bus: Bus) -> None:
+    _, found = await doctor(env={"CRASHBUS_NATS_URL": nats_server.url})
+    assert found["nats"]["ok"]
+    assert found["nats max_payload"]["ok"]
+    assert found["jetstream"] == {
+        "name": "jetstream",
+        "ok": True,
+        "detail": "all 6 streams are there",
+        "mend": "",
+    }
+
+
+async def test_it_looks_at_kernel_and_core_pattern(nats_server: NatsServer) -> None:
+    _, found = await doctor(env={"CRASHBUS_NATS_URL": nats_server.url})
+    text = json.dumps(found)
+    for part in ("kernel", "BTF", "bcc", "core_pattern", "drgn"):
+        assert part in text
+    assert found["jetstream"]["ok"]
+    assert "a service will make CRASH_CHUNKS" in found["jetstream"]["detail"]
+
+
+async def test_no_server_is_wrong() -> None:
+    result, found = await doctor(env={"CRASHBUS_NATS_URL": "nats://127.0.0.1:1"})
+    assert result.status == 1
+    assert not found["nats"]["ok"]
+    assert "CRASHBUS_NATS_URL" in found["nats"]["mend"]
+    for_people = await crashbus("doctor", env={"CRASHBUS_NATS_URL": "nats://127.0.0.1:1"})
+    assert for_people.status == 1
+    assert "WRONG  nats: no connection" in for_people.out
+    assert "       mend: start nats-server" in for_people.out
+
+
+async def test_a_server_without_jetstream_or_room_for_chunks_is_wrong(tmp_path: Path) -> None:
+    server = NatsServer(tmp_path, "max_payload: 4096\n")
+    config = tmp_path / "nats.conf"
+    text = config.read_text()
+    config.write_text(f"listen: 127.0.0.1:{server.port}\n" + text[text.index("max_payload") :])
+    server.start()
+    try:
+        _, found = await doctor(env={"CRASHBUS_NATS_URL": server.url})
+        assert found["nats"]["ok"]
+        assert not found["jetstream"]["ok"]
+        assert "-js" in found["jetstream"]["mend"]
+        assert not found["nats max_payload"]["ok"]
+    finally:
+        server.stop()
+
+
+async def test_a_server_that_wants_other_keys_is_wrong(tmp_path: Path) -> None:
+    server = NatsServer(tmp_path, "authorization {\n  user: crash\n  password: right\n}\n")
+    server.start()
+    try:
+        _, found = await doctor(env={"CRASHBUS_NATS_URL": server.url})
+        assert not found["nats"]["ok"]
+        assert "uthorization" in found["nats"]["detail"]
+        assert "CRASHBUS_NATS_PASSWORD" in found["nats"]["mend"]
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("variable", ["CRASHBUS_DESTINATIONS", "CRASHBUS_RECORDER_CAPTURES"])
+async def test_a_wrong_setting_is_a_finding(variable: str) -> None:
+    env = {"CRASHBUS_NATS_URL": "nats://127.0.0.1:1", variable: "ftp://nowhere"}
+    result, found = await doctor(env=env)
+    assert result.status == 1
+    assert any(variable in one["detail"] for one in found.values() if not one["ok"])
+
+
+async def test_destinations(nats_server: NatsServer, tmp_path: Path) -> None:
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    open_port = server.sockets[0].getsockname()[1]
+    closed_port = free_port()
+    (tmp_path / "there").mkdir()
+    urls = {
+        f"file://{tmp_path}/there": True,
+        f"file://{tmp_path}/not/yet": True,
+        "file:///proc/no": False,
+        f"tcp://127.0.0.1:{open_port}": True,
+        f"tcp://127.0.0.1:{closed_port}": False,
+        f"tls://127.0.0.1:{open_port}": False,
+        "ftp://x": False,
+    }
+    async with server:
+        _, found = await doctor(*urls, env={"CRASHBUS_NATS_URL": nats_server.url})
+    assert {url: found[f"destination {url}"]["ok"] for url in urls} == urls
+    assert not (tmp_path / "not").exists()  # it looks and makes nothing
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+async def test_configured_destinations_are_looked_at(s3: S3Server) -> None:
+    bucket = s3.make_bucket()
+    env = {
+        "CRASHBUS_NATS_URL": "nats://127.0.0.1:1",
+        "CRASHBUS_DESTINATIONS": f"s3://{bucket}/x,s3://not-there-at-all",
+        "CRASHBUS_SHIPPER_S3_CREATE_BUCKET": "true",
+        **s3.settings(),
+    }
+    _, found = await doctor(env=env)
+    assert found[f"destination s3://{bucket}/x"]["ok"]
+    missing = found["destination s3://not-there-at-all"]
+    assert not missing["ok"]
+    assert "bucket" in missing["mend"]
+    assert not s3.client().bucket_exists("not-there-at-all")
+    _, found = await doctor(env={**env, "CRASHBUS_SHIPPER_S3_SECRET_KEY": "not-this-one"})
+    wrong = found[f"destination s3://{bucket}/x"]
+    assert not wrong["ok"]
+    assert "not-this-one" not in json.dumps(found)
