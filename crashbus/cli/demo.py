@@ -103,7 +103,7 @@ async def _crashbus(scratch: Path, destination: Path) -> AsyncIterator[str]:
         PATH=_path(),
         CRASHBUS_STATE=str(scratch / "state"),
         CRASHBUS_SPOOL=str(scratch / "appscope"),
-        CRASHBUS_RECORDER_SOCKET=str(scratch / "coredump.sock"),
+        CRASHBUS_RECORDER_SOCKET=str(scratch / "run" / "coredump.sock"),
         **{f"CRASHBUS_{name.upper()}_HTTP": f"127.0.0.1:{http[name]}" for name in SERVICES},
     )
     logs = scratch / "logs"

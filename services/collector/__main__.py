@@ -40,6 +40,7 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
             ledger,
             bus,
             deliverer.start,
+            runtime.ready,
         )
         deaths = Deaths(runtime.host, shared.destinations, bus, ledger, gatherer)
         async with asyncio.TaskGroup() as tasks:

@@ -62,6 +62,7 @@ class Gatherer:
     Args:
         root: the spool, such as ``/tmp/appscope``.
         on_crash: called with each crash that is new or has new files.
+        on_ready: called once nothing new can be overlooked.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Gatherer:
         ledger: Ledger,
         bus: Bus,
         on_crash: Callable[[Crash], None],
+        on_ready: Callable[[], None],
     ) -> None:
         self.root = root
         self._host = host
@@ -81,6 +83,7 @@ class Gatherer:
         self._ledger = ledger
         self._bus = bus
         self._on_crash = on_crash
+        self._on_ready = on_ready
         self._settled: dict[str, int] = {}  # directory to its mtime when nothing was left to do
         self._reported: set[tuple[str, str]] = set()  # what was refused, said once
         self._waiting: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -92,9 +95,10 @@ class Gatherer:
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        make_spool(self.root)
+        await asyncio.to_thread(make_spool, self.root)
         with Inotify() as inotify:
             watch = inotify.add_watch(self.root, _CHANGES)
+            self._on_ready()
             try:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._notice(inotify, watch), name="notice")

@@ -45,6 +45,11 @@ class Runtime:
     bus_settings: BusSettings
     health: Health
 
+    def ready(self) -> None:
+        """Say that the service does its job from now on; until then it is not healthy."""
+        self.health.working("start")
+        log.info("ready")
+
     @property
     def host(self) -> str:
         """This host's name on the bus."""
@@ -102,6 +107,7 @@ def run(name: str, settings_class: type[S], work: Work[S], http: Callable[[S], s
         sys.exit(EXIT_SETTINGS)
     logs.configure(bus_settings.log_level, bus_settings.log_format, name)
     runtime = Runtime(name, bus_settings, Health())
+    runtime.health.failing("start", "not ready yet")
     try:
         stop_serving = serve(runtime.health, http(settings))
     except (OSError, ValueError, OverflowError) as error:
@@ -111,14 +117,14 @@ def run(name: str, settings_class: type[S], work: Work[S], http: Callable[[S], s
         )
         sys.exit(EXIT_SETTINGS)
     try:
-        error = asyncio.run(_until_signal(runtime, work(runtime, settings)))
+        failure = asyncio.run(_until_signal(runtime, work(runtime, settings)))
     finally:
         stop_serving()
-    if isinstance(error, SettingsError):
-        sys.stderr.write(f"crashbus {name}: {error}\n")
+    if isinstance(failure, SettingsError):
+        sys.stderr.write(f"crashbus {name}: {failure}\n")
         sys.exit(EXIT_SETTINGS)
-    if error is not None:
-        log.error("failed", exc_info=error)
+    if failure is not None:
+        log.error("failed", exc_info=failure)
         sys.exit(EXIT_FAILED)
 
 

@@ -32,6 +32,7 @@ async def work(runtime: Runtime, settings: ShipperSettings) -> None:
     checks = [asyncio.create_task(watch_start(place)) for place in places.values()]
     try:
         async with runtime.bus() as bus:
+            runtime.ready()
             name = f"{runtime.host}/{os.getpid()}"
             await Shipper(bus, Courier(bus, places, settings, name), settings).run()
     except asyncio.CancelledError:
