@@ -2,6 +2,8 @@
 
 import asyncio
 
+import structlog
+
 from services.common.outbox import Outbox
 from services.common.publisher import Publisher
 from services.common.service import Runtime, finish, run
@@ -10,6 +12,8 @@ from services.detector import metrics, requirements
 from services.detector.detector import Detector
 from services.detector.settings import DetectorSettings
 
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
 STORE_WITHIN = 4.0  # seconds of the ten that a stop may take
 PUBLISH_WITHIN = 3.0
 NEARLY_FULL = 0.8
@@ -17,19 +21,22 @@ NEARLY_FULL = 0.8
 
 async def work(runtime: Runtime, settings: DetectorSettings) -> None:
     """Detect first, then find the bus: what is seen meanwhile waits in the outbox."""
+    runtime.health.failing("bpf", "not loaded yet")
     _refuse_if_unable()
-    outbox = Outbox(
+    outbox = await asyncio.to_thread(
+        Outbox,
         runtime.bus_settings.state / "detector" / "outbox.sqlite",
         settings.outbox_messages,
         settings.outbox_bytes,
     )
     publisher = Publisher(outbox, runtime)
     detector = Detector(settings, runtime.host, outbox, publisher.wake)
-    runtime.health.failing("bpf", "not loaded yet")
     publishing: asyncio.Task[None] | None = None
     try:
         await asyncio.to_thread(detector.start)
         runtime.health.working("bpf")
+        log.info("watching", signals=",".join(settings.signals))
+        runtime.ready()
         publishing = asyncio.create_task(_publish(runtime, publisher), name="publish")
         while True:
             await asyncio.wait({publishing}, timeout=1)
@@ -40,7 +47,8 @@ async def work(runtime: Runtime, settings: DetectorSettings) -> None:
     finally:
         await asyncio.to_thread(detector.stop, STORE_WITHIN)
         if publishing is not None:
-            await finish(publisher.drained(), PUBLISH_WITHIN)
+            if not {"bus", "bus_connection"} & set(runtime.health.faults()):
+                await finish(publisher.drained(), PUBLISH_WITHIN)
             publishing.cancel()
             await asyncio.wait({publishing})
         await asyncio.to_thread(outbox.close)
