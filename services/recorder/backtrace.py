@@ -3,9 +3,7 @@ an attacker may have written."""
 
 from typing import Annotated
 
-from pydantic import Field, StringConstraints
-
-from crashbus.messages import Part
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 MAX_FRAMES = 1024  # of one thread
 MAX_THREADS = 4096
@@ -13,6 +11,13 @@ MAX_TEXT = 1024  # characters of one name; C++ symbols grow long
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 Address = Annotated[int, Field(ge=0, lt=1 << 64)]
+
+
+class Part(BaseModel):
+    """Base of the parts. Not the one of `crashbus.messages`: that would bring the whole bus into
+    every worker, at twice its start-up time."""
+
+    model_config = ConfigDict(frozen=True)
 
 
 class ModuleFile(Part):

@@ -41,9 +41,18 @@ class Saved:
 
 
 def directory(state: Path) -> Path:
-    """Return the recorder's own directory in the state directory, made if it is missing."""
+    """Return the recorder's own directory in the state directory, made if it is missing.
+
+    Raises:
+        RecorderError: it cannot be made.
+    """
     path = state / "recorder"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecorderError(
+            f"{path} cannot be made: {error.strerror}; let CRASHBUS_STATE name another directory"
+        ) from error
     return path
 
 
@@ -105,8 +114,9 @@ def restore(state: Path) -> str | None:
         return None
     found = current()
     if found == saved.ours:
-        _write(PATTERN, saved.pattern)
+        # The pattern last: as long as it is ours, this can be done again.
         _write(PIPE_LIMIT, str(saved.pipe_limit))
+        _write(PATTERN, saved.pattern)
         log.info("core_pattern put back", old=found, new=saved.pattern)
     else:
         log.warning("core_pattern was changed by somebody else and stays", found=found)
@@ -176,7 +186,7 @@ def main() -> None:
         state = arguments.state or BusSettings.load().state
         with only_one(state):
             restored = restore(state)
-    except (SettingsError, RecorderError, OSError) as error:
+    except (SettingsError, OSError) as error:
         sys.exit(f"crashbus recorder: {error}")
     sys.stdout.write(f"core_pattern: {current()}\n" if restored else "nothing to put back\n")
 

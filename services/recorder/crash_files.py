@@ -7,6 +7,7 @@ files the rest. What a crashed process wrote (its names, its symbols) stays on i
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -142,7 +143,7 @@ def snapshot(
         "Root": facts.root,
         "Cgroup": process.cgroup,
         "Container": _container(process.container),
-        "StartTime": _start_time(process.start_ticks, crashed_at),
+        "StartTime": _start_time(process.start_ticks),
         "HoldMilliseconds": None if held_for is None else round(held_for * 1000, 3),
         "CoreSize": core_size,
         "Limits": facts.limits,
@@ -161,12 +162,12 @@ def _container(container: Container | None) -> dict[str, str] | None:
     return None if container is None else {"Id": container.id, "Runtime": container.runtime}
 
 
-def _start_time(ticks: int, now: float) -> str:
+def _start_time(ticks: int) -> str:
     """Return when the process started, from clock ticks since boot, proc_pid_stat(5)."""
     with open("/proc/uptime") as file:  # noqa: PTH123
         uptime = float(file.read().split()[0])
     age = uptime - ticks / os.sysconf("SC_CLK_TCK")
-    started = datetime.fromtimestamp(max(0.0, now - age), UTC)
+    started = datetime.fromtimestamp(max(0.0, time.time() - age), UTC)
     return started.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

@@ -33,14 +33,21 @@ class DeadLetters:
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[DeadLetter] = deque()
         self._some = asyncio.Event()
+        self._all_told = asyncio.Event()
+        self._all_told.set()
 
     def add(self, failure: CaptureFailed) -> None:
         """Log a failure and have it told; callable from any thread."""
         log.error(
-            "a crash was not captured", reason=failure.reason, error=str(failure), mend=failure.mend
+            "a crash was not captured",
+            crash_id=failure.crash_id,
+            reason=failure.reason,
+            error=str(failure),
+            mend=failure.mend,
         )
         letter = DeadLetter(
             host=self._runtime.host,
+            crash_id=failure.crash_id,
             service="recorder",
             reason=failure.reason,
             error=str(failure),
@@ -53,14 +60,23 @@ class DeadLetters:
             metrics.DEAD_LETTERS.labels("dropped").inc()
             return
         self._waiting.append(letter)
+        self._all_told.clear()
         self._some.set()
 
     async def run(self) -> None:
         """Connect as soon as the bus is there, and publish for ever."""
-        async with self._runtime.bus() as bus:
-            while True:
-                await self._some.wait()
-                await self._publish_waiting(bus)
+        try:
+            async with self._runtime.bus() as bus:
+                while True:
+                    await self._some.wait()
+                    await self._publish_waiting(bus)
+        except Exception as error:
+            log.error("dead letters are no longer told", exc_info=error)
+            self._runtime.health.failing("dead_letters", str(error))
+
+    async def all_told(self) -> None:
+        """Wait until none is left."""
+        await self._all_told.wait()
 
     async def _publish_waiting(self, bus: Bus) -> None:
         while self._waiting:
@@ -73,3 +89,4 @@ class DeadLetters:
             self._waiting.popleft()
             metrics.DEAD_LETTERS.labels("published").inc()
         self._some.clear()
+        self._all_told.set()

@@ -1,10 +1,11 @@
 """What can go wrong while a crash is recorded, each with what would mend it."""
 
 from crashbus.errors import CrashbusError
+from services.common.settings import SettingsError
 
 
-class RecorderError(CrashbusError):
-    """The recorder cannot do its work on this host."""
+class RecorderError(SettingsError):
+    """The recorder cannot do its work on this host as it is set; the message names the mend."""
 
 
 class CaptureFailed(CrashbusError):
@@ -13,7 +14,10 @@ class CaptureFailed(CrashbusError):
     Attributes:
         reason: one word for machines, as in a dead letter.
         mend: what a human can do about it.
+        crash_id: where the crash could be named.
     """
+
+    crash_id: str | None = None
 
     def __init__(self, reason: str, error: str, mend: str) -> None:
         super().__init__(error)

@@ -5,7 +5,8 @@ import select
 import threading
 import time
 
-_NULL = "/dev/null"
+# Opened once: letting go must not fail for want of a descriptor.
+_NULL = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
 
 class Stalled(Exception):
@@ -80,11 +81,7 @@ class Hold:
                 return
             self._held = False
             self.held_for = time.monotonic() - self._arrived
-            null = os.open(_NULL, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.dup2(null, self.descriptor, inheritable=False)
-            finally:
-                os.close(null)
+            os.dup2(_NULL, self.descriptor, inheritable=False)
 
     def close(self) -> None:
         """Let the process go and give the descriptor back."""

@@ -6,6 +6,7 @@ import select
 import socket
 import stat
 import threading
+import time
 from pathlib import Path
 
 import structlog
@@ -16,6 +17,7 @@ from services.recorder.hold import Hold
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 BACKLOG = 4096  # a crash that finds it full is lost; somaxconn caps it
+_ACCEPT_AGAIN = 0.1  # seconds
 
 
 class Listener:
@@ -32,7 +34,6 @@ class Listener:
         self._path = _canonical(path)
         self._arrivals = arrivals
         self._patience = patience
-        self._waiting: list[Hold] = []
         self._socket = _bind(self._path)
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._accept_all, name="accept", daemon=True)
@@ -70,7 +71,7 @@ class Listener:
             except OSError as error:
                 # Out of descriptors or memory: those in work give theirs back, so try again.
                 log.error("cannot accept a crash", error=str(error))
-                select.poll().poll(100)
+                time.sleep(_ACCEPT_AGAIN)
                 return
             self._arrivals.put(Hold(connection.detach(), self._patience))
 

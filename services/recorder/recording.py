@@ -104,24 +104,35 @@ def capture_crash(hold: Hold, on: Conditions) -> Recording:
     try:
         arrived = arrival.receive(on.mechanism, hold)
         process = facts.read_identity(arrived.pid, on.boot_id)
-        recording = _begin(process, arrived.signal, hold.arrived_at, on)
-        try:
-            _fill(recording, hold, on)
-        except BaseException:
-            recording.close()
-            raise
-        return recording
+        return _capture_process(process, arrived.signal, hold, on)
     finally:
         hold.close()
         if hold.held_for is not None:
             metrics.HOLD_SECONDS.observe(hold.held_for)
 
 
-def _begin(process: Process, signal: int, crashed_at: float, on: Conditions) -> Recording:
+def _capture_process(process: Process, signal: int, hold: Hold, on: Conditions) -> Recording:
+    name = crash_id(process.boot_id, process.pid, process.start_ticks)
+    try:
+        recording = _begin(name, process, signal, hold.arrived_at, on)
+    except CaptureFailed as failure:
+        failure.crash_id = name
+        raise
+    try:
+        _fill(recording, hold, on)
+    except BaseException:
+        recording.close()
+        raise
+    return recording
+
+
+def _begin(
+    name: str, process: Process, signal: int, crashed_at: float, on: Conditions
+) -> Recording:
     """Make the record: from here on the crash cannot vanish unseen."""
     record = CaptureRecord(
         state="writing",
-        crash_id=crash_id(process.boot_id, process.pid, process.start_ticks),
+        crash_id=name,
         host=on.host,
         crashed_at=crashed_at,
         process=process,

@@ -19,7 +19,7 @@ import structlog
 
 from crashbus.identity import boot_id
 from services.common.health import Health
-from services.common.service import Runtime
+from services.common.service import Runtime, finish
 from services.recorder import core_pattern, hardening, mechanism, metrics, recording
 from services.recorder.dead_letters import DeadLetters
 from services.recorder.errors import CaptureFailed, RecorderError
@@ -34,6 +34,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 ACCEPTED = 1024  # crashes waiting for a capture thread; beyond, they wait in the backlog
 UNFINISHED = 256  # crashes waiting for their backtrace; beyond, they get none
 STOP_WITHIN = 8.0  # seconds for what is in hand; the service is ended after 9
+_TELL_WITHIN = 0.5  # seconds for the last dead letters
 _UNWIND_UNTIL = 6.0  # seconds of these in which backtraces may still run
 _IDLE_CHECK = 0.02  # seconds between two looks whether all is done, when stopping
 _LOOK_EVERY = 1.0  # seconds between two looks at what is held
@@ -48,13 +49,22 @@ async def work(runtime: Runtime, settings: RecorderSettings) -> None:
         recorder = Recorder(runtime, settings, letters)
         try:
             recorder.start()
+            runtime.ready()
             await recorder.watch()
         finally:
             # In this order: who crashes from now on is the previous handler's.
-            core_pattern.restore(state)
+            _put_back(state)
             await asyncio.to_thread(recorder.stop, STOP_WITHIN)
+            await finish(letters.all_told(), _TELL_WITHIN)
             telling.cancel()
             await asyncio.wait({telling})
+
+
+def _put_back(state: Path) -> None:
+    try:
+        core_pattern.restore(state)
+    except OSError as error:
+        log.error("core_pattern could not be put back", error=str(error))
 
 
 class Recorder:
@@ -114,11 +124,17 @@ class Recorder:
         """
         end = time.monotonic() + within
         self._unwind_until = end - within + _UNWIND_UNTIL
-        self._listener.stop(within)
-        while time.monotonic() < end and not self._idle():
-            time.sleep(_IDLE_CHECK)
+        self._wait_until_idle(end)
+        # Last, for a crash that read core_pattern just before it was put back.
+        self._listener.stop(max(0.1, end - time.monotonic()))
+        self._wait_until_idle(end)
         for hold in (*self._in_work.copy(), *self._waiting()):
             hold.let_go()
+
+    def _wait_until_idle(self, end: float) -> None:
+        time.sleep(_IDLE_CHECK)
+        while time.monotonic() < end and not self._idle():
+            time.sleep(_IDLE_CHECK)
 
     def _idle(self) -> bool:
         # A crash enters the second queue before it is done in the first.

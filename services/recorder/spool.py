@@ -7,6 +7,7 @@ below the spool's root is reached through descriptors and never through a link. 
 belong to root and are read by root alone (0600): a backtrace and a snapshot can tell secrets.
 """
 
+import errno
 import os
 import secrets
 import stat
@@ -89,10 +90,16 @@ def _own_directory(name: str, parent: int) -> int:
             directory = os.open(name, _DIRECTORY, dir_fd=parent)
         except FileNotFoundError:
             continue
-        except NotADirectoryError:  # a link or a file; open(2), O_DIRECTORY with O_NOFOLLOW
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):  # a file, or a link
+                raise
             _put_aside(name, parent, "it is no directory")
             continue
-        _take_over(directory)
+        try:
+            _take_over(directory)
+        except OSError:
+            os.close(directory)
+            raise
         # Until it was root's, its owner could move it away and put another in its place.
         if _same(os.fstat(directory), name, parent):
             return directory
@@ -118,7 +125,10 @@ def _same(status: os.stat_result, name: str, parent: int) -> bool:
 
 def _put_aside(name: str, parent: int, why: str) -> None:
     aside = f".{name}.aside-{secrets.token_hex(4)}"
-    os.rename(name, aside, src_dir_fd=parent, dst_dir_fd=parent)
+    try:
+        os.rename(name, aside, src_dir_fd=parent, dst_dir_fd=parent)
+    except FileNotFoundError:
+        return  # whoever put it there took it away
     metrics.PUT_ASIDE.inc()
     log.warning("put aside what stood in the place of a directory", name=name, now=aside, why=why)
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 from pydantic import ValidationError
 
@@ -15,6 +16,7 @@ from services.recorder.facts import Module
 
 _COMMAND = (sys.executable, "-I", "-m", "services.recorder.unwind_worker")
 _MAX_ANSWER = 16 * 1024 * 1024  # bytes; 20,000 frames take about 6 MB
+_KILLED_WITHIN = 2.0  # seconds from SIGKILL to its end
 _NO_TIME = 0.2  # seconds; less is not worth a process
 
 
@@ -70,7 +72,8 @@ def _run(request: Request, descriptors: tuple[int, ...], within: float) -> tuple
         return b"", None
     finally:
         worker.kill()
-        worker.wait()
+        with suppress(subprocess.TimeoutExpired):  # it reads from a dead disk; leave it there
+            worker.wait(_KILLED_WITHIN)
         for pipe in (worker.stdin, worker.stdout):
             pipe.close()
 

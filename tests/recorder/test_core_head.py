@@ -4,7 +4,7 @@ import io
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.recorder import core_head
@@ -93,6 +93,7 @@ def test_number_of_program_headers_is_bounded() -> None:
     assert len(head.raw) < 1000
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=4096))
 def test_garbage_is_told(raw: bytes) -> None:
     head = read(raw)
@@ -101,6 +102,7 @@ def test_garbage_is_told(raw: bytes) -> None:
     assert head.fault is not None
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_damaged_core_is_parsed_or_told(data: st.DataObject) -> None:
     raw = bytearray(core(prstatus(11, 77) + siginfo(11, 1, 0)))

@@ -112,9 +112,10 @@ async def test_second_recorder_with_the_same_state_is_refused(
 
     second.launch()
     assert second.process is not None
-    assert second.process.wait(20) == 1
+    assert second.process.wait(20) == 2
 
     assert "a recorder runs already" in second.log
+    assert "Traceback" not in second.log
     pid, _ = crash(crasher("null_pointer"))
     await first.captured(pid)
 
@@ -280,6 +281,7 @@ async def test_crash_that_cannot_be_captured_is_a_dead_letter(
     assert letters[0].service == "recorder"
     assert letters[0].reason in ("spool_unusable", "capture_failed")
     assert "df " in letters[0].mend
+    assert letters[0].crash_id
 
 
 async def test_capture_does_not_wait_for_the_bus(recorder_with: MakeRecorder) -> None:
@@ -321,6 +323,47 @@ async def test_foreign_connection_is_refused_and_hurts_nobody(
     assert (await recorder.captured(pid)).state == "complete"
     await until(lambda: "handshake_failed" in recorder.log)
     writer.close()
+
+
+@pytest.fixture
+def frozen_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk on which every write waits, until `thaw`."""
+    need_program("mkfs.ext4")
+    place, image = tmp_path / "disk", tmp_path / "image"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(32 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(place)], check=True)
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
+async def test_disk_that_hangs_does_not_hang_the_crashing_processes(
+    recorder_with: MakeRecorder, frozen_disk: Path, mechanism: str
+) -> None:
+    recorder = recorder_with(
+        spool=frozen_disk / "spool",
+        recorder_mechanism=mechanism,
+        recorder_stall_deadline=1,
+        recorder_captures=1,
+    )
+    recorder.spool = frozen_disk / "spool"
+    await recorder.start()
+    program = str(crasher("null_pointer"))
+    subprocess.run(["fsfreeze", "-f", str(frozen_disk)], check=True)
+    try:
+        # The first hangs in the only thread there is, the others behind it.
+        crashes = [subprocess.Popen([program]) for _ in range(3)]
+        numbers = [process.wait(15) for process in crashes]
+        await until(lambda: recorder.log.count("let a process go") == 3)
+    finally:
+        subprocess.run(["fsfreeze", "-u", str(frozen_disk)], check=True)
+
+    assert numbers == [-signal.SIGSEGV] * 3
+    pid, _ = crash(program)
+    assert (await recorder.captured(pid)).state == "complete"
 
 
 @pytest.mark.parametrize("mechanism", ["socket", "pipe"])

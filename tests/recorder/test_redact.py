@@ -1,7 +1,7 @@
 """Secrets are recognised by name and by form."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.recorder.redact import REDACTED, arguments, environment, is_secret
@@ -56,6 +56,7 @@ def test_arguments(raw: tuple[str, ...], shown: tuple[str, ...]) -> None:
     assert arguments(raw) == shown
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=50), max_size=8).map(tuple))
 def test_whatever_comes_keeps_its_number(raw: tuple[str, ...]) -> None:
     assert len(arguments(raw)) == len(raw)
