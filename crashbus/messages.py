@@ -153,6 +153,9 @@ class Message(Part):
             raise MalformedMessage(subject, payload, reason) from None
         if not isinstance(data, dict):
             raise MalformedMessage(subject, payload, "not a map") from None
+        for name in ("v", "time"):  # what we fill in for our own messages, others must say
+            if name not in data:
+                raise MalformedMessage(subject, payload, f"field {name!r}: Field required")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
