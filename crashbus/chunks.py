@@ -158,7 +158,10 @@ class Verifier:
             announced = zstandard.frame_content_size(chunk.body)
             if announced != chunk.size:
                 raise DamagedFile(f"chunk {chunk.index}: frame of {announced}, not {chunk.size}")
-            data: bytes = self._decompressor.decompress(chunk.body, max_output_size=chunk.size)
+            # Bytes behind the frame would be stored unchecked.
+            data: bytes = self._decompressor.decompress(
+                chunk.body, max_output_size=chunk.size, allow_extra_data=False
+            )
         except zstandard.ZstdError as error:
             raise DamagedFile(f"chunk {chunk.index} is not a zstd frame: {error}") from None
         return data

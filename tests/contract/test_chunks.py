@@ -1,0 +1,201 @@
+"""The chunk codec: any file, cut anywhere, comes out as it went in, or not at all."""
+
+import dataclasses
+import hashlib
+import io
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crashbus.chunks import MAX_CHUNK_SIZE, Chunk, Encoder, Verifier, chunk_size
+from crashbus.errors import DamagedFile
+from crashbus.messages import Encoding
+
+ENCODINGS = st.sampled_from(["zstd", "identity"])
+# Runs of zeros and repeats, as core dumps have them, beside noise.
+FILES = st.one_of(
+    st.binary(max_size=2000),
+    st.lists(st.sampled_from([bytes(64), b"\xff" * 7, b"stack"]), max_size=60).map(b"".join),
+)
+SIZES = st.integers(1, 300)
+
+
+def encode(content: bytes, size: int, encoding: Encoding) -> tuple[Encoder, list[Chunk]]:
+    encoder = Encoder(size, encoding)
+    return encoder, list(encoder.chunks(io.BytesIO(content)))
+
+
+def verify(chunks: list[Chunk], encoding: Encoding, size: int, sha256: str) -> bytes:
+    verifier = Verifier(encoding)
+    content = b"".join(verifier.accept(chunk) for chunk in chunks)
+    verifier.finish(size, sha256)
+    return content
+
+
+@given(FILES, SIZES, ENCODINGS)
+def test_any_file_survives_any_cut(content: bytes, size: int, encoding: Encoding) -> None:
+    encoder, chunks = encode(content, size, encoding)
+
+    assert encoder.size == len(content)
+    assert encoder.sha256 == hashlib.sha256(content).hexdigest()
+    assert encoder.count == len(chunks) == -(-len(content) // size)
+    assert encoder.stored_size == sum(len(chunk.body) for chunk in chunks)
+    assert verify(chunks, encoding, encoder.size, encoder.sha256) == content
+
+
+@given(FILES, SIZES, ENCODINGS)
+def test_chunks_end_to_end_are_the_object(content: bytes, size: int, encoding: Encoding) -> None:
+    _, chunks = encode(content, size, encoding)
+    stored = b"".join(chunk.body for chunk in chunks)
+
+    if encoding == "identity":
+        assert stored == content
+    elif stored:
+        reader = zstandard.ZstdDecompressor().stream_reader(stored, read_across_frames=True)
+        assert reader.read() == content
+
+
+@given(FILES, SIZES, ENCODINGS, st.data())
+def test_any_chunk_can_be_made_again_from_its_range_alone(
+    content: bytes, size: int, encoding: Encoding, data: st.DataObject
+) -> None:
+    _, chunks = encode(content, size, encoding)
+    if not chunks:
+        return
+    chunk = data.draw(st.sampled_from(chunks))
+    again = Encoder(size, encoding).encode(content[chunk.index * size :][:size])
+
+    assert (again.body, again.sha256, again.size) == (chunk.body, chunk.sha256, chunk.size)
+
+
+@given(FILES, SIZES, ENCODINGS)
+def test_headers_carry_a_chunk(content: bytes, size: int, encoding: Encoding) -> None:
+    _, chunks = encode(content, size, encoding)
+
+    assert [Chunk.received(chunk.headers(), chunk.body) for chunk in chunks] == chunks
+
+
+@given(FILES.filter(lambda content: len(content) > 1), ENCODINGS, st.data())
+def test_any_change_of_order_or_number_is_noticed(
+    content: bytes, encoding: Encoding, data: st.DataObject
+) -> None:
+    encoder, chunks = encode(content, max(1, len(content) // 5), encoding)
+    others = data.draw(st.lists(st.sampled_from(chunks), max_size=8).filter(lambda o: o != chunks))
+
+    with pytest.raises(DamagedFile):
+        verify(others, encoding, encoder.size, encoder.sha256)
+
+
+@given(FILES.filter(bool), SIZES, ENCODINGS, st.data())
+def test_a_changed_body_is_noticed_by_its_hash(
+    content: bytes, size: int, encoding: Encoding, data: st.DataObject
+) -> None:
+    chunk = data.draw(st.sampled_from(encode(content, size, encoding)[1]))
+    changed = bytearray(chunk.body)
+    place = data.draw(st.integers(0, len(changed) - 1))
+    changed[place] ^= data.draw(st.integers(1, 255))
+
+    with pytest.raises(DamagedFile):
+        Chunk.received(chunk.headers(), bytes(changed))
+    with pytest.raises(DamagedFile):
+        Chunk.received(chunk.headers(), chunk.body[:-1])
+
+
+@settings(max_examples=300)
+@given(FILES.filter(bool), SIZES, st.data())
+def test_a_forged_frame_is_never_taken_for_the_file(
+    content: bytes, size: int, data: st.DataObject
+) -> None:
+    """An attacker can make the hash fit the body, but not the body fit the file."""
+    encoder, chunks = encode(content, size, "zstd")
+    index = data.draw(st.integers(0, len(chunks) - 1))
+    forged = bytearray(chunks[index].body)
+    place = data.draw(st.integers(0, len(forged) - 1))
+    forged[place] ^= data.draw(st.integers(1, 255))
+    body = bytes(forged)
+    sha256 = hashlib.sha256(body).hexdigest()
+    chunks[index] = dataclasses.replace(chunks[index], body=body, sha256=sha256)
+
+    try:
+        result = verify(chunks, "zstd", encoder.size, encoder.sha256)
+    except DamagedFile:
+        return
+    assert result == content  # only bits that say nothing were changed
+
+
+@given(st.binary(max_size=200), st.integers(1, 500))
+def test_any_bytes_at_all_are_a_frame_or_damaged(body: bytes, size: int) -> None:
+    chunk = Chunk(0, size, body, hashlib.sha256(body).hexdigest())
+
+    try:
+        data = Verifier("zstd").accept(chunk)
+    except DamagedFile:
+        return
+    assert len(data) == size
+
+
+def test_frame_that_holds_more_than_it_announces_is_refused_unread() -> None:
+    bomb = zstandard.compress(bytes(64 * 1024 * 1024))
+    chunk = Chunk(0, 5, bomb, hashlib.sha256(bomb).hexdigest())
+
+    with pytest.raises(DamagedFile, match="frame of 67108864, not 5"):
+        Verifier("zstd").accept(chunk)
+
+
+def test_frame_that_hides_its_size_is_refused() -> None:
+    compressor = zstandard.ZstdCompressor(write_content_size=False)
+    body = compressor.compress(b"content")
+    chunk = Chunk(0, 7, body, hashlib.sha256(body).hexdigest())
+
+    with pytest.raises(DamagedFile):
+        Verifier("zstd").accept(chunk)
+
+
+def test_second_frame_behind_the_first_is_not_stored_unseen() -> None:
+    """The body is what a destination stores, so nothing in it may go unchecked."""
+    frame = zstandard.compress(b"content")
+    body = frame + zstandard.compress(b"smuggled")
+    chunk = Chunk(0, 7, body, hashlib.sha256(body).hexdigest())
+
+    with pytest.raises(DamagedFile):
+        Verifier("zstd").accept(chunk)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"Crashbus-Index": "-1"},
+        {"Crashbus-Index": "x"},
+        {"Crashbus-Size": "0"},
+        {"Crashbus-Size": str(MAX_CHUNK_SIZE + 1)},
+        {"Crashbus-Size": "9" * 5000},
+        {"Crashbus-SHA256": ""},
+    ],
+    ids=str,
+)
+def test_bad_header_is_damage(changes: dict[str, str]) -> None:
+    chunk = Encoder(100, "zstd").encode(b"content")
+
+    with pytest.raises(DamagedFile):
+        Chunk.received(chunk.headers() | changes, chunk.body)
+    with pytest.raises(DamagedFile):
+        Chunk.received(None, chunk.body)
+
+
+@given(st.integers(0, 64 * 1024 * 1024))
+def test_chunk_with_its_headers_fits_the_server_or_is_refused(max_payload: int) -> None:
+    try:
+        size = chunk_size(max_payload)
+    except ValueError:
+        assert max_payload < 256 * 1024
+        return
+    # zstd.h, ZSTD_COMPRESSBOUND
+    worst = size + (size >> 8) + ((128 * 1024 - size) >> 11 if size < 128 * 1024 else 0)
+    headers = sum(
+        len(name) + len(value)
+        for name, value in Chunk(2**40, size, b"", "f" * 64).headers().items()
+    )
+    assert worst + headers + 100 < max_payload
+    assert size <= MAX_CHUNK_SIZE
