@@ -7,6 +7,7 @@ import threading
 import structlog
 
 from crashbus.destination import parse
+from services.common.memory import return_large_blocks
 from services.common.service import Runtime, run
 from services.common.settings import SettingsError
 from services.shipper.delivery import Courier, Place
@@ -89,6 +90,7 @@ def leave_in_time() -> None:
 
 def main() -> None:
     """Run the shipper."""
+    return_large_blocks()
     run("shipper", ShipperSettings, work, lambda settings: settings.http)
 
 

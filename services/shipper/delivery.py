@@ -164,7 +164,7 @@ class Courier:
     ) -> None:
         def on_retry(error: BaseException) -> None:
             metrics.RETRIES.labels(place.url).inc()
-            log.warning("trying again", destination=place.url, error=str(error), tries=tries.total)
+            log.info("trying again", destination=place.url, error=str(error), tries=tries.total)
 
         retries = policy.in_hand(self._settings, on_retry, place.standing.troubled)
         await retries(self._try, item, files, place, tries)
@@ -294,7 +294,8 @@ class Courier:
         if len(self._handed_back) > MAX_REMEMBERED:
             self._handed_back.pop(next(iter(self._handed_back)))
         delay = policy.hand_back_delay(taken.attempts, self._settings)
-        log.warning(
+        # A destination that is away hands back by the thousand; its standing says so once.
+        log.debug(
             "handed back", destination=taken.message.destination, error=str(failure), seconds=delay
         )
         with suppress(BusUnreachable):  # it comes again by itself

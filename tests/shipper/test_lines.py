@@ -40,7 +40,7 @@ def test_json_becomes_the_value_with_sorted_keys_and_no_blanks() -> None:
         (b"1.5", rb'{"f_1":1.5}'),
         (b"<a & b>", rb'{"f_1":["\u003ca \u0026 b\u003e"]}'),
         ("\u2028é".encode(), rb'{"f_1":["\u2028' + "é".encode() + rb'"]}'),
-        (b"a\rb\tc\0\"\\", rb'{"f_1":["a\rb\tc\u0000\"\\"]}'),
+        (b'a\rb\tc\0"\\', rb'{"f_1":["a\rb\tc\u0000\"\\"]}'),
         (b"bad \xff byte", rb'{"f_1":["bad \\xff byte"]}'),
         (rb'"\ud800"', b'{"f_1":"\xef\xbf\xbd"}'),
         (b"[" * 100_000, b'{"f_1":["' + b"[" * 100_000 + b'"]}'),
