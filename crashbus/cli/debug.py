@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from crashbus.cli.download import is_whole, refuse_to_overwrite
 from crashbus.cli.errors import Trouble
 from crashbus.cli.get import CrashIdArgument, FromUrl, download, make_directory
 from crashbus.cli.lookup import Found, files_of, find
@@ -36,14 +37,15 @@ def debug(
     with tempfile.TemporaryDirectory(prefix="crashbus-") as temporary:
         directory = make_directory(output) if output else Path(temporary)
         path = directory / core.name
-        if not (output and path.exists()):
+        if not is_whole(path, core):
+            refuse_to_overwrite(directory, [core])
             download(found, [core], directory)
         command = [gdb, *(arguments or []), *_executable(found), f"--core={path}"]
         raise typer.Exit(_run(command))
 
 
 def _newest_core(found: Found) -> CrashFile:
-    cores = files_of(found, [Kind.CORE])
+    cores = files_of(found, [Kind.CORE.value])
     return max(cores, key=lambda file: (parse_crash_file_name(file.name) or (file.kind, 0))[1])
 
 

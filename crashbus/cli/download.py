@@ -31,11 +31,30 @@ OnBytes = Callable[[int], None]
 T = TypeVar("T")
 
 
-def save(found: Found, file: CrashFile, directory: Path, *, replace: bool, on: OnBytes) -> Path:
+def refuse_to_overwrite(directory: Path, files: list[CrashFile]) -> None:
+    """Raise `Trouble` if a directory has one of the files, or anything of its name."""
+    for file in files:
+        target = directory / file.name
+        if os.path.lexists(target):
+            raise Trouble(f"{target} exists", "take another directory with -o, or --force")
+
+
+def is_whole(path: Path, file: CrashFile) -> bool:
+    """Tell whether a crash file was fetched before: size and SHA-256 are right."""
+    try:
+        with path.open("rb") as there:
+            return (
+                os.fstat(there.fileno()).st_size == file.size
+                and hashlib.file_digest(there, "sha256").hexdigest() == file.sha256
+            )
+    except OSError:
+        return False
+
+
+def save(found: Found, file: CrashFile, directory: Path, on: OnBytes) -> Path:
     """Fetch one file into a directory, from the first copy that proves to be right.
 
     Args:
-        replace: whether a file of that name may be overwritten.
         on: called with the number of file bytes fetched so far.
 
     Returns:
@@ -45,8 +64,6 @@ def save(found: Found, file: CrashFile, directory: Path, *, replace: bool, on: O
         Trouble: no copy is right, or the file cannot be written.
     """
     target = directory / file.name
-    if not replace and os.path.lexists(target):
-        raise Trouble(f"{target} exists", "take another directory with -o, or --force")
 
     def write(copy: Copy) -> Path:
         try:

@@ -14,7 +14,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from crashbus.cli.download import save
+from crashbus.cli.download import refuse_to_overwrite, save
 from crashbus.cli.errors import Trouble
 from crashbus.cli.lookup import Found, files_of, find
 from crashbus.cli.terminal import console, plain, size
@@ -42,7 +42,9 @@ def get(
     found = find(crash, from_url)
     wanted = files_of(found, files or [])
     directory = make_directory(output or Path(found.crash.crash_id))
-    for path in download(found, wanted, directory, replace=force):
+    if not force:
+        refuse_to_overwrite(directory, wanted)
+    for path in download(found, wanted, directory):
         console().print(plain(str(path)), soft_wrap=True)
 
 
@@ -57,9 +59,7 @@ def make_directory(path: Path) -> Path:
     return path
 
 
-def download(
-    found: Found, files: list[CrashFile], directory: Path, *, replace: bool = False
-) -> list[Path]:
+def download(found: Found, files: list[CrashFile], directory: Path) -> list[Path]:
     """Fetch files with a progress bar on standard error; return where they are."""
     paths = []
     with _progress() as progress:
@@ -69,7 +69,7 @@ def download(
             def on(done: int, task: object = task) -> None:
                 progress.update(task, completed=done)  # type: ignore[arg-type]
 
-            paths.append(save(found, file, directory, replace=replace, on=on))
+            paths.append(save(found, file, directory, on))
             progress.console.print(f"{file.name}: {size(file.size)}, verified")
     return paths
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import certifi
 import urllib3
 from minio import Minio
 from minio.error import MinioException, S3Error
@@ -79,13 +78,20 @@ def _client(settings: ShipperSettings) -> Minio:
     http = urllib3.PoolManager(
         timeout=urllib3.Timeout(settings.s3_connect_timeout, settings.s3_read_timeout),
         retries=urllib3.Retry(2, backoff_factor=0.2, status_forcelist=(500, 502, 503, 504)),
-        ca_certs=str(settings.s3_ca_file or certifi.where()),
+        cert_reqs="CERT_REQUIRED",
+        ca_certs=str(settings.s3_ca_file) if settings.s3_ca_file else None,
     )
-    return Minio(
-        place,
-        access_key=access.get_secret_value() if access else None,
-        secret_key=secret.get_secret_value() if secret else None,
-        secure=scheme == "https",
-        region=settings.s3_region,
-        http_client=http,
-    )
+    try:
+        return Minio(
+            place,
+            access_key=access.get_secret_value() if access else None,
+            secret_key=secret.get_secret_value() if secret else None,
+            secure=scheme == "https",
+            region=settings.s3_region,
+            http_client=http,
+        )
+    except ValueError as error:
+        raise StoreError(
+            f"S3 server {settings.s3_endpoint!r}, region {settings.s3_region!r}: {error}",
+            "correct CRASHBUS_SHIPPER_S3_ENDPOINT or _S3_REGION",
+        ) from None

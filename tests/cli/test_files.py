@@ -155,8 +155,9 @@ async def test_get_overwrites_only_when_told_to(delivered: Path, tmp_path: Path)
     info = tmp_path / made.id / made.file(Kind.INFO).name
     info.parent.mkdir()
     info.write_text("mine")
-    refused = await get(delivered, made.id, "info", cwd=tmp_path)
+    refused = await get(delivered, made.id, cwd=tmp_path)
     assert refused.status == 1
+    assert names(info.parent) == [info.name]  # and nothing else was fetched before
     assert refused.err.endswith(" exists; take another directory with -o, or --force\n")
     assert info.read_text() == "mine"
     forced = await get(delivered, made.id, "info", "--force", cwd=tmp_path)
@@ -396,7 +397,28 @@ async def test_debug_without_the_executable_says_so_and_goes_on(
     debugged = await crashbus("debug", made.id, *arguments, env=NO_BUS, cwd=tmp_path)
     assert debugged.status == 0, debugged.err
     assert "the executable /not/\\x1b[31mhere is not on this host" in debugged.err
-    assert (tmp_path / "kept" / made.file(Kind.CORE).name).exists()
+    kept = tmp_path / "kept" / made.file(Kind.CORE).name
+    assert kept.read_bytes() == made.contents[kept.name]
+
+    (delivered / made.manifest.folder / made.file(Kind.CORE).stored_name).unlink()
+    again = await crashbus("debug", made.id, *arguments, env=NO_BUS, cwd=tmp_path)
+    assert again.status == 0  # what was kept is used again
+    kept.write_bytes(b"of another crash")
+    again = await crashbus("debug", made.id, *arguments, env=NO_BUS, cwd=tmp_path)
+    assert again.status == 1
+    assert " exists; " in again.err
+    assert kept.read_bytes() == b"of another crash"
+
+
+async def test_debug_of_a_crash_without_core(delivered: Path) -> None:
+    made = make()
+    files = tuple(file for file in made.manifest.files if file.kind is not Kind.CORE)
+    folder = made.deliver(delivered)
+    coreless = made.manifest.model_copy(update={"files": files})
+    (folder / "manifest.json").write_text(coreless.model_dump_json())
+    debugged = await crashbus("debug", made.id, "--from", delivered.as_uri(), env=NO_BUS)
+    assert debugged.status == 1
+    assert "has no file 'core'; it has info_" in debugged.err
 
 
 async def test_debug_without_gdb_says_so(delivered: Path) -> None:
