@@ -43,6 +43,10 @@ async def recorder(request: pytest.FixtureRequest) -> AsyncIterator[RecorderServ
             service.close()
 
 
+# For what does not depend on how the core came.
+by_one_mechanism = pytest.mark.parametrize("recorder", ["socket"], indirect=True)
+
+
 async def capture(
     recorder: RecorderService, *command: str | Path, **options: object
 ) -> tuple[int, CaptureRecord]:
@@ -112,6 +116,7 @@ async def test_a_crash_leaves_five_files_that_say_what_happened(
     assert "crash_here" in stack
 
 
+@by_one_mechanism
 async def test_snapshot_has_the_keys_of_appscope_and_the_cause(
     recorder: RecorderService, tmp_path: Path
 ) -> None:
@@ -134,6 +139,7 @@ async def test_snapshot_has_the_keys_of_appscope_and_the_cause(
     assert record.crash_id == identity.crash_id(before, pid, record.process.start_ticks)
 
 
+@by_one_mechanism
 async def test_info_and_cfg_have_the_form_of_appscope(recorder: RecorderService) -> None:
     pid, record = await capture(recorder, crasher("abort"))
 
@@ -148,6 +154,7 @@ async def test_info_and_cfg_have_the_form_of_appscope(recorder: RecorderService)
     assert json.loads(cfg)["spool"] == str(recorder.spool)
 
 
+@by_one_mechanism
 async def test_secrets_are_in_no_text(recorder: RecorderService) -> None:
     environment = {"DB_PASSWORD": "hunter2", "LANG": "C", "PROXY": "http://bob:hunter2@proxy:1"}
 
@@ -164,6 +171,7 @@ async def test_secrets_are_in_no_text(recorder: RecorderService) -> None:
     assert "DB_PASSWORD=<redacted>" in shown
 
 
+@by_one_mechanism
 async def test_python_that_reads_address_zero(recorder: RecorderService) -> None:
     python = "/usr/bin/python3"
 
@@ -192,6 +200,7 @@ async def test_every_thread_is_there(recorder: RecorderService) -> None:
     assert len(re.findall(r"(?m)^[* ] +\d+ .*LWP \d+", in_gdb)) == len(listed)
 
 
+@by_one_mechanism
 async def test_program_that_only_root_can_reach_has_symbols(
     recorder: RecorderService, tmp_path: Path
 ) -> None:
@@ -204,6 +213,7 @@ async def test_program_that_only_root_can_reach_has_symbols(
     assert frames(recorder.file(pid, "backtrace").read_text())[0][2] == "crash_here"
 
 
+@by_one_mechanism
 async def test_program_that_was_deleted_has_symbols(
     recorder: RecorderService, tmp_path: Path
 ) -> None:
@@ -283,6 +293,7 @@ async def test_signal_that_was_sent_tells_its_sender(recorder: RecorderService) 
     assert snapshot["SenderPid"] == os.getpid()
 
 
+@by_one_mechanism
 async def test_name_with_a_line_break_stays_on_its_line(
     recorder: RecorderService, tmp_path: Path
 ) -> None:
@@ -295,6 +306,7 @@ async def test_name_with_a_line_break_stays_on_its_line(
     assert lines[2:] == [f"PID: {pid}", "Process name: evil\\x0aPID: 1"]
 
 
+@by_one_mechanism
 async def test_environment_and_arguments_of_a_mebibyte_do_not_hurt(
     recorder: RecorderService,
 ) -> None:

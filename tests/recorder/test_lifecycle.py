@@ -158,15 +158,15 @@ async def test_storm_of_fifty_crashes_at_once_loses_none(
     assert len({record.crash_id for record in records}) == 50
 
 
-async def test_backtraces_that_take_too_long_are_told(recorder_with: MakeRecorder) -> None:
-    recorder = recorder_with(recorder_backtrace_deadline=0.21)
+async def test_backtrace_that_failed_is_told(recorder_with: MakeRecorder) -> None:
+    recorder = recorder_with(recorder_backtrace_deadline=0.1)
     await recorder.start()
 
     pid, _ = crash(crasher("null_pointer"))
     record = await recorder.captured(pid)
 
-    assert any(note.startswith("backtrace failed: not done within") for note in record.notes)
-    assert "backtrace failed: not done" in recorder.file(pid, "backtrace").read_text()
+    assert any(note.startswith("backtrace failed: there was no") for note in record.notes)
+    assert "backtrace failed: there was no" in recorder.file(pid, "backtrace").read_text()
 
 
 async def test_crash_in_hand_is_finished_after_sigterm(recorder_with: MakeRecorder) -> None:
