@@ -70,6 +70,9 @@ async def watch_start(place: Place) -> None:
                 mend=failure.mend,
             )
             place.standing.unusable(failure)
+        except Exception:
+            log.exception("cannot look at a destination", destination=place.url)
+            return  # deliveries will tell how it does
         else:
             place.standing.succeeded()
             log.info("destination is ready", destination=place.url)

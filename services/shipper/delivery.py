@@ -65,7 +65,7 @@ class Tries:
 
     def failed(self, error: BaseException) -> None:
         """Note a try that failed."""
-        self.history.append(Attempt(time=time.time(), error=str(error)[:MAX_ERROR]))
+        self.history.append(Attempt(time=time.time(), error=_text(error)))
         del self.history[MAX_HISTORY // 2 : -MAX_HISTORY // 2]
 
 
@@ -104,18 +104,20 @@ class Courier:
     async def _settle(self, taken: Taken[WorkItem], place: Place | None) -> str:
         if place is None:
             return await self._refuse(taken)
-        if taken.attempts > 1 and not await self._undelivered(taken.message):
+        item, tries = taken.message, self._earlier_tries(taken)
+        remaining = list(item.files)
+        if taken.attempts > 1:  # a shipper may have died between receipt and acknowledgement
+            remaining = await self._undelivered(item, remaining)
+        if not remaining:
             await self._ack(taken)
             log.info("was delivered before", destination=place.url)
             return "already_delivered"
-        tries = self._earlier_tries(taken)
         try:
-            refused = await self._deliver_all(taken.message, place, tries)
+            refused = await self._deliver_all(item, remaining, place, tries)
         except Passing as failure:
             if not policy.is_too_late(taken.published, time.time(), self._settings):
                 return await self._hand_back(taken, failure, tries)
-            remaining = await self._undelivered(taken.message)
-            await self._dead_letter(taken.message, remaining, failure, tries)
+            await self._dead_letter(item, remaining, failure, tries)
             refused = True
         await self._ack(taken)
         return "dead_lettered" if refused else "delivered"
@@ -132,12 +134,17 @@ class Courier:
         await self._ack(taken)
         return "dead_lettered"
 
-    async def _deliver_all(self, item: WorkItem, place: Place, tries: Tries) -> bool:
-        """Deliver an item's files; return whether any was refused for good.
+    async def _deliver_all(
+        self, item: WorkItem, remaining: list[CrashFile], place: Place, tries: Tries
+    ) -> bool:
+        """Deliver files of an item; return whether any was refused for good.
 
         One file that cannot be delivered does not keep back the others.
+
+        Args:
+            remaining: the files; what is settled is taken out.
         """
-        remaining, refused = list(item.files), False
+        refused = False
         while remaining:
             try:
                 await self._retrying(item, remaining, place, tries)
@@ -247,7 +254,7 @@ class Courier:
             crash_id=item.crash_id,
             service="shipper",
             reason=failure.reason,
-            error=str(failure)[:MAX_ERROR],
+            error=_text(failure),
             mend=failure.mend,
             attempts=tries.total,
             history=tuple(tries.history),
@@ -258,15 +265,13 @@ class Courier:
             destination=item.destination,
             files=[file.name for file in files],
             reason=failure.reason,
-            error=str(failure)[:MAX_ERROR],
+            error=_text(failure),
             mend=failure.mend,
         )
         await self._with_bus(self._bus.publish, letter)
 
-    async def _undelivered(
-        self, item: WorkItem, files: Sequence[CrashFile] | None = None
-    ) -> list[CrashFile]:
-        """Return those files of the item that have no receipt."""
+    async def _undelivered(self, item: WorkItem, files: Sequence[CrashFile]) -> list[CrashFile]:
+        """Return those files of an item that have no receipt."""
         subject = f"crash.shipped.{names.token(item.host)}.{item.crash_id}"
         receipts = await self._with_bus(self._bus.stored, Receipt, subject)
         delivered = {
@@ -274,7 +279,7 @@ class Courier:
             for one in receipts
             if one.destination == item.destination
         }
-        return [file for file in files or item.files if (file.name, file.sha256) not in delivered]
+        return [file for file in files if (file.name, file.sha256) not in delivered]
 
     async def _with_bus(self, call: Callable[[*Ts], Awaitable[R]], *args: *Ts) -> R:
         """Do something that needs the bus, however long it is away."""
@@ -321,6 +326,7 @@ class Courier:
             yield
         finally:
             beating.cancel()
+            await asyncio.wait({beating})
 
     async def _beat(self, taken: Taken[WorkItem]) -> None:
         while True:
@@ -331,3 +337,8 @@ class Courier:
 
 def _key(item: WorkItem) -> tuple[str, ...]:
     return (item.crash_id, item.destination, *(file.name for file in item.files))
+
+
+def _text(error: BaseException) -> str:
+    """Return an error as text that any message can carry, whatever was in it."""
+    return str(error).encode("utf-8", "backslashreplace").decode()[:MAX_ERROR]

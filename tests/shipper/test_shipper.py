@@ -216,6 +216,26 @@ async def test_lines_are_not_sent_twice_when_only_the_acknowledgement_was_lost(
     assert receiver.accepted == 1
 
 
+async def test_only_what_has_no_receipt_is_sent_again(bus: Bus, shipping: Running) -> None:
+    receiver = Receiver()
+    sent = await send(bus, {"cfg_1": b"1", "info_1": b"x"})
+    await bus.publish(sent.item(receiver.url, "cfg_1"))
+    async with shipping([receiver.url]):
+        await receipts_of(bus, sent, 1)
+        await nothing_left(bus)
+    await bus.publish(sent.item(receiver.url))
+    async for taken in bus.consume(WorkItem, "shippers", service="test"):
+        await taken.retry(0)  # as if a shipper had died after the first of two receipts
+        break
+
+    async with shipping([receiver.url]):
+        await receipts_of(bus, sent, 2)
+        await nothing_left(bus)
+    receiver.close()
+
+    assert receiver.lines == [b'{"cfg_1":1}', b'{"info_1":["x"]}']
+
+
 async def test_error_of_our_own_is_told_and_does_not_end_the_service(
     bus: Bus, shipping: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,7 +445,7 @@ async def test_memory_does_not_grow_with_the_file(
     bucket = s3.make_bucket()
     shipper = await shipper_process([f"s3://{bucket}"], **s3.settings())
     await shipper.healthy()
-    sent = await send(bus, {f"core_{n}": os.urandom(50 * MIB) for n in range(4)}, "identity")
+    sent = await send(bus, {f"core_{n}": os.urandom(30 * MIB) for n in range(4)}, "identity")
     for name in sent.contents:
         await bus.publish(sent.item(f"s3://{bucket}", name))
 
