@@ -7,6 +7,7 @@ services. Whatever goes wrong with the server or the way to it is `BusUnreachabl
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -208,7 +209,8 @@ class Bus:
         """
         name = streams.stream_of(kind)
         with _as_bus_errors():
-            seen = (await self._js.stream_info(name)).state.last_seq
+            stream = await self._js.stream_info(name)
+        made, seen, troubled = stream.created, stream.state.last_seq, False
         # nats-py's ordered consumer takes 20 s to see that the server has lost it, and begins
         # at the first message ever stored if it had none by then.
         subscription: JetStreamContext.PullSubscription | None = None
@@ -216,15 +218,20 @@ class Bus:
             while True:
                 try:
                     if subscription is None:
+                        stream = await self._js.stream_info(name)
+                        if stream.created != made:  # made anew: all in it came since
+                            made, seen = stream.created, 0
                         subscription = await self._follow(name, subject or kind.SUBJECT, seen + 1)
+                        troubled = False
                     with _obeying_cancellation():
                         arrived = await subscription.fetch(FOLLOW_BATCH, timeout=FETCH_TIMEOUT)
                 except nats.errors.TimeoutError:
                     subscription = await self._if_there(subscription)
                     continue
                 except (nats.errors.Error, OSError) as error:
-                    log.warning("cannot follow %s, trying again: %s", name, error)
-                    subscription = None
+                    if not troubled:
+                        log.warning("cannot follow %s, trying again: %s", name, error)
+                    subscription, troubled = None, True
                     await asyncio.sleep(RECONNECT_WAIT)
                     continue
                 for raw in arrived:
@@ -449,13 +456,14 @@ async def connect(
     """
 
     closing = False
+    shown = without_secrets(url)
 
     async def on_disconnect() -> None:
         if not closing:
-            log.warning("lost the bus at %s, reconnecting", url)
+            log.warning("lost the bus at %s, reconnecting", shown)
 
     async def on_reconnect() -> None:
-        log.info("the bus at %s is back", url)
+        log.info("the bus at %s is back", shown)
 
     async def on_error(error: Exception) -> None:
         log.debug("bus: %s", error)
@@ -473,13 +481,18 @@ async def connect(
         client = await _first_connection(url, settings)
     except (TimeoutError, nats.errors.Error, OSError) as error:
         reason = f"{type(error).__name__} {error}".strip()
-        raise BusUnreachable(f"no NATS server answers at {url} ({reason})") from error
+        raise BusUnreachable(f"no NATS server answers at {shown} ({reason})") from error
     bus = Bus(client, host)
     try:
         yield bus
     finally:
         closing = True
         await bus.close()
+
+
+def without_secrets(url: str) -> str:
+    """Return server addresses as they may be shown: user, password and token left out."""
+    return re.sub(r"//[^/,]*@", "//…@", url)
 
 
 async def _first_connection(url: str, settings: dict[str, Any]) -> Client:

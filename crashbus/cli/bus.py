@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from crashbus import Bus, DeadLetter, Manifest, Receipt, SignalEvent, connect, names
+from crashbus.bus import without_secrets
 from crashbus.cli.crashes import Crash, join
 from crashbus.cli.errors import Trouble
 from crashbus.errors import BusUnreachable, NoStreams
@@ -43,7 +44,9 @@ async def connected() -> AsyncIterator[Bus]:
     except BusUnreachable as error:
         # The client tries on whatever the server says, so its last word is not in the error.
         if any("uthorization" in refusal for refusal in refusals):
-            raise Trouble(f"{settings.nats_url} refuses us: {refusals[-1]}", MEND_KEYS) from error
+            raise Trouble(
+                f"{without_secrets(settings.nats_url)} refuses us: {refusals[-1]}", MEND_KEYS
+            ) from error
         raise Trouble(str(error), "start the server, or name another with --nats-url") from error
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from crashbus.bus import Bus, connect
+from crashbus.bus import Bus, connect, without_secrets
 from crashbus.errors import BusFull, BusUnreachable
 from services.common import log as logs
 from services.common.health import Health, serve
@@ -84,7 +84,7 @@ class Runtime:
                 await asyncio.sleep(CONNECT_AGAIN)
             else:
                 self.health.working("bus")
-                log.info("connected to the bus", url=self.bus_settings.nats_url)
+                log.info("connected to the bus", url=without_secrets(self.bus_settings.nats_url))
                 return bus
 
 

@@ -196,6 +196,15 @@ async def test_a_bus_without_streams(nats_server: NatsServer) -> None:
         )
 
 
+async def test_a_password_in_the_url_is_not_shown() -> None:
+    url = "nats://crash:secret@127.0.0.1:1,nats://token@127.0.0.1:2"
+    result = await crashbus("--nats-url", url, "ls")
+    assert result.status == 1
+    assert "nats://…@127.0.0.1:1,nats://…@127.0.0.1:2" in result.err
+    assert "secret" not in result.err
+    assert "token" not in result.err
+
+
 async def test_no_bus() -> None:
     result = await crashbus("--nats-url", "nats://127.0.0.1:1", "ls")
     assert result.status == 1

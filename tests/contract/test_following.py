@@ -65,6 +65,29 @@ async def test_who_listens_misses_and_repeats_nothing_over_a_restart(
     assert heard == ["a", "b", "c"]
 
 
+async def test_who_listens_hears_what_comes_after_the_bus_lost_its_store(
+    nats_server: NatsServer, bus: Bus, tmp_path: Path
+) -> None:
+    for count in range(5):
+        await bus.publish(event(f"old{count}"))
+    heard: list[str] = []
+
+    async def listen() -> None:
+        async for one in bus.subscribe(SignalEvent):
+            heard.append(one.event_id)  # noqa: PERF401 - it never ends
+
+    listening = asyncio.create_task(listen())
+    await until(lambda: _consumers(bus))
+    await asyncio.to_thread(nats_server.kill)
+    shutil.rmtree(tmp_path / "nats" / "store")
+    await asyncio.to_thread(nats_server.start)
+    for name in ("a", "b"):
+        await publish(bus, name)
+    await until(lambda: len(heard) >= 2, within=15)
+    listening.cancel()
+    assert heard == ["a", "b"]
+
+
 async def _consumers(bus: Bus) -> int:
     return (await bus._js.stream_info("CRASH_SIGNALS")).state.consumer_count or 0
 
