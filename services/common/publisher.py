@@ -27,10 +27,16 @@ class Publisher:
         self._loop = asyncio.get_running_loop()
         self._more = asyncio.Event()
         self._empty = asyncio.Event()
+        self._bus: Bus | None = None
 
     def wake(self) -> None:
         """Say that there is something to publish; any thread may call it."""
         self._loop.call_soon_threadsafe(self._more.set)
+
+    @property
+    def can_publish(self) -> bool:
+        """Whether the bus can be reached just now."""
+        return self._bus is not None and self._bus.is_connected
 
     async def drained(self) -> None:
         """Wait until all that is in the outbox now has been published."""
@@ -40,6 +46,7 @@ class Publisher:
 
     async def run(self, bus: Bus) -> None:
         """Publish until cancelled."""
+        self._bus = bus
         while True:
             self._more.clear()
             waiting = await asyncio.to_thread(self._outbox.oldest, IN_FLIGHT)

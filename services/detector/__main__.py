@@ -47,7 +47,7 @@ async def work(runtime: Runtime, settings: DetectorSettings) -> None:
     finally:
         await asyncio.to_thread(detector.stop, STORE_WITHIN)
         if publishing is not None:
-            if not {"bus", "bus_connection"} & set(runtime.health.faults()):
+            if publisher.can_publish:
                 await finish(publisher.drained(), PUBLISH_WITHIN)
             publishing.cancel()
             await asyncio.wait({publishing})

@@ -4,7 +4,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from crashbus.messages import Process
+from services.detector.events import shortened
 from services.detector.program import HANDLED_MAX, HandledKey
+
+_MAX_COMMAND_LINE = 1024  # characters: thousands of processes are remembered
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Counts:
     def saw(self, process: Process) -> None:
         """Remember a process whose handled signal was published."""
         key = (process.pid, process.start_ticks)
-        self._processes[key] = process
+        self._processes[key] = shortened(process, _MAX_COMMAND_LINE)
         self._processes.move_to_end(key)
         while len(self._processes) > HANDLED_MAX:
             self._processes.popitem(last=False)

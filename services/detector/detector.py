@@ -135,12 +135,10 @@ class Detector:
 
     def _event(self, raw: bytes, clock: Clock) -> Iterator[Outgoing]:
         try:
-            record = parse(raw)
-        except MalformedRecord as error:
+            yield self._message(parse(raw), clock)
+        except (MalformedRecord, ValueError) as error:  # a field out of its range
             metrics.MALFORMED.inc()
-            log.error("the kernel's record cannot be read", error=str(error))
-            return
-        yield self._message(record, clock)
+            log.error("the kernel's record makes no event", error=str(error))
 
     def _message(self, record: Record, clock: Clock) -> Outgoing:
         process = describe(record, self._boot_id)

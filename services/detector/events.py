@@ -1,6 +1,7 @@
 """From what the kernel saw to what is published: decisions only, no I/O."""
 
 import hashlib
+import mmap
 import time
 from dataclasses import dataclass
 
@@ -9,8 +10,8 @@ from crashbus.messages import Handler, Oom, Process, Sender, SignalEvent
 from services.common.process import container_of, split_arguments
 from services.detector.record import Kind, Record
 
-_PAGE_KIB = 4
-_MAX_COMMAND_LINE = 32 * 1024  # characters; a message must fit the bus whatever was passed
+_PAGE_KIB = mmap.PAGESIZE // 1024
+MAX_COMMAND_LINE = 32 * 1024  # characters; a message must fit the bus whatever was passed
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,17 @@ def joined(kernel: Process, proc: Process, record: Record) -> Process:
     return kernel.model_copy(update=more)
 
 
+def shortened(process: Process, room: int) -> Process:
+    """Return the process with a command line of at most `room` characters."""
+    kept = []
+    for argument in process.command_line:
+        if room <= 0:
+            break
+        kept.append(argument[:room])
+        room -= len(kept[-1]) + 1
+    return process.model_copy(update={"command_line": tuple(kept)})
+
+
 def signal_event(
     record: Record, process: Process, host: str, clock: Clock, in_appscope: bool
 ) -> SignalEvent:
@@ -89,7 +101,7 @@ def signal_event(
         crash_id=crash_id,
         event_id=_event_id(crash_id, record),
         monotonic_ns=record.monotonic_ns,
-        process=process.model_copy(update={"command_line": _shortened(process.command_line)}),
+        process=shortened(process, MAX_COMMAND_LINE),
         tid=record.tid,
         signal=record.signal,
         signal_name=signals.name(record.signal),
@@ -146,13 +158,3 @@ def _oom(record: Record) -> Oom:
         shmem_rss_kib=kib(record.shmem_rss),
         oom_score_adj=record.oom_score_adj if known else None,
     )
-
-
-def _shortened(arguments: tuple[str, ...]) -> tuple[str, ...]:
-    kept, room = [], _MAX_COMMAND_LINE
-    for argument in arguments:
-        if room <= 0:
-            break
-        kept.append(argument[:room])
-        room -= len(kept[-1]) + 1
-    return tuple(kept)

@@ -14,7 +14,8 @@ from services.detector.btf import Btf
 from services.detector.headers import BPF, kernel_source
 
 BTF_FILE = Path("/sys/kernel/btf/vmlinux")
-HANDLED_MAX = 4096  # (process, signal) pairs the kernel remembers; the longest unseen goes
+# (process, signal) pairs the kernel remembers; the longest unseen goes. Each CPU sets 128 aside.
+HANDLED_MAX = 8192
 
 _TRACEPOINTS = {b"signal_deliver": b"on_signal", b"mark_victim": b"on_oom_victim"}
 _IF_ENDING = {b"signal_generate": b"on_generate"}  # only compiled in for SIGINT and the like

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,22 @@ from pathlib import Path
 import pytest
 
 from crashbus import SignalCount, SignalEvent, crash_id, identity
+from services.common.process import read_process
+from services.detector import offsets
+from services.detector.btf import Btf
+from services.detector.program import BTF_FILE
 from tests.detector.watching import HOST, Victim, Watch
 from tests.support.crashers import FATAL, crasher
 from tests.support.requirements import lacking
 from tests.support.wait import until
 
+THREADS = """
+import signal, threading
+for _ in range(8):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+print("ready", flush=True)
+signal.pause()
+"""
 MAPPED = "address not mapped to object"
 CODES = {
     "null_pointer": (1, MAPPED),
@@ -169,6 +181,59 @@ async def test_sigint_is_watched_only_when_asked_for(
     later = Victim(crasher("null_pointer"), cwd=tmp_path).go()
     await watch.event(later.pid)
     assert watch.all(SignalEvent, victim.pid) == []
+
+
+async def test_sigterm_of_many_threads_is_one_death(watch: Watch, tmp_path: Path) -> None:
+    watching = Watch(tmp_path / "term", signals="SIGTERM")
+    try:
+        victim = Victim(sys.executable, "-c", THREADS, cwd=tmp_path).go()
+        victim.kill(signal.SIGTERM)
+        victim.process.wait()
+        later = Victim(crasher("waiting"), cwd=tmp_path).go()
+        later.kill(signal.SIGTERM)
+        await watching.event(later.pid)
+        (event,) = watching.all(SignalEvent, victim.pid)
+    finally:
+        watching.close()
+    assert (event.signal_name, event.disposition) == ("SIGTERM", "default")
+    assert event.sender is not None
+    assert event.sender.pid == os.getpid()
+    assert watch.all(SignalEvent, victim.pid) == []
+
+
+@pytest.mark.parametrize(
+    "hidden", [[], ["MARK_VICTIM_GIVES_TASK"], ["AT_MM", "AT_TASK_CG", "AT_CSS"]]
+)
+async def test_program_fits_kernels_that_show_less(
+    hidden: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kernel hides is asked of /proc: the process is still there here."""
+    found = offsets.definitions(Btf(BTF_FILE.read_bytes()))
+    shown = {
+        name: value for name, value in found.items() if not name.startswith(tuple(hidden) or "-")
+    }
+    monkeypatch.setattr(offsets, "definitions", lambda btf: shown)
+    watching = Watch(tmp_path)
+    victim = Victim(crasher("handled"), "1", "stay", cwd=tmp_path).go()
+    try:
+        event = await watching.event(victim.pid)
+        assert event.process == read_process(victim.pid, identity.boot_id())
+    finally:
+        victim.end()
+        watching.close()
+
+
+async def test_thread_that_dies_is_a_failure_of_the_detector(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(milliseconds: int) -> None:
+        raise OSError("the ring buffer is gone")
+
+    watching = Watch(tmp_path)
+    monkeypatch.setattr(watching.detector._program, "poll", broken)
+    failure = await until(lambda: watching.detector.failure)
+    watching.close()
+    assert "the ring buffer is gone" in str(failure)
 
 
 async def test_pid_in_its_own_namespace(watch: Watch, tmp_path: Path) -> None:
@@ -326,4 +391,4 @@ def mounted_tmpfs(place: Path, options: str = "size=8m") -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", place], check=True)
+        subprocess.run(["umount", "--lazy", place], check=True)
