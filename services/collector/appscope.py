@@ -59,12 +59,19 @@ async def bring_out(root: Path, host: str, event: SignalEvent) -> None:
 
 
 def _has_own_root(pid: int) -> bool:
-    """Tell whether a process has another root than the host's first process."""
+    """Tell whether a process has another root than the host's first process.
+
+    Where that may not be looked at, we are no container ourselves and our root is the host's.
+    """
     try:
-        own, hosts = Path(f"/proc/{pid}/root/.").stat(), Path("/proc/1/root/.").stat()
+        own = Path(f"/proc/{pid}/root/.").stat()
     except OSError:
         return False
-    return (own.st_dev, own.st_ino) != (hosts.st_dev, hosts.st_ino)
+    try:
+        host = Path("/proc/1/root/.").stat()
+    except OSError:
+        host = Path("/").stat()
+    return (own.st_dev, own.st_ino) != (host.st_dev, host.st_ino)
 
 
 class _Watched:

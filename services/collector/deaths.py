@@ -5,6 +5,7 @@ gone, a record is there or will never be.
 """
 
 import asyncio
+import time
 
 import structlog
 
@@ -68,6 +69,7 @@ class Deaths:
 
     async def _settle(self, event: SignalEvent) -> None:
         process = event.process
+        log.debug("event", crash_id=event.crash_id, age=round(time.time() - event.time, 3))
         if event.handler is not None and event.handler.appscope:
             await appscope.bring_out(self._gatherer.root, self._host, event)
         if not event.fatal:

@@ -164,8 +164,7 @@ class Deliverer:
         for source in crash.in_order():
             if (source.kind is Kind.CORE) is core and waiting(crash, source):
                 await self._publish_source(crash, source)
-        for item in work_items(crash, core):
-            await self._offer(item)
+        await self._offer(crash, work_items(crash, core))
 
     async def _catch_up(self, crash: Crash) -> None:
         """Apply what the bus knows of a crash that was on its way before."""
@@ -191,7 +190,7 @@ class Deliverer:
             await self._lose(crash, source, error)
             return
         source.file = file
-        await asyncio.to_thread(self._ledger.save, crash)
+        await self._ledger.save(crash)
 
     async def _lose(self, crash: Crash, source: Source, error: SourceLost) -> None:
         """Give a file up, for all to see."""
@@ -210,25 +209,22 @@ class Deliverer:
         for place in waiting(crash, source):
             source.failed[place] = error.reason
         crash.notes.append(str(error))
-        await asyncio.to_thread(self._ledger.save, crash)
+        await self._ledger.save(crash)
 
-    async def _offer(self, item: WorkItem) -> None:
-        """Publish a work item unless it still waits on the bus or was settled meanwhile.
+    async def _offer(self, crash: Crash, items: list[WorkItem]) -> None:
+        """Publish work items, but for those that still wait on the bus or were settled.
 
-        A shipper publishes its receipt before it acknowledges the item. So when the item is
-        not there any more, a receipt that it left is there already.
+        A shipper publishes its receipt before it acknowledges an item. So when an item that
+        was offered before is not there any more, the receipt it led to is there already.
         """
-        if await self._bus.holds(WorkItem, item.subject):
-            return
-        crash = self._ledger.get(item.crash_id)
-        if crash is None:
-            return
-        if item.subject in crash.offered:
+        absent = [i for i in items if not await self._bus.holds(WorkItem, i.subject)]
+        if any(item.subject in crash.offered for item in absent):
             await self._catch_up(crash)
-        names = {file.name for file in item.files}
-        if names & {s.name for s in _all_sources(crash) if item.destination in waiting(crash, s)}:
-            crash.offered.add(item.subject)
-            await asyncio.to_thread(self._ledger.save, crash)
+        wanted = [item for item in absent if _is_wanted(crash, item)]
+        if not {item.subject for item in wanted} <= crash.offered:
+            crash.offered.update(item.subject for item in wanted)
+            await self._ledger.save(crash)
+        for item in wanted:
             await self._bus.publish(item)
 
     async def _conclude(self, crash: Crash) -> None:
@@ -249,7 +245,7 @@ class Deliverer:
         await self._bus.publish(crash.to_manifest())
         crash.reported = names
         crash.manifest = None
-        await asyncio.to_thread(self._ledger.save, crash)
+        await self._ledger.save(crash)
         log.info("reported", crash_id=crash.crash_id, revision=crash.revision)
 
     async def _release_chunks(self, crash: Crash) -> None:
@@ -279,11 +275,11 @@ class Deliverer:
             data = crash.to_manifest().model_dump_json(indent=1).encode()
             await self._bus.purge_chunks(crash.crash_id, MANIFEST_NAME)
             manifest.file = await self._publisher.publish_bytes(crash.crash_id, manifest, data)
-            await asyncio.to_thread(self._ledger.save, crash)
-        assert manifest.file is not None
-        for place in ready:
-            if place in waiting(crash, manifest):
-                await self._offer(_item(crash, place, (manifest.file,)))
+            await self._ledger.save(crash)
+        file = manifest.file
+        assert file is not None
+        places = [place for place in ready if place in waiting(crash, manifest)]
+        await self._offer(crash, [_item(crash, place, (file,)) for place in places])
 
     async def _finish(self, crash: Crash) -> None:
         if crash.delivered_at is not None or crash.reported is None:
@@ -298,7 +294,7 @@ class Deliverer:
         )
         if manifest_there and files_there:
             crash.delivered_at = time.time()
-            await asyncio.to_thread(self._ledger.save, crash)
+            await self._ledger.save(crash)
             for part in ("small files", "cores", "end"):
                 self._locks.pop((crash.crash_id, part), None)
             metrics.DELIVERED.inc()
@@ -327,7 +323,7 @@ class Deliverer:
             else:
                 changed = self._apply_failure(crash, message)
             if changed:
-                await asyncio.to_thread(self._ledger.save, crash)
+                await self._ledger.save(crash)
                 self._enqueue(self._small, crash.crash_id)
         await delivery.ack()
 
@@ -350,6 +346,15 @@ class Deliverer:
                     reason=letter.reason,
                 )
         return changed
+
+
+def _is_wanted(crash: Crash, item: WorkItem) -> bool:
+    """Tell whether an item's destination still waits for one of its files."""
+    names = {file.name for file in item.files}
+    return any(
+        source.name in names and item.destination in waiting(crash, source)
+        for source in _all_sources(crash)
+    )
 
 
 def _has_core_to_send(crash: Crash) -> bool:

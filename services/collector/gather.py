@@ -290,7 +290,7 @@ class Gatherer:
         if found.verdict is Verdict.CUT_SHORT:
             metrics.CUT_SHORT.inc()
             crash.notes.append(f"the set of {found.epoch} is cut short: its writer is gone")
-        await asyncio.to_thread(self._ledger.save, crash)
+        await self._ledger.save(crash)
         metrics.CRASHES.labels("appscope" if found.record is None else "recorder").inc()
         log.info(
             "gathered",
@@ -390,8 +390,8 @@ def _note(found: FoundSet, entry: Entry) -> str | None:
     captured = record.files.get(entry.name) if record else None
     if captured is not None and captured.truncated:
         return captured.note or "cut short by the recorder"
-    if found.verdict is Verdict.CUT_SHORT:
-        return "its writer ended before it was whole"
     if captured is not None and captured.size != entry.size:
         return f"{entry.size} bytes, {captured.size} were written"
+    if found.verdict is Verdict.CUT_SHORT and entry.kind in judge.doubtful(found.entries.keys()):
+        return "its writer ended before it was whole"
     return None

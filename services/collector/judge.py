@@ -15,6 +15,8 @@ from typing import Any
 from crashbus.capture import CaptureRecord
 from crashbus.layout import Kind
 
+_APPSCOPE_ORDER = (Kind.INFO, Kind.CFG, Kind.BACKTRACE, Kind.CORE)
+
 
 class Verdict(Enum):
     """What to do with a set."""
@@ -57,6 +59,18 @@ def judge_appscope(
     if process_alive:
         return Verdict.WAIT if missing or held_open else Verdict.WHOLE
     return Verdict.CUT_SHORT if missing else Verdict.WHOLE
+
+
+def doubtful(present: Set[Kind]) -> Set[Kind]:
+    """Return which files of a set may be incomplete when its writer ended too early.
+
+    AppScope's library writes one file after the other, so only the last of them; the
+    recorder writes some at a time, and all that it makes late.
+    """
+    if Kind.SNAPSHOT in present:
+        return present
+    written = [kind for kind in _APPSCOPE_ORDER if kind in present]
+    return set(written[-1:])
 
 
 def promised_kinds(cfg: bytes) -> Set[Kind] | None:

@@ -4,7 +4,7 @@ An entry is written before anything is published, and with every step after that
 replaced by rename, so it is always the old or the new one; rename(2).
 """
 
-import os
+import asyncio
 import time
 from pathlib import Path
 
@@ -109,6 +109,7 @@ class Ledger:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._crashes: dict[str, Crash] = {}
+        self._writing: dict[str, asyncio.Lock] = {}
 
     def load(self) -> None:
         """Read all entries; one that cannot be read is put aside, and its files found anew."""
@@ -123,24 +124,29 @@ class Ledger:
                 continue
             self._crashes[crash.crash_id] = crash
 
-    def save(self, crash: Crash) -> None:
-        """Make an entry last.
+    async def save(self, crash: Crash) -> None:
+        """Make an entry last, as it is when its turn to be written comes.
+
+        It is not synced: should the host lose its power, an entry may be gone, and then its
+        files are found and delivered anew, under the same names.
 
         Raises:
             OSError: the disk is full or broken; the former entry is still there.
         """
-        path = self._path(crash.crash_id)
-        new = path.with_suffix(".new")
-        with new.open("wb") as file:
-            file.write(crash.model_dump_json(indent=1).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        new.rename(path)
         self._crashes[crash.crash_id] = crash
+        async with self._writing.setdefault(crash.crash_id, asyncio.Lock()):
+            data = crash.model_dump_json(indent=1).encode()
+            await asyncio.to_thread(self._replace, self._path(crash.crash_id), data)
+
+    def _replace(self, path: Path, data: bytes) -> None:
+        new = path.with_suffix(".new")
+        new.write_bytes(data)
+        new.rename(path)
 
     def forget(self, crash: Crash) -> None:
         """Remove an entry whose files are removed."""
         self._crashes.pop(crash.crash_id, None)
+        self._writing.pop(crash.crash_id, None)
         self._path(crash.crash_id).unlink(missing_ok=True)
 
     def get(self, crash_id: str) -> Crash | None:

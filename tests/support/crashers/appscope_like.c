@@ -73,7 +73,7 @@ static void handler(int number)
 		sleep(1); /* the next set gets another epoch */
 		siglongjmp(again, 1);
 	}
-	usleep(300000);
+	sleep(2); /* as the library does */
 	abort();
 }
 

@@ -1,0 +1,200 @@
+"""A process crashes; its files lie, verified, in S3, over TCP and in a directory."""
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from crashbus import layout
+from crashbus.layout import Kind
+from crashbus.messages import Manifest
+from tests.pipeline.conftest import Pipeline, top_frames
+from tests.support.crashers import FATAL, SOURCES, crasher
+from tests.support.nats import free_port
+from tests.support.requirements import need_program
+from tests.support.wait import until
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SAMPLES = Path(__file__).parent.parent / "support" / "samples"
+
+
+def content(stored: bytes, encoding: str) -> bytes:
+    if encoding == "identity":
+        return stored
+    reader = zstandard.ZstdDecompressor().stream_reader(stored, read_across_frames=True)
+    return bytes(reader.read())
+
+
+async def run_to_its_end(*command: str | Path) -> int:
+    process = await asyncio.create_subprocess_exec(*map(str, command), stderr=subprocess.DEVNULL)
+    await asyncio.wait_for(process.wait(), 30)
+    return process.pid
+
+
+def check_everywhere_equal(pipeline: Pipeline, manifest: Manifest) -> None:
+    """At each destination lie the bytes of the source, by their SHA-256."""
+    for file in manifest.files:
+        source = (pipeline.spool / str(manifest.process.pid) / file.name).read_bytes()
+        assert hashlib.sha256(source).hexdigest() == file.sha256
+        for place, stored in pipeline.stored(manifest, file).items():
+            assert content(stored, file.encoding) == source, (place, file.name)
+
+
+def check_received_lines(pipeline: Pipeline, manifest: Manifest) -> None:
+    """Over TCP came one line for each small file, in name order, on one connection."""
+    names = sorted(f.name for f in manifest.files if f.kind is not Kind.CORE)
+    mine = [
+        data
+        for data in pipeline.receiver.received
+        if set(names) & {key for line in data.splitlines() for key in json.loads(line)}
+        and f"PID: {manifest.process.pid}" in data.decode()
+    ]
+    assert len(mine) == 1
+    assert [next(iter(json.loads(line))) for line in mine[0].splitlines()] == names
+
+
+@pytest.mark.parametrize(("name", "signal_name"), FATAL.items())
+async def test_every_kind_of_crash_is_delivered_everywhere(
+    pipeline: Pipeline, name: str, signal_name: str, tmp_path: Path
+) -> None:
+    program = crasher(name)
+    pid = await run_to_its_end(program)
+    manifest = await pipeline.manifest_of(pid)
+    await pipeline.delivered(manifest)
+
+    assert {file.kind for file in manifest.files} == set(layout.SHIPPING_ORDER)
+    assert manifest.signal_name == signal_name
+    assert not any(file.truncated for file in manifest.files)
+    check_everywhere_equal(pipeline, manifest)
+    check_received_lines(pipeline, manifest)
+
+    event = (await pipeline.events_of(pid))[-1]
+    assert event.crash_id == manifest.crash_id
+    assert (event.signal_name, event.disposition) == (signal_name, "default")
+
+    core = next(file for file in manifest.files if file.kind is Kind.CORE)
+    opened = tmp_path / "core"
+    opened.write_bytes(content(pipeline.stored(manifest, core)["s3"], core.encoding))
+    assert "crash_here" in top_frames(program, opened)
+    backtrace = next(file for file in manifest.files if file.kind is Kind.BACKTRACE)
+    assert b"crash_here" in pipeline.stored(manifest, backtrace)["file"]
+
+
+async def test_manifest_at_the_destination_names_every_file_there(pipeline: Pipeline) -> None:
+    pid = await run_to_its_end(crasher("null_pointer"))
+    manifest = await pipeline.manifest_of(pid)
+    await pipeline.delivered(manifest)
+    folder = pipeline.directory / manifest.folder
+    written = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
+    assert written == manifest
+    assert {path.name for path in folder.iterdir()} == {
+        "manifest.json",
+        *(file.stored_name for file in manifest.files),
+    }
+
+
+async def test_python_that_reads_address_zero_is_delivered(pipeline: Pipeline) -> None:
+    code = "import ctypes; ctypes.string_at(0)"
+    pid = await run_to_its_end(sys.executable, "-c", code)
+    manifest = await pipeline.manifest_of(pid)
+    await pipeline.delivered(manifest)
+    assert manifest.signal_name == "SIGSEGV"
+    assert manifest.process.command_line[-1] == code
+    check_everywhere_equal(pipeline, manifest)
+
+
+async def test_nginx_master_hit_by_sigbus_is_delivered(pipeline: Pipeline, tmp_path: Path) -> None:
+    nginx = need_program("nginx") if shutil.which("nginx") else need_program("/usr/sbin/nginx")
+    tmp_path.chmod(0o755)
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}\n"
+        f"http {{ access_log off; server {{ listen 127.0.0.1:{free_port()}; }} }}\n"
+    )
+    master = subprocess.Popen([nginx, "-c", tmp_path / "nginx.conf", "-e", tmp_path / "error.log"])
+    children = Path(f"/proc/{master.pid}/task/{master.pid}/children")
+    workers = await until(lambda: children.read_text().split())
+    try:
+        os.kill(master.pid, signal.SIGBUS)
+        await asyncio.to_thread(master.wait, 30)
+        manifest = await pipeline.manifest_of(master.pid)
+        await pipeline.delivered(manifest)
+    finally:
+        for worker in workers:
+            os.kill(int(worker), signal.SIGTERM)
+    (event,) = await pipeline.events_of(master.pid)
+    assert event.sender is not None and event.sender.pid == os.getpid()
+    check_everywhere_equal(pipeline, manifest)
+    backtrace = next(file for file in manifest.files if file.kind is Kind.BACKTRACE)
+    assert b"ngx_master_process_cycle" in pipeline.stored(manifest, backtrace)["s3"]
+
+
+@pytest.mark.parametrize("case", sorted(path.name for path in SAMPLES.iterdir()))
+async def test_files_that_appscope_wrote_arrive_unchanged(pipeline: Pipeline, case: str) -> None:
+    pid = 4_100_000 + sorted(p.name for p in SAMPLES.iterdir()).index(case)
+    epoch = next((SAMPLES / case).iterdir()).name.rpartition("_")[2]
+    # The set appears at once, as if the collector had been away when it was written.
+    hidden = pipeline.spool / f".{pid}"
+    shutil.copytree(SAMPLES / case, hidden)
+    (hidden / f"core_{epoch}").write_bytes(os.urandom(3_000_000))
+    hidden.rename(pipeline.spool / str(pid))
+    manifest = await pipeline.manifest_of(pid, files=4)
+    await pipeline.delivered(manifest)
+    assert not any(file.truncated for file in manifest.files)
+    check_everywhere_equal(pipeline, manifest)
+    received = next(data for data in pipeline.receiver.received if f"info_{epoch}".encode() in data)
+    lines = [json.loads(line) for line in received.splitlines()]
+    texts = {name: (SAMPLES / case / f"{name}_{epoch}").read_text() for name in ("info", "cfg")}
+    assert lines[1] == {f"cfg_{epoch}": json.loads(texts["cfg"])}
+    assert lines[2] == {f"info_{epoch}": texts["info"].split("\n")}
+
+
+async def test_appscope_files_in_a_container_are_brought_out_and_delivered(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """A process with a root and a PID namespace of its own, gone with its end."""
+    root = tmp_path / "root"
+    (root / "tmp" / "appscope").mkdir(parents=True)
+    # The detector knows AppScope's handlers by the name of the file they lie in.
+    program = root / "libscope.so"
+    source = SOURCES / "appscope_like.c"
+    subprocess.run(["gcc", "-static", "-O1", "-o", program, source], check=True)
+    command = ["unshare", "--pid", "--fork", "--mount", "chroot", root, "/libscope.so"]
+    container = subprocess.Popen(list(map(str, command)))
+    await asyncio.to_thread(container.wait, 30)
+    shutil.rmtree(root)
+
+    async def brought_out() -> Manifest | None:
+        for manifest in reversed(await pipeline.bus.stored(Manifest)):
+            kinds = [file.kind for file in manifest.files]
+            if manifest.process.comm == "libscope.so" and kinds.count(Kind.CORE) == 2:
+                return manifest
+        return None
+
+    # The library's own set, and the recorder's of the abort() that follows: one crash.
+    manifest = await until(brought_out, within=40, every=0.1)
+    await pipeline.delivered(manifest)
+    assert manifest.process.ns_pid == 1
+    check_everywhere_equal(pipeline, manifest)
+    events = await pipeline.events_of(manifest.process.pid)
+    handled = next(event for event in events if event.disposition == "handled")
+    assert handled.handler is not None and handled.handler.appscope
+    assert {event.crash_id for event in events} == {manifest.crash_id}
+
+
+async def test_storm_of_crashes_loses_none(pipeline: Pipeline) -> None:
+    program = crasher("division_by_zero")
+    pids = await asyncio.gather(*(run_to_its_end(program) for _ in range(30)))
+    assert len(set(pids)) == 30
+    manifests = [await pipeline.manifest_of(pid, within=90) for pid in pids]
+    for manifest in manifests:
+        await pipeline.delivered(manifest, within=90)
+        check_everywhere_equal(pipeline, manifest)
