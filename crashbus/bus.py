@@ -240,9 +240,7 @@ class Bus:
                     if message is not None:
                         yield message
         finally:
-            if subscription is not None:
-                with suppress(nats.errors.Error, OSError):
-                    await subscription.unsubscribe()
+            await self._end_fetching(subscription)
 
     async def _follow(
         self, stream: str, subject: str, start: int
@@ -308,13 +306,17 @@ class Bus:
         message is put aside as a dead letter, whole, and does not come again.
 
         Args:
-            durable: the consumer's name; those who use the same one share its messages.
+            durable: the consumer's name, built of subject tokens and ``-``; those who use the
+                same one share its messages.
             service: who is asking, for the dead letter.
             ack_wait: seconds after which an unsettled message is given to another.
             batch: how many to ask for at once.
             new_only: when the consumer is made, leave out what was there before it.
         """
         name = streams.stream_of(kind)
+        # nats-server makes a format string of the name, in which '%' ruins every message's
+        # acknowledgement subject. No token holds '='.
+        durable = durable.replace("%", "=")
         config = ConsumerConfig(
             ack_policy=AckPolicy.EXPLICIT,
             ack_wait=ack_wait,
@@ -323,29 +325,40 @@ class Bus:
             deliver_policy=DeliverPolicy.NEW if new_only else DeliverPolicy.ALL,
         )
         subscription: JetStreamContext.PullSubscription | None = None
-        while True:
-            try:
-                if subscription is None:
-                    subscription = await self._js.pull_subscribe(
-                        subject or kind.SUBJECT, durable=durable, stream=name, config=config
-                    )
-                with _obeying_cancellation():
-                    arrived = await subscription.fetch(batch, timeout=FETCH_TIMEOUT)
-            except nats.errors.TimeoutError:
-                subscription = await self._if_there(subscription)
-                continue
-            except (nats.errors.Error, OSError) as error:
-                log.warning("cannot take work from %s, trying again: %s", name, error)
-                subscription = None
-                await asyncio.sleep(RECONNECT_WAIT)
-                continue
-            for raw in arrived:
+        try:
+            while True:
                 try:
-                    message = kind.decode(raw.data, raw.subject)
-                except MalformedMessage as error:
-                    await self._put_aside(raw, error, service)
+                    if subscription is None:
+                        subscription = await self._js.pull_subscribe(
+                            subject or kind.SUBJECT, durable=durable, stream=name, config=config
+                        )
+                    with _obeying_cancellation():
+                        arrived = await subscription.fetch(batch, timeout=FETCH_TIMEOUT)
+                except nats.errors.TimeoutError:
+                    subscription = await self._if_there(subscription)
                     continue
-                yield Delivery(message, raw.metadata.num_delivered or 1, raw)
+                except (nats.errors.Error, OSError) as error:
+                    log.warning("cannot take work from %s, trying again: %s", name, error)
+                    await self._end_fetching(subscription)
+                    subscription = None
+                    await asyncio.sleep(RECONNECT_WAIT)
+                    await self._restore_if_lost(error)
+                    continue
+                for raw in arrived:
+                    try:
+                        message = kind.decode(raw.data, raw.subject)
+                    except MalformedMessage as malformed:
+                        await self._put_aside(raw, malformed, service)
+                        continue
+                    yield Delivery(message, raw.metadata.num_delivered or 1, raw)
+        finally:
+            await self._end_fetching(subscription)
+
+    async def _end_fetching(self, subscription: JetStreamContext.PullSubscription | None) -> None:
+        """Let go of an inbox: a request still open there would swallow the next message."""
+        if subscription is not None:
+            with suppress(nats.errors.Error, OSError):
+                await subscription.unsubscribe()
 
     async def _if_there(
         self, subscription: JetStreamContext.PullSubscription | None

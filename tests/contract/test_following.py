@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from pathlib import Path
 
-from crashbus import Bus, SignalEvent
+from crashbus import Bus, SignalEvent, names
 from crashbus.errors import BusUnreachable
 from tests.cli.support import make
 from tests.support.nats import NatsServer
@@ -90,6 +90,15 @@ async def test_who_listens_hears_what_comes_after_the_bus_lost_its_store(
 
 async def _consumers(bus: Bus) -> int:
     return (await bus._js.stream_info("CRASH_SIGNALS")).state.consumer_count or 0
+
+
+async def test_work_for_a_host_with_dots_in_its_name(bus: Bus) -> None:
+    await bus.publish(event("one"))
+    work = bus.consume(SignalEvent, f"worker-{names.token('web1.example.org')}", service="test")
+    delivery = await asyncio.wait_for(anext(work), 10)
+    await delivery.ack()
+    assert delivery.message.event_id == "one"
+    assert bus._client.stats["reconnects"] == 0
 
 
 async def test_work_is_taken_again_when_the_bus_lost_its_store(
