@@ -8,6 +8,7 @@ import pytest
 
 from crashbus import messages
 from crashbus.messages import VERSION
+from tests.cli.support import make
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -24,6 +25,23 @@ def test_every_message_and_its_subject_is_told() -> None:
     for kind in messages.ALL:
         assert f"[{kind.__name__}](#{kind.__name__.lower()})" in page
         assert f"| `{kind.SUBJECT.removesuffix('>')}<host>" in page
+
+
+def test_subjects_are_as_the_page_says() -> None:
+    page = (DOCS / "wire-contract.md").read_text()
+    made = make(destinations=("file:///a",))
+    letter = made.failure()
+    assert letter.work is not None
+    for message in (made.event, made.manifest, made.receipts()[0], letter, letter.work):
+        (row,) = (
+            line
+            for line in page.splitlines()
+            if f"| [{type(message).__name__}](" in line and line.startswith("| `crash.")
+        )
+        told, published = row.split("`")[1].split("."), message.subject.split(".")
+        assert len(told) == len(published)
+        for place, token in zip(told, published, strict=True):
+            assert place == token or place.startswith("<")
 
 
 def test_every_link_inside_the_page_leads_somewhere() -> None:
