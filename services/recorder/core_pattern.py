@@ -10,6 +10,7 @@ import argparse
 import fcntl
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ def directory(state: Path) -> Path:
     """Return the recorder's own directory in the state directory, made if it is missing.
 
     Raises:
-        RecorderError: it cannot be made.
+        RecorderError: it cannot be made, or is not ours alone.
     """
     path = state / "recorder"
     try:
@@ -53,6 +54,12 @@ def directory(state: Path) -> Path:
         raise RecorderError(
             f"{path} cannot be made: {error.strerror}; let CRASHBUS_STATE name another directory"
         ) from error
+    status = path.lstat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022 or not stat.S_ISDIR(status.st_mode):
+        # The pipe helper lies here, and the kernel runs it as root.
+        raise RecorderError(
+            f"others may write to {path}: remove it, or let CRASHBUS_STATE name another directory"
+        )
     return path
 
 

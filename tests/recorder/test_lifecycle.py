@@ -120,6 +120,22 @@ async def test_second_recorder_with_the_same_state_is_refused(
     await first.captured(pid)
 
 
+async def test_state_that_others_may_write_to_is_refused(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    (tmp_path / "recorder").mkdir()
+    (tmp_path / "recorder").chmod(0o777)
+    before = core_pattern.current()
+    recorder = recorder_with(state=tmp_path, recorder_mechanism="pipe")
+
+    recorder.launch()
+    assert recorder.process is not None
+
+    assert recorder.process.wait(20) == 2
+    assert "others may write to" in recorder.log
+    assert core_pattern.current() == before
+
+
 async def test_recorder_cannot_dump_to_itself(recorder_with: MakeRecorder) -> None:
     recorder = recorder_with()
     await recorder.start()

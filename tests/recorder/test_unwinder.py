@@ -53,6 +53,21 @@ def test_worker_s_answer_is_not_believed(core: int, monkeypatch: pytest.MonkeyPa
         assert unwinder.unwind(core, (), 3).fault == fault
 
 
+def test_worker_cannot_change_the_core(core: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.write(core, b"evidence")
+    program = """
+import json, os, sys
+core = json.load(sys.stdin)["core"]
+try:
+    os.pwrite(core, b"x", 0)
+except OSError as error:
+    print(json.dumps({"fault": f"{os.pread(core, 8, 0)} {error.strerror}"}))
+"""
+    monkeypatch.setattr(unwinder, "_COMMAND", (sys.executable, "-c", program))
+
+    assert unwinder.unwind(core, (), 10).fault == "b'evidence' Bad file descriptor"
+
+
 def test_no_worker_is_started_without_time(core: int) -> None:
     assert unwinder.unwind(core, (), 0.1).fault == "there was no time for it"
 
