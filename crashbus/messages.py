@@ -84,9 +84,9 @@ class Process(Part):
 
 
 class Sender(Part):
-    """The process that sent a signal."""
+    """The process that sent a signal, as the receiver's namespaces show it."""
 
-    pid: int
+    pid: int = Field(description="0: it is outside the receiver's PID namespace")
     uid: int
 
 

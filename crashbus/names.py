@@ -39,6 +39,24 @@ def is_file_name(name: str) -> bool:
     return _SAFE_NAME.fullmatch(name) is not None
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Return text that a terminal shows and does not obey.
+
+    Control characters, escape sequences, invisible and direction-changing characters and
+    lone surrogates are shown as ``\\x1b``, ``\\u202e``, ….
+
+    Args:
+        keep: characters that stay as they are, such as line feeds.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def text(raw: bytes) -> str:
     """Return bytes as text that any consumer can read: bad UTF-8 shows as ``\\xNN``."""
     return raw.decode("utf-8", "backslashreplace")

@@ -15,26 +15,18 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from crashbus import names
+
 _PIPE_WIDTH = 4096  # columns: a program that reads a table wants whole cells
 
 
 def plain(text: str, *, lines: bool = False) -> str:
-    """Return text that a terminal shows and does not obey.
-
-    Control characters, escape sequences, invisible and direction-changing characters and
-    lone surrogates are shown as ``\\x1b``, ``\\u202e``, ….
+    """Return text that a terminal shows and does not obey; see `crashbus.names.printable`.
 
     Args:
         lines: keep line feeds and tabs, as in a backtrace.
     """
-    if text.isprintable():
-        return text
-    kept = "\n\t" if lines else ""
-    return "".join(c if c.isprintable() or c in kept else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+    return names.printable(text, keep="\n\t" if lines else "")
 
 
 def console(*, stderr: bool = False) -> Console:

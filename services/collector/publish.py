@@ -89,7 +89,9 @@ class Publisher:
         return self.root / source.directory / source.name
 
     async def _publish(self, crash_id: str, source: Source, file: BinaryIO, size: int) -> CrashFile:
-        encoding: Encoding = "zstd" if self.level and source.kind is Kind.CORE else "identity"
+        encoding: Encoding = "identity"
+        if self.level and source.kind is Kind.CORE and size:  # an empty file has no frame
+            encoding = "zstd"
         encoder = Encoder(chunk_size(self.bus.max_payload), encoding, self.level or 1)
         stream = _Stream(self.bus, crash_id, source.name)
         wanted = min(size, self.limit)

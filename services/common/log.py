@@ -5,6 +5,8 @@ import sys
 
 import structlog
 
+from crashbus import names
+
 
 def configure(level: str, form: str, service: str) -> None:
     """Send our and the libraries' logs to standard error.
@@ -34,6 +36,7 @@ def configure(level: str, form: str, service: str) -> None:
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                _disarm,
                 structlog.processors.format_exc_info,
                 renderer,
             ],
@@ -45,3 +48,11 @@ def configure(level: str, form: str, service: str) -> None:
     # The client reports every failed reconnect; the bus module says it once.
     logging.getLogger("nats").setLevel(logging.CRITICAL)
     structlog.contextvars.bind_contextvars(service=service)
+
+
+def _disarm(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Show control characters instead of sending them: names and errors come from attackers."""
+    return {
+        key: names.printable(value) if isinstance(value, str) else value
+        for key, value in event.items()
+    }

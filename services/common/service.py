@@ -11,8 +11,10 @@ A service is an ``async`` function that works until it is cancelled::
 import argparse
 import asyncio
 import contextlib
+import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from crashbus.bus import Bus, connect, without_secrets
 from crashbus.errors import BusFull, BusUnreachable
 from services.common import log as logs
 from services.common.health import Health, serve
+from services.common.memory import return_large_blocks
 from services.common.settings import BusSettings, Settings, SettingsError, variable_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -31,6 +34,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 S = TypeVar("S", bound=Settings)
 
 STOP_WITHIN = 10.0  # seconds from SIGTERM to exit; what docker stop grants by default
+LEAVE_WITHIN = 0.5  # seconds of these for Python to end by itself
 CONNECT_AGAIN = 1.0  # seconds between tries to reach the bus at the start
 
 EXIT_FAILED = 1
@@ -105,6 +109,7 @@ def run(name: str, settings_class: type[S], work: Work[S], http: Callable[[S], s
     except SettingsError as error:
         sys.stderr.write(f"crashbus {name}: {error}\n")
         sys.exit(EXIT_SETTINGS)
+    return_large_blocks()
     logs.configure(bus_settings.log_level, bus_settings.log_format, name)
     runtime = Runtime(name, bus_settings, Health())
     runtime.health.failing("start", "not ready yet")
@@ -145,7 +150,19 @@ async def _until_signal(runtime: Runtime, work: Coroutine[Any, Any, None]) -> Ba
     if working.done() and not working.cancelled() and (error := working.exception()):
         return error
     log.info("stopped", in_order=working.done())
+    _leave_in_time()
     return None
+
+
+def _leave_in_time() -> None:
+    """End the process soon even if a thread is stuck in a system call.
+
+    All is said and handed back by now. A thread that waits for a dead server or disk cannot be
+    ended, and Python would wait for it.
+    """
+    timer = threading.Timer(LEAVE_WITHIN, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 async def _beat(health: Health) -> None:

@@ -2,12 +2,10 @@
 
 import asyncio
 import os
-import threading
 
 import structlog
 
 from crashbus.destination import parse
-from services.common.memory import return_large_blocks
 from services.common.service import Runtime, run
 from services.common.settings import SettingsError
 from services.shipper.delivery import Courier, Place
@@ -20,7 +18,6 @@ from services.shipper.standing import Standing
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 CHECK_AGAIN = 10.0  # seconds between looks at a destination that could not be used at the start
-LEAVE_WITHIN = 0.5  # seconds for Python to end by itself
 
 
 async def work(runtime: Runtime, settings: ShipperSettings) -> None:
@@ -36,9 +33,6 @@ async def work(runtime: Runtime, settings: ShipperSettings) -> None:
             runtime.ready()
             name = f"{runtime.host}/{os.getpid()}"
             await Shipper(bus, Courier(bus, places, settings, name), settings).run()
-    except asyncio.CancelledError:
-        leave_in_time()
-        raise
     finally:
         for check in checks:
             check.cancel()
@@ -80,20 +74,8 @@ async def watch_start(place: Place) -> None:
         await asyncio.sleep(CHECK_AGAIN)
 
 
-def leave_in_time() -> None:
-    """End the process soon even if a thread is stuck in a system call.
-
-    All is said and handed back by now. A thread that waits for a dead server cannot be ended,
-    and Python would wait for it.
-    """
-    timer = threading.Timer(LEAVE_WITHIN, os._exit, (0,))
-    timer.daemon = True
-    timer.start()
-
-
 def main() -> None:
     """Run the shipper."""
-    return_large_blocks()
     run("shipper", ShipperSettings, work, lambda settings: settings.http)
 
 
