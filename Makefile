@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock clean
+.PHONY: help setup demo test lint format docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ lint: setup ## ruff and mypy --strict
 format: setup ## put the code in shape
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
+
+docs: setup ## make the tables in docs/ anew from the code
+	@$(PYTHON) docs/make_tables.py
 
 lock: ## choose the newest versions that fit, and write the lock file
 	@uv pip compile pyproject.toml --all-extras --python-version 3.11 --universal \

@@ -289,7 +289,9 @@ class Gatherer:
         crash.delivered_at = None
         if found.verdict is Verdict.CUT_SHORT:
             metrics.CUT_SHORT.inc()
-            crash.notes.append(f"the set of {found.epoch} is cut short: its writer is gone")
+            note = f"the set of {found.epoch} is cut short: its writer is gone"
+            if note not in crash.notes:
+                crash.notes.append(note)
         await self._ledger.save(crash)
         metrics.CRASHES.labels("appscope" if found.record is None else "recorder").inc()
         log.info(

@@ -1,3 +1,169 @@
-from services.recorder.spool import create_file, open_crash
+"""The spool: ``/tmp/appscope/<pid>/``, made safe in a directory that everyone can write to.
 
-__all__ = ["create_file", "open_crash"]
+AppScope's library makes the same directories, as any user, and spins when it cannot write
+there (a PID comes again), so they stay open to all; but root owns them and they are sticky:
+nobody can remove or rename what is not theirs. Everything
+below the spool's root is reached through descriptors and never through a link. Our own files
+belong to root and are read by root alone (0600): a backtrace and a snapshot can tell secrets.
+"""
+
+import errno
+import os
+import secrets
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from crashbus import layout
+from crashbus.errors import CrashbusError
+from services.common import metrics
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+OPEN_TO_ALL = 0o1777
+_EPOCHS_TRIED = 64  # AppScope writes one set a second at most
+_TRIES = 8  # an attacker can swap a directory under us as long as it is not root's
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class SpoolUnusable(CrashbusError):
+    """The spool, or a directory in it, cannot be had.
+
+    Attributes:
+        mend: what a human can do about it.
+    """
+
+    def __init__(self, error: str, mend: str) -> None:
+        super().__init__(error)
+        self.mend = mend
+
+
+def open_spool(path: Path) -> int:
+    """Return a descriptor of the spool's root, made ours if it is not.
+
+    Raises:
+        SpoolUnusable: it cannot be had.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return _own_directory(path.name, parent)
+        finally:
+            os.close(parent)
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
+def open_crash(path: Path, pid: int, epoch: int) -> tuple[int, int]:
+    """Return a descriptor of ``<spool>/<pid>``, and the first epoch from `epoch` on that is
+    free there.
+
+    Raises:
+        SpoolUnusable: it cannot be had.
+    """
+    spool = open_spool(path)
+    try:
+        for _ in range(_TRIES):
+            directory = _own_directory(str(pid), spool)
+            free = _free_epoch(directory, epoch)
+            if free is not None:
+                return directory, free
+            os.close(directory)
+            _put_aside(str(pid), spool, "it is full of crash files")
+        raise OSError(None, "it fills up faster than it can be put aside")
+    except OSError as error:
+        raise _unusable(path / str(pid), error) from error
+    finally:
+        os.close(spool)
+
+
+def create_file(directory: int, kind: layout.Kind, epoch: int) -> int:
+    """Make a crash file that was not there and return its descriptor.
+
+    Raises:
+        OSError: it is there already, or there is no room.
+    """
+    name = layout.crash_file_name(kind, epoch)
+    descriptor = os.open(name, _NEW_FILE, 0o600, dir_fd=directory)
+    os.fchmod(descriptor, 0o600)  # whatever the umask
+    return descriptor
+
+
+def _own_directory(name: str, parent: int) -> int:
+    """Open a directory that root owns, making it or taking it over."""
+    for _ in range(_TRIES):
+        with suppress(FileExistsError):  # AppScope's library made it, or an attacker
+            os.mkdir(name, 0o700, dir_fd=parent)
+        try:
+            directory = os.open(name, _DIRECTORY, dir_fd=parent)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):  # a file, or a link
+                raise
+            _put_aside(name, parent, "it is no directory")
+            continue
+        try:
+            _take_over(directory)
+        except OSError:
+            os.close(directory)
+            raise
+        # Until it was root's, its owner could move it away and put another in its place.
+        if _same(os.fstat(directory), name, parent):
+            return directory
+        os.close(directory)
+    raise OSError(None, "it is swapped again and again")
+
+
+def _take_over(directory: int) -> None:
+    status = os.fstat(directory)
+    if status.st_uid != os.geteuid():
+        os.fchown(directory, os.geteuid(), os.getegid())
+    if stat.S_IMODE(status.st_mode) != OPEN_TO_ALL:
+        os.fchmod(directory, OPEN_TO_ALL)
+
+
+def _same(status: os.stat_result, name: str, parent: int) -> bool:
+    try:
+        found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino)
+
+
+def _put_aside(name: str, parent: int, why: str) -> None:
+    aside = f".{name}.aside-{secrets.token_hex(4)}"
+    try:
+        os.rename(name, aside, src_dir_fd=parent, dst_dir_fd=parent)
+    except FileNotFoundError:
+        return  # whoever put it there took it away
+    metrics.PUT_ASIDE.inc()
+    log.warning("put aside what stood in the place of a directory", name=name, now=aside, why=why)
+
+
+def _free_epoch(directory: int, epoch: int) -> int | None:
+    for candidate in range(epoch, epoch + _EPOCHS_TRIED):
+        taken = [layout.crash_file_name(kind, candidate) for kind in layout.Kind]
+        taken.append(f".{layout.crash_file_name(layout.Kind.CAPTURE, candidate)}")
+        if not any(_exists(name, directory) for name in taken):
+            return candidate
+    return None
+
+
+def _exists(name: str, directory: int) -> bool:
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _unusable(path: Path, error: OSError) -> SpoolUnusable:
+    return SpoolUnusable(
+        f"{path} cannot be used: {error.strerror or error}",
+        f"make room on its disk, or let CRASHBUS_SPOOL name a directory on one: df {path.parent}",
+    )

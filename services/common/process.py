@@ -10,6 +10,7 @@ from pathlib import Path
 
 from crashbus import identity, names
 from crashbus.messages import Container, Process
+from services.common import redact
 
 MAX_ARGUMENTS = 64
 MAX_ARGUMENT_BYTES = 4096
@@ -76,9 +77,10 @@ def command_line(pid: int) -> tuple[str, ...]:
 
 
 def split_arguments(raw: bytes) -> tuple[str, ...]:
-    """Return NUL-separated arguments as readable text, cut to their limits."""
+    """Return NUL-separated arguments as readable text, cut to their limits, without secrets."""
     arguments = raw.removesuffix(b"\0").split(b"\0") if raw else []
-    return tuple(names.text(one[:MAX_ARGUMENT_BYTES]) for one in arguments[:MAX_ARGUMENTS])
+    texts = tuple(names.text(one[:MAX_ARGUMENT_BYTES]) for one in arguments[:MAX_ARGUMENTS])
+    return redact.arguments(texts)
 
 
 def cgroup(pid: int) -> str | None:

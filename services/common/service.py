@@ -60,16 +60,21 @@ class Runtime:
         return self.bus_settings.host
 
     @asynccontextmanager
-    async def bus(self) -> AsyncIterator[Bus]:
-        """Connect to the bus, with its streams made; waits as long as it takes."""
+    async def bus(self, needed: bool = True) -> AsyncIterator[Bus]:
+        """Connect to the bus, with its streams made; waits as long as it takes.
+
+        Args:
+            needed: the service is not healthy without it.
+        """
+        health = self.health if needed else Health()
         async with AsyncExitStack() as stack:
-            bus = await self._connected(stack)
-            self.health.watch(
+            bus = await self._connected(stack, health)
+            health.watch(
                 "bus_connection", lambda: None if bus.is_connected else "lost, reconnecting"
             )
             yield bus
 
-    async def _connected(self, stack: AsyncExitStack) -> Bus:
+    async def _connected(self, stack: AsyncExitStack, health: Health) -> Bus:
         while True:
             try:
                 bus = await stack.enter_async_context(
@@ -81,13 +86,13 @@ class Runtime:
                 )
                 await bus.ensure_streams(self.bus_settings.chunk_store_bytes)
             except (BusUnreachable, BusFull) as error:
-                if "bus" not in self.health.faults():
+                if "bus" not in health.faults():
                     log.warning("waiting for the bus", error=str(error))
-                self.health.failing("bus", str(error))
+                health.failing("bus", str(error))
                 await stack.aclose()
                 await asyncio.sleep(CONNECT_AGAIN)
             else:
-                self.health.working("bus")
+                health.working("bus")
                 log.info("connected to the bus", url=without_secrets(self.bus_settings.nats_url))
                 return bus
 

@@ -66,7 +66,7 @@ class DeadLetters:
     async def run(self) -> None:
         """Connect as soon as the bus is there, and publish for ever."""
         try:
-            async with self._runtime.bus() as bus:
+            async with self._runtime.bus(needed=False) as bus:
                 while True:
                     await self._some.wait()
                     await self._publish_waiting(bus)

@@ -13,7 +13,7 @@ from pathlib import Path
 from crashbus import names
 from crashbus.messages import Process
 from services.common import process as processes
-from services.recorder import redact
+from services.common import redact
 from services.recorder.errors import CaptureFailed
 
 MAX_ENVIRONMENT = 128 * 1024  # bytes kept; 2 MiB are possible, execve(2)
@@ -61,7 +61,7 @@ class Facts:
 
 
 def read_identity(pid: int, boot_id: str) -> Process:
-    """Read who crashed, with secrets taken out of the arguments.
+    """Read who crashed.
 
     Raises:
         CaptureFailed: it is gone.
@@ -82,7 +82,7 @@ def read_identity(pid: int, boot_id: str) -> Process:
                 "command_line": processes.command_line(task),
             }
         )
-    return process.model_copy(update={"command_line": redact.arguments(process.command_line)})
+    return process
 
 
 def read_rest(process: Process, module_files: int) -> Facts:

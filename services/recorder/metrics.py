@@ -22,7 +22,4 @@ BACKTRACE_SECONDS = Histogram(
     "crashbus_recorder_backtrace_seconds", "Time that one backtrace took, start of its worker on"
 )
 BACKTRACES_WAITING = Gauge("crashbus_recorder_backtraces_waiting", "Crashes waiting for theirs")
-PUT_ASIDE = Counter(
-    "crashbus_recorder_spool_put_aside_total", "Things in the spool that stood in a crash's place"
-)
 DEAD_LETTERS = Counter("crashbus_recorder_dead_letters_total", "Dead letters", ["result"])

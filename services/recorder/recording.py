@@ -20,6 +20,8 @@ from crashbus.capture import CapturedFile, CaptureRecord
 from crashbus.identity import crash_id
 from crashbus.layout import Kind, crash_file_name
 from crashbus.messages import Process
+from services.common import crash_directory
+from services.common.crash_directory import SpoolUnusable
 from services.recorder import (
     arrival,
     core_copy,
@@ -27,7 +29,6 @@ from services.recorder import (
     crash_files,
     facts,
     metrics,
-    spool,
     unwinder,
 )
 from services.recorder.backtrace import Backtrace
@@ -141,7 +142,10 @@ def _begin(
     )
     epoch = int(crashed_at)
     for _ in range(_EPOCHS_TRIED):
-        directory, epoch = spool.open_crash(on.spool, process.pid, epoch)
+        try:
+            directory, epoch = crash_directory.open_crash(on.spool, process.pid, epoch)
+        except SpoolUnusable as error:
+            raise CaptureFailed("spool_unusable", str(error), error.mend) from error
         try:
             record_file = capture.create(directory, epoch, record)
         except FileExistsError:
@@ -223,7 +227,9 @@ def _write_early(recording: Recording, on: Conditions) -> None:
 def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions) -> None:
     name = crash_file_name(Kind.CORE, recording.epoch)
     try:
-        recording.core_file = spool.create_file(recording.directory, Kind.CORE, recording.epoch)
+        recording.core_file = crash_directory.create_file(
+            recording.directory, Kind.CORE, recording.epoch
+        )
     except OSError as error:
         recording.notes.append(f"{name} could not be made: {error.strerror}")
         return
@@ -239,7 +245,7 @@ def _write_file(recording: Recording, kind: Kind, content: bytes) -> None:
     """Write one small file; what is missing is told in the record."""
     name = crash_file_name(kind, recording.epoch)
     try:
-        descriptor = spool.create_file(recording.directory, kind, recording.epoch)
+        descriptor = crash_directory.create_file(recording.directory, kind, recording.epoch)
     except OSError as error:
         recording.notes.append(f"{name} could not be made: {error.strerror}")
         return

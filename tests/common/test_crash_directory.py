@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from crashbus.layout import Kind
-from services.recorder import spool
-from services.recorder.errors import CaptureFailed
+from services.common import crash_directory
+from services.common.crash_directory import SpoolUnusable
 from tests.support.requirements import need_root
 
 NOBODY = 65534
@@ -33,7 +33,7 @@ def is_ours(path: Path) -> bool:
 
 def open_crash(root: Path, pid: int = 42) -> int:
     """Open and close the directory of a crash; return the epoch."""
-    directory, epoch = spool.open_crash(root, pid, EPOCH)
+    directory, epoch = crash_directory.open_crash(root, pid, EPOCH)
     os.close(directory)
     return epoch
 
@@ -117,21 +117,21 @@ def test_directory_full_of_names_is_put_aside(root: Path) -> None:
 def test_file_is_never_written_through_a_link(root: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.touch()
-    directory, _ = spool.open_crash(root, 42, EPOCH)
+    directory, _ = crash_directory.open_crash(root, 42, EPOCH)
     (root / "42" / f"core_{EPOCH}").symlink_to(victim)
 
     with pytest.raises(FileExistsError):
-        spool.create_file(directory, Kind.CORE, EPOCH)
+        crash_directory.create_file(directory, Kind.CORE, EPOCH)
 
     os.close(directory)
     assert victim.stat().st_size == 0
 
 
 def test_file_is_for_root_alone_whatever_the_umask(root: Path) -> None:
-    directory, epoch = spool.open_crash(root, 42, EPOCH)
+    directory, epoch = crash_directory.open_crash(root, 42, EPOCH)
     before = os.umask(0)
     try:
-        os.close(spool.create_file(directory, Kind.CORE, epoch))
+        os.close(crash_directory.create_file(directory, Kind.CORE, epoch))
     finally:
         os.umask(before)
         os.close(directory)
@@ -142,7 +142,7 @@ def test_file_is_for_root_alone_whatever_the_umask(root: Path) -> None:
 def test_unusable_spool_names_the_mend(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
-    with pytest.raises(CaptureFailed, match="cannot be used") as caught:
-        spool.open_spool(tmp_path / "file" / "appscope")
+    with pytest.raises(SpoolUnusable, match="cannot be used") as caught:
+        crash_directory.open_spool(tmp_path / "file" / "appscope")
 
     assert "CRASHBUS_SPOOL" in caught.value.mend

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.recorder.redact import REDACTED, arguments, environment, is_secret
+from services.common.redact import REDACTED, arguments, environment, is_secret
 
 
 @pytest.mark.parametrize(
