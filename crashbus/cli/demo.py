@@ -24,7 +24,7 @@ from typing import Annotated
 import typer
 import zstandard
 
-from crashbus import Bus, Manifest, Receipt, SignalEvent, connect
+from crashbus import Bus, DeadLetter, Manifest, Receipt, SignalEvent, connect, names
 from crashbus.cli.errors import Trouble
 from crashbus.cli.supervisor import SERVICES, free_port
 from crashbus.cli.terminal import console, plain, size, table
@@ -34,6 +34,7 @@ from crashbus.layout import Kind
 _START_WITHIN = 30.0  # seconds for all services to be healthy, on a slow machine
 _DELIVER_WITHIN = 60.0  # seconds from the crash to the last receipt
 _STOP_WITHIN = 20.0  # seconds for `crashbus run` to stop everything it started
+_LOOK_AGAIN = 0.02  # seconds between two looks at the bus
 _BACKTRACE_LINES = 14
 
 
@@ -189,9 +190,14 @@ async def _nginx(scratch: Path) -> AsyncIterator[int]:
     )  # fmt: skip
     workers: list[int] = []
     try:
-        async with asyncio.timeout(_START_WITHIN):
-            while not await asyncio.to_thread(_serves, port):
-                await asyncio.sleep(0.02)
+        try:
+            async with asyncio.timeout(_START_WITHIN):
+                while not await asyncio.to_thread(_serves, port):
+                    if master.returncode is not None:
+                        raise Trouble(f"nginx ended with {master.returncode}", "nginx -t")
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise Trouble("nginx serves no pages", "nginx -t") from None
         workers = _children(master.pid)
         yield master.pid
     finally:
@@ -218,38 +224,41 @@ def _children(pid: int) -> list[int]:
 
 async def _crash(bus: Bus, master: int) -> tuple[SignalEvent, Manifest, list[Receipt]]:
     """Send SIGBUS and return the event, the manifest and the receipts that follow."""
-    events, receipts = bus.subscribe(SignalEvent), bus.subscribe(Receipt)
     try:
         async with asyncio.timeout(_DELIVER_WITHIN):
-            waiting_event = asyncio.ensure_future(_event_of(events, master))
-            waiting_receipts = asyncio.ensure_future(_receipts(receipts))
-            await asyncio.sleep(0)
             os.kill(master, signal.SIGBUS)
-            event = await waiting_event
-            got = await waiting_receipts
-            manifests = await bus.stored(Manifest)
-            return event, manifests[-1], got
+            event = await _event_of(bus, master)
+            crash = f"{names.token(event.host)}.{event.crash_id}"
+            receipts = await _receipts_of(bus, crash)
+            (manifest, *_) = await bus.stored(Manifest, f"crash.report.{crash}")
     except TimeoutError:
         raise Trouble("the crash was not delivered in time", "crashbus doctor") from None
     except BusUnreachable as error:
         raise Trouble(str(error), "crashbus doctor") from None
+    return event, manifest, receipts
 
 
-async def _event_of(events: AsyncIterator[SignalEvent], pid: int) -> SignalEvent:
-    async for event in events:
-        if event.process.pid == pid:
-            return event
-    raise Trouble("the bus closed", "crashbus doctor")
+async def _event_of(bus: Bus, pid: int) -> SignalEvent:
+    while True:
+        for event in await bus.stored(SignalEvent):
+            if event.process.pid == pid:
+                return event
+        await asyncio.sleep(_LOOK_AGAIN)
 
 
-async def _receipts(receipts: AsyncIterator[Receipt]) -> list[Receipt]:
-    """Collect receipts up to that of manifest.json, which is written last."""
-    got = []
-    async for receipt in receipts:
-        got.append(receipt)
-        if receipt.file.kind is Kind.MANIFEST:
-            break
-    return got
+async def _receipts_of(bus: Bus, crash: str) -> list[Receipt]:
+    """Return the receipts of a crash once that of manifest.json is there, the last.
+
+    Raises:
+        Trouble: a part of it failed.
+    """
+    while True:
+        receipts = await bus.stored(Receipt, f"crash.shipped.{crash}")
+        if any(receipt.file.kind is Kind.MANIFEST for receipt in receipts):
+            return receipts
+        for letter in await bus.stored(DeadLetter, f"crash.failed.{crash}"):
+            raise Trouble(letter.error, letter.mend)
+        await asyncio.sleep(_LOOK_AGAIN)
 
 
 def _show_event(event: SignalEvent) -> None:
