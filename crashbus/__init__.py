@@ -4,7 +4,7 @@ An external consumer needs only this package::
 
     async with crashbus.connect("nats://127.0.0.1:4222") as bus:
         async for event in bus.subscribe(SignalEvent):
-            print(event.signal_name, event.executable)
+            print(event.signal_name, event.process.executable)
 """
 
 from crashbus.bus import Bus, connect

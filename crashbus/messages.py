@@ -376,7 +376,10 @@ ALL: tuple[type[Message], ...] = (
 
 def json_schema(kind: type[Message]) -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of one message; its msgpack form has the same shape."""
-    return kind.model_json_schema(mode="serialization")
+    schema = kind.model_json_schema(mode="serialization")
+    # They have defaults for whoever makes a message, but none on the wire.
+    schema["required"] = sorted({*schema.get("required", ()), "v", "host", "time"})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def chunk_subject(crash_id: str, file: str) -> str:

@@ -28,17 +28,21 @@ if [ ${#missing[@]} -gt 0 ]; then
   fi
   say "installing ${missing[*]} (some minutes, once)"
   # Installing a server must not start it: the demo and the tests start their own.
-  policy=/usr/sbin/policy-rc.d made_policy=
+  policy=/usr/sbin/policy-rc.d
   if [ ! -e $policy ]; then
-    printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy && made_policy=1
+    trap 'rm -f $policy' EXIT INT TERM
+    printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy
   fi
-  trap '[ -z "$made_policy" ] || rm -f $policy' EXIT
   log=$(mktemp)
   # A list that cannot be refreshed is no failure as long as the packages can be had.
   apt-get update -qq >"$log" 2>&1 || true
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
     "${missing[@]}" >>"$log" 2>&1 || { tail -n 20 "$log" >&2; say "apt-get failed, see $log"; exit 1; }
   rm -f "$log"
+  # … nor at the next boot.
+  units=$(dpkg-query -L "${missing[@]}" | sed -n 's|^/lib/systemd/system/\([^/@]*\.\(service\|target\)\)$|\1|p')
+  # shellcheck disable=SC2086 # one word each
+  [ -z "$units" ] || systemctl disable $units >/dev/null 2>&1 || true
 fi
 
 # bcc is importable only by Debian's own Python, so the environment is built on that one.

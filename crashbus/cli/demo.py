@@ -62,8 +62,7 @@ async def _demo(destination: Path) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, task.cancel)
-    shutil.rmtree(destination, ignore_errors=True)
-    destination.mkdir(parents=True)
+    destination.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="crashbus-demo-") as scratch:
         try:
             await _show_main_job(Path(scratch), destination)

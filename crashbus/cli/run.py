@@ -1,6 +1,7 @@
 """``crashbus run``: every service and a private nats-server on this host."""
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -54,6 +55,14 @@ def run(
         raise Trouble("eBPF and core_pattern need root", "run it with sudo")
     if nats and shutil.which("nats-server") is None:
         raise Trouble("nats-server is not installed", "apt-get install nats-server, or --no-nats")
+    if nats and not supervisor.is_free(port):
+        raise Trouble(
+            f"port {port} of 127.0.0.1 is taken, perhaps by another nats-server",
+            "give --port another, or --no-nats to use the server that CRASHBUS_NATS_URL names",
+        )
+    for handler in logging.getLogger("crashbus").handlers[:]:
+        logging.getLogger("crashbus").removeHandler(handler)  # the services' form from here on
+    logging.getLogger("crashbus").propagate = True
     logs.configure(settings.log_level, settings.log_format, "run")
     asyncio.run(_supervise(settings, environment, shippers, port if nats else None, logs_to))
 

@@ -126,6 +126,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def is_free(port: int) -> bool:
+    """Tell whether a server could listen on this port of loopback."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections count not
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
 def nats_command(directory: Path, port: int, output: Path | None) -> Command:
     """Return the command of a private nats-server, loopback only, with its store on disk."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,12 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
             "CRASHBUS_DESTINATIONS is empty: say where crash files go, such as file:///var/crashes"
         )
     ledger = Ledger(shared.state / "collector")
-    await asyncio.to_thread(ledger.load)
+    try:
+        await asyncio.to_thread(ledger.load)
+    except OSError as error:
+        raise SettingsError(
+            f"CRASHBUS_STATE: {shared.state} cannot be used: {error}; name a directory on a disk"
+        ) from error
     async with runtime.bus() as bus:
         publisher = Publisher(
             bus,

@@ -13,7 +13,8 @@ from crashbus.bus import Bus, Delivery
 from crashbus.errors import BusFull, BusUnreachable
 from crashbus.messages import DeadLetter, Manifest, SignalEvent
 from crashbus.names import token
-from services.collector import appscope, metrics, processes
+from services.collector import metrics, processes
+from services.collector.appscope import Containers
 from services.collector.gather import Gatherer
 from services.collector.ledger import Crash, Ledger
 
@@ -39,10 +40,17 @@ class Deaths:
         self._bus = bus
         self._ledger = ledger
         self._gatherer = gatherer
+        self._containers = Containers(gatherer.root, host)
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def run(self) -> None:
         """Follow events until cancelled."""
+        try:
+            await self._run()
+        finally:
+            self._containers.stop()
+
+    async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             async for delivery in self._bus.consume(
                 SignalEvent,
@@ -71,7 +79,7 @@ class Deaths:
         process = event.process
         log.debug("event", crash_id=event.crash_id, age=round(time.time() - event.time, 3))
         if event.handler is not None and event.handler.appscope:
-            await appscope.bring_out(self._gatherer.root, self._host, event)
+            self._containers.watch(event)
         if not event.fatal:
             return
         await processes.gone(process.pid, process.start_ticks)

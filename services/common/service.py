@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import structlog
+from pydantic_core import PydanticUndefined
 
 from crashbus.bus import Bus, connect, without_secrets
 from crashbus.errors import BusFull, BusUnreachable
@@ -197,6 +198,8 @@ def _settings_text(settings_class: type[Settings]) -> str:
     lines = ["settings (environment variables; see docs/operations.md for the file):"]
     for cls in (settings_class, BusSettings):
         for field, info in cls.model_fields.items():
-            lines.append(f"  {variable_of(cls, field)}")
+            default = "" if info.default in (None, PydanticUndefined, ()) else info.default
+            shown = f" (default: {default})" if default != "" else ""
+            lines.append(f"  {variable_of(cls, field)}{shown}")
             lines.append(f"      {info.description}")
     return "\n".join(lines)

@@ -8,11 +8,13 @@ A field ``nats_url`` of a class with the section ``bus`` is read, first found fi
 3. the table ``[bus]`` of the TOML file named by ``CRASHBUS_CONFIG``.
 """
 
+import difflib
 import os
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -29,6 +31,7 @@ from crashbus.errors import CrashbusError
 __all__ = ["BusSettings", "NoDecode", "Settings", "SettingsError", "prefix_of"]
 
 CONFIG_VARIABLE = "CRASHBUS_CONFIG"
+SECTIONS = ("bus", "detector", "recorder", "collector", "shipper")
 
 
 class SettingsError(CrashbusError):
@@ -69,7 +72,13 @@ class _TomlTable(PydanticBaseSettingsSource):
         except (OSError, ValueError) as error:
             raise SettingsError(f"{CONFIG_VARIABLE} names {path}: {error}") from None
         section = getattr(self.settings_cls, "SECTION")  # noqa: B009 - not on the base class
+        strange = sorted(set(table) - set(SECTIONS))
+        if strange:
+            known = ", ".join(SECTIONS)
+            raise SettingsError(f"{path}: there is no table [{strange[0]}], only {known}")
         values = table.get(section, {})
+        if not isinstance(values, dict):
+            raise SettingsError(f"{path}: {section} must be a table: [{section}]")
         unknown = sorted(set(values) - set(self.settings_cls.model_fields))
         if unknown:
             raise SettingsError(f"{path}: [{section}] has no setting {', '.join(unknown)}")
@@ -100,17 +109,34 @@ class Settings(BaseSettings):
         return init_settings, env_settings, _SecretFiles(settings_cls), _TomlTable(settings_cls)
 
     @classmethod
+    def _refuse_unknown_variables(cls) -> None:
+        """A misspelt setting would otherwise be a default in silence."""
+        prefix = prefix_of(cls.SECTION)
+        others = tuple(prefix_of(one) for one in SECTIONS if one not in (cls.SECTION, "bus"))
+        known = {variable_of(cls, field) for field in cls.model_fields}
+        for name in sorted(os.environ):
+            ours = name.startswith(prefix) and (cls.SECTION != "bus" or not name.startswith(others))
+            if ours and name != CONFIG_VARIABLE and name.removesuffix("_FILE") not in known:
+                raise SettingsError(f"{name}: there is no such setting{_closest(name, known)}")
+
+    @classmethod
     def load(cls) -> Self:
         """Read the settings.
 
         Raises:
             SettingsError: with one line for each setting that is wrong.
         """
+        cls._refuse_unknown_variables()
         try:
             return cls()
         except ValidationError as error:
             lines = [_fault(cls, fault) for fault in error.errors(include_url=False)]
             raise SettingsError("\n".join(lines)) from None
+
+
+def _closest(name: str, known: set[str]) -> str:
+    found = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _fault(cls: type[Settings], fault: Any) -> str:
@@ -171,6 +197,16 @@ class BusSettings(Settings):
         "info", pattern="^(debug|info|warning|error)$", description="debug, info, warning, error"
     )
     log_format: str = Field("text", pattern="^(text|json)$", description="text or json")
+
+    @field_validator("nats_url")
+    @classmethod
+    def _servers(cls, given: str) -> str:
+        for one in given.split(","):
+            parts = urlsplit(one.strip() if "://" in one else f"nats://{one.strip()}")
+            if parts.scheme not in ("nats", "tls", "ws", "wss") or not parts.hostname:
+                raise ValueError("a server is given as nats://host:4222 or tls://host:4222")
+            _ = parts.port  # raises ValueError for what is no port
+        return given
 
     @field_validator("destinations", mode="before")
     @classmethod

@@ -12,13 +12,14 @@ from services.detector.headers import system_headers
 from services.detector.program import BTF_FILE
 
 _LEAST_KERNEL = (5, 8)  # the BPF ring buffer
+_TRACEFS = Path("/sys/kernel/tracing/events")
 _STATUS = Path("/proc/self/status")
 _CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}  # capabilities(7)
 
 
 def check() -> list[Finding]:
     """Look at everything the detector needs; takes well under a second."""
-    return [_kernel(), _privilege(), _btf(), _bcc(), _headers()]
+    return [_kernel(), _privilege(), _btf(), _tracefs(), _bcc(), _headers()]
 
 
 def _kernel() -> Finding:
@@ -53,6 +54,11 @@ def _btf() -> Finding:
         mend = "report this kernel's version: it keeps something where we do not look"
         return Finding("kernel type information (BTF)", False, str(error), mend)
     return Finding("kernel type information (BTF)", True, str(BTF_FILE))
+
+
+def _tracefs() -> Finding:
+    mounted = "mounted" if _TRACEFS.exists() else "not mounted"
+    return Finding("tracefs", True, f"{mounted}; raw tracepoints do without it")
 
 
 def _bcc() -> Finding:

@@ -10,6 +10,7 @@ import argparse
 import fcntl
 import json
 import os
+import socket
 import stat
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,10 @@ PATTERN = Path("/proc/sys/kernel/core_pattern")
 PIPE_LIMIT = Path("/proc/sys/kernel/core_pipe_limit")
 
 KERNEL_DEFAULT = "core"
+
+# One for the host, whatever state directories there are: two recorders would each put back the
+# other's pattern.
+LOCK = Path("/run/crashbus-recorder.lock")
 
 
 @dataclass(frozen=True)
@@ -64,21 +69,29 @@ def directory(state: Path) -> Path:
 
 
 @contextmanager
-def only_one(state: Path) -> Iterator[None]:
-    """Hold the right to change core_pattern with this state directory.
+def only_one() -> Iterator[None]:
+    """Hold the right to change core_pattern.
 
     Raises:
         RecorderError: another process holds it.
     """
-    path = directory(state) / "lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = _open_lock()
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise RecorderError(f"a recorder runs already: it holds {path}") from None
+        raise RecorderError(
+            f"a recorder runs on this host already, it holds {LOCK}: stop it first"
+        ) from None
     finally:
         os.close(descriptor)
+
+
+def _open_lock() -> int:
+    try:
+        return os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise RecorderError(f"{LOCK} cannot be made: {error.strerror}; run as root") from error
 
 
 def current() -> str:
@@ -123,8 +136,9 @@ def restore(state: Path) -> str | None:
     if found == saved.ours:
         # The pattern last: as long as it is ours, this can be done again.
         _write(PIPE_LIMIT, str(saved.pipe_limit))
-        _write(PATTERN, saved.pattern)
-        log.info("core_pattern put back", old=found, new=saved.pattern)
+        pattern = KERNEL_DEFAULT if _is_dead_socket(saved.pattern) else saved.pattern
+        _write(PATTERN, pattern)
+        log.info("core_pattern put back", old=found, new=pattern)
     else:
         log.warning("core_pattern was changed by somebody else and stays", found=found)
     _file(state).unlink(missing_ok=True)
@@ -146,6 +160,21 @@ def _previous(state: Path, plan: Plan) -> Saved:
         )
         return Saved(KERNEL_DEFAULT, 0, found)
     return Saved(found, int(PIPE_LIMIT.read_text()), plan.pattern)
+
+
+def _is_dead_socket(pattern: str) -> bool:
+    """Tell whether a pattern names a coredump socket that nobody listens on: cores sent there
+    are lost.
+    """
+    if not pattern.startswith("@"):
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(pattern.lstrip("@"))
+        except OSError:
+            log.warning("nobody listens where cores went before", pattern=pattern)
+            return True
+    return False
 
 
 def _file(state: Path) -> Path:
@@ -191,7 +220,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         state = arguments.state or BusSettings.load().state
-        with only_one(state):
+        with only_one():
             restored = restore(state)
     except (SettingsError, OSError) as error:
         sys.exit(f"crashbus recorder: {error}")

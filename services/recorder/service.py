@@ -43,7 +43,7 @@ _LOOK_EVERY = 1.0  # seconds between two looks at what is held
 async def work(runtime: Runtime, settings: RecorderSettings) -> None:
     """Record crashes until cancelled."""
     state = runtime.bus_settings.state
-    with core_pattern.only_one(state):
+    with core_pattern.only_one():
         letters = DeadLetters(runtime)
         telling = asyncio.create_task(letters.run(), name="dead letters")
         recorder = Recorder(runtime, settings, letters)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -181,6 +182,22 @@ async def test_run_without_a_destination_says_what_to_give() -> None:
     output, _ = await asyncio.wait_for(run.communicate(), 20)
     assert run.returncode == 1
     assert b"--dest file:///var/crashes" in output
+
+
+async def test_run_on_a_taken_port_says_so(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        run = await started("run", "--dest", tmp_path.as_uri(), "--port", port)
+        output, _ = await asyncio.wait_for(run.communicate(), 20)
+    assert run.returncode == 1
+    assert f"port {port}".encode() in output and b"--no-nats" in output
+
+
+async def test_demo_leaves_what_was_in_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("earlier crashes")
+    demo = await started("demo", "--to", tmp_path)
+    await asyncio.wait_for(demo.communicate(), 90)
+    assert (tmp_path / "kept").read_text() == "earlier crashes"
 
 
 async def test_run_with_a_wrong_setting_ends_with_its_name(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -280,7 +281,8 @@ async def test_file_of_another_user_in_a_crash_is_refused(setup: Setup) -> None:
     await until(lambda: "belongs to UID 65534" in setup.collector.log)
 
 
-async def test_vanished_source_is_a_dead_letter_and_the_rest_is_delivered(setup: Setup) -> None:
+async def lose_core(setup: Setup, harm: Callable[[Path], None]) -> tuple[Path, Manifest]:
+    """Let a core wait for room on the bus, stop the collector, harm the core, go on."""
     config = await shrink_chunk_store(setup, 40_000)  # the core waits, the rest goes
     await setup.collector.start()
     await setup.collector.healthy()
@@ -288,20 +290,66 @@ async def test_vanished_source_is_a_dead_letter_and_the_rest_is_delivered(setup:
     process.wait()
     await until(lambda: "waiting for the bus" in setup.collector.log)
     core = next((setup.spool / str(process.pid)).glob("core_*"))
-    await until(lambda: setup.ledger())
-    core.unlink()
     setup.collector.kill()  # one that runs holds the file open, so that it cannot lose it
     await setup.collector.wait()
+    harm(core)
     config.max_bytes = 64 * 1024**2
     await setup.bus._js.update_stream(config)
     await setup.collector.start()
-    (manifest,) = await reports(setup)
+    return core, (await reports(setup))[0]
+
+
+def replace_by_link(core: Path) -> None:
+    core.unlink()
+    core.symlink_to("/etc/passwd")
+
+
+def replace_by_directory(core: Path) -> None:
+    core.unlink()
+    core.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (Path.unlink, "source_vanished"),
+        (replace_by_link, "source_unreadable"),
+        (replace_by_directory, "source_unreadable"),
+    ],
+)
+async def test_lost_source_is_a_dead_letter_and_the_rest_is_delivered(
+    setup: Setup, harm: Callable[[Path], None], reason: str
+) -> None:
+    core, manifest = await lose_core(setup, harm)
     letters = await setup.bus.stored(DeadLetter)
-    assert [letter.reason for letter in letters] == ["source_vanished"]
+    assert [letter.reason for letter in letters] == [reason]
     assert str(core) in letters[0].error
     assert len(manifest.files) == 3
     await setup.shipper.has(FILE, *(file.name for file in manifest.files))
     assert "manifest.json" not in setup.shipper.names(FILE)
+
+
+async def test_file_over_the_limit_is_cut_and_flagged(setup: Setup) -> None:
+    setup.collector._environment["CRASHBUS_COLLECTOR_MAX_FILE_BYTES"] = "100000"
+    await setup.collector.start()
+    await setup.collector.healthy()
+    process = crash(setup)
+    process.wait()
+    (manifest,) = await reports(setup)
+    (core,) = [file for file in manifest.files if file.truncated]
+    assert core.size == 100_000
+    assert core.note and "CRASHBUS_COLLECTOR_MAX_FILE_BYTES" in core.note
+    await setup.shipper.has(FILE, core.name)
+    source = (setup.spool / str(process.pid) / core.name).read_bytes()
+    assert setup.shipper.content(FILE, core.name) == source[:100_000]
+
+
+async def test_state_that_cannot_be_used_is_said_in_one_line(setup: Setup) -> None:
+    setup.collector._environment["CRASHBUS_STATE"] = "/proc/nowhere"
+    await setup.collector.start()
+    assert await setup.collector.wait(10) == 2
+    assert "CRASHBUS_STATE" in setup.collector.log
+    assert "Traceback" not in setup.collector.log
 
 
 async def test_sources_go_only_after_every_receipt(setup: Setup, shipper: object) -> None:

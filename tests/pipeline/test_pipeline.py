@@ -190,6 +190,35 @@ async def test_appscope_files_in_a_container_are_brought_out_and_delivered(
     assert {event.crash_id for event in events} == {manifest.crash_id}
 
 
+async def test_container_process_that_recovers_has_every_set_brought_out(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """The detector publishes the first signal only; the others' sets come out as well."""
+    root = tmp_path / "root"
+    (root / "tmp" / "appscope").mkdir(parents=True)
+    program = root / "libscope.so"
+    source = SOURCES / "appscope_like.c"
+    subprocess.run(["gcc", "-static", "-O1", "-o", program, source], check=True)
+    command = ["unshare", "--pid", "--fork", "--kill-child", "chroot", root, "/libscope.so"]
+    container = subprocess.Popen([*map(str, command), "/tmp/appscope", "recover"])
+
+    async def all_sets() -> Manifest | None:
+        for manifest in reversed(await pipeline.bus.stored(Manifest)):
+            kinds = [file.kind for file in manifest.files]
+            if manifest.process.ns_pid == 1 and kinds.count(Kind.CORE) == 3:
+                return manifest
+        return None
+
+    try:
+        manifest = await until(all_sets, within=40, every=0.1)
+        await pipeline.delivered(manifest)
+        check_everywhere_equal(pipeline, manifest)
+        assert len({file.name for file in manifest.files}) == 12
+    finally:
+        container.kill()
+        container.wait()
+
+
 async def test_storm_of_crashes_loses_none(pipeline: Pipeline) -> None:
     program = crasher("division_by_zero")
     pids = await asyncio.gather(*(run_to_its_end(program) for _ in range(30)))

@@ -1,0 +1,118 @@
+"""Settings: where they come from, and what is said of a wrong one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from services.collector.settings import CollectorSettings
+from services.common.settings import BusSettings, SettingsError
+from services.shipper.settings import ShipperSettings
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "crashbus.toml"
+    monkeypatch.setenv("CRASHBUS_CONFIG", str(path))
+    return path
+
+
+def test_environment_comes_before_the_secret_file_and_that_before_the_table(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text('[shipper]\ns3_secret_key = "from the table"\n')
+    assert secret() == "from the table"
+    (tmp_path / "secret").write_text("from the file\n")
+    monkeypatch.setenv("CRASHBUS_SHIPPER_S3_SECRET_KEY_FILE", str(tmp_path / "secret"))
+    assert secret() == "from the file"
+    monkeypatch.setenv("CRASHBUS_SHIPPER_S3_SECRET_KEY", "from the environment")
+    assert secret() == "from the environment"
+
+
+def secret() -> str:
+    key = ShipperSettings.load().s3_secret_key
+    assert key is not None
+    return key.get_secret_value()
+
+
+def test_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRASHBUS_SHIPPER_S3_SECRET_KEY", "very secret")
+    assert "very secret" not in repr(ShipperSettings.load())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("collector = 3\n", "collector must be a table"),
+        ("[colector]\n", r"there is no table \[colector\]"),
+        ("[collector]\ncompresion = 3\n", "has no setting compresion"),
+        ("[collector]\ncompression = 'much'\n", "CRASHBUS_COLLECTOR_COMPRESSION.*integer"),
+        ("[collector\n", "CRASHBUS_CONFIG names"),
+    ],
+)
+def test_wrong_file_is_said_with_its_place(config: Path, text: str, said: str) -> None:
+    config.write_text(text)
+    with pytest.raises(SettingsError, match=said):
+        CollectorSettings.load()
+
+
+def test_missing_file_is_said(config: Path) -> None:
+    with pytest.raises(SettingsError, match="No such file"):
+        CollectorSettings.load()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("CRASHBUS_COLLECTOR_COMPRESSION", "much", "CRASHBUS_COLLECTOR_COMPRESSION.*'much'"),
+        ("CRASHBUS_COLLECTOR_KEEP_DELIVERED", "-1", "greater than or equal to 0"),
+        ("CRASHBUS_COLLECTOR_COMPRESION", "3", "did you mean CRASHBUS_COLLECTOR_COMPRESSION"),
+    ],
+)
+def test_wrong_variable_is_said_with_its_name(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=said):
+        CollectorSettings.load()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("CRASHBUS_DESTINATIONS", "ftp://host/path", "s3://, tcp://, tls:// or file://"),
+        ("CRASHBUS_NATS_ULR", "x", "did you mean CRASHBUS_NATS_URL"),
+        ("CRASHBUS_NATS_URL", "nats://host:notaport", "CRASHBUS_NATS_URL"),
+        ("CRASHBUS_LOG_LEVEL", "loud", "CRASHBUS_LOG_LEVEL"),
+    ],
+)
+def test_wrong_shared_variable_is_said(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=said):
+        BusSettings.load()
+
+
+def test_variables_of_other_services_are_none_of_our_business(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CRASHBUS_SHIPPER_CONCURRENCY", "2")
+    BusSettings.load()
+    CollectorSettings.load()
+
+
+def test_unreadable_secret_file_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRASHBUS_NATS_PASSWORD_FILE", "/nowhere/password")
+    with pytest.raises(SettingsError, match=r"CRASHBUS_NATS_PASSWORD_FILE names /nowhere/password"):
+        BusSettings.load()
+
+
+@pytest.mark.parametrize("service", ["detector", "recorder", "collector", "shipper"])
+def test_help_names_every_setting_with_its_default(service: str) -> None:
+    command = [sys.executable, "-m", f"services.{service}", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"CRASHBUS_{service.upper()}_HTTP" in text
+    assert "CRASHBUS_NATS_URL" in text
+    assert "default: nats://127.0.0.1:4222" in text
