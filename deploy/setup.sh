@@ -51,8 +51,8 @@ if [ ! -e $stamp ] || [ requirements.lock -nt $stamp ] || [ pyproject.toml -nt $
   say "making the virtual environment (a minute, once)"
   rm -rf .venv
   /usr/bin/python3 -m venv --system-site-packages .venv
-  .venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+  .venv/bin/pip install --quiet --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+  .venv/bin/pip install --quiet --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
   touch $stamp
 fi
 

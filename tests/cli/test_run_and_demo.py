@@ -128,7 +128,7 @@ class Running:
         return log.exists() and log.read_text().count(" ready ") >= times
 
     def service(self, name: str) -> int:
-        (pid,) = processes_of(f"services.{name}\0")
+        (pid,) = set(processes_of(f"services.{name}\0")) & set(processes_of(str(self.scratch)))
         return pid
 
     async def crash_and_deliver(self) -> None:

@@ -32,12 +32,18 @@ class Pipeline:
     spool: Path
     directory: Path
     receiver: Receiver
+    core_receiver: Receiver
     s3: S3Server
     bucket: str
 
     @property
     def destinations(self) -> tuple[str, ...]:
-        return (f"s3://{self.bucket}/crashes", self.receiver.url, f"file://{self.directory}")
+        return (
+            f"s3://{self.bucket}/crashes",
+            self.receiver.url,
+            f"file://{self.directory}",
+            f"{self.core_receiver.url}?core=true",
+        )
 
     async def manifest_of(self, pid: int, files: int = 5, within: float = 40) -> Manifest:
         """Return the manifest of a process's crash once it names so many files."""
@@ -61,6 +67,7 @@ class Pipeline:
             self.destinations[0]: names | {layout.MANIFEST_NAME},
             self.destinations[1]: small,
             self.destinations[2]: names | {layout.MANIFEST_NAME},
+            self.destinations[3]: names,
         }
 
         async def look() -> list[Receipt] | None:
@@ -110,6 +117,8 @@ async def pipeline(s3_session: S3Server) -> AsyncIterator[Pipeline]:
         stack.callback(nats.stop)
         receiver = Receiver()
         stack.callback(receiver.close)
+        core_receiver = Receiver()
+        stack.callback(core_receiver.close)
         made = Pipeline(
             bus=None,  # type: ignore[arg-type]
             nats=nats,
@@ -117,6 +126,7 @@ async def pipeline(s3_session: S3Server) -> AsyncIterator[Pipeline]:
             spool=scratch / "appscope",
             directory=scratch / "delivered",
             receiver=receiver,
+            core_receiver=core_receiver,
             s3=s3_session,
             bucket=s3_session.make_bucket(),
         )

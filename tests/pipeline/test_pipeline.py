@@ -20,6 +20,7 @@ from tests.pipeline.conftest import Pipeline, top_frames
 from tests.support.crashers import FATAL, SOURCES, crasher
 from tests.support.nats import free_port
 from tests.support.requirements import need_program
+from tests.support.tcp import reassemble
 from tests.support.wait import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -50,16 +51,36 @@ def check_everywhere_equal(pipeline: Pipeline, manifest: Manifest) -> None:
 
 
 def check_received_lines(pipeline: Pipeline, manifest: Manifest) -> None:
-    """Over TCP came one line for each small file, in name order, on one connection."""
+    """Over TCP came one line for each small file, in name order, on one connection; the core
+    came only where it is asked for, in frames that make it up again."""
     names = sorted(f.name for f in manifest.files if f.kind is not Kind.CORE)
+    for receiver in (pipeline.receiver, pipeline.core_receiver):
+        mine = [data for data in receiver.received if is_of(data, names, manifest)]
+        assert len(mine) == 1
+        assert [next(iter(json.loads(line))) for line in mine[0].splitlines()] == names
+    (core,) = [file for file in manifest.files if file.kind is Kind.CORE]
     mine = [
         data
-        for data in pipeline.receiver.received
-        if set(names) & {key for line in data.splitlines() for key in json.loads(line)}
-        and f"PID: {manifest.process.pid}" in data.decode()
+        for data in pipeline.core_receiver.received
+        if f'"crash_id":"{manifest.crash_id}"'.encode() in data
     ]
-    assert len(mine) == 1
-    assert [next(iter(json.loads(line))) for line in mine[0].splitlines()] == names
+    source = (pipeline.spool / str(manifest.process.pid) / core.name).read_bytes()
+    assert reassemble(mine[0].splitlines(), core.name) == source
+
+
+def is_of(data: bytes, names: list[str], manifest: Manifest) -> bool:
+    keys = {key for line in data.splitlines() for key in json.loads(line)}
+    return bool(keys & set(names)) and f'PID: {manifest.process.pid}"'.encode() in data
+
+
+def check_gdb_opens_it(
+    pipeline: Pipeline, manifest: Manifest, program: Path | str, frame: str, directory: Path
+) -> None:
+    """The core as it is delivered opens in gdb, with this frame among the top ones."""
+    (core,) = [file for file in manifest.files if file.kind is Kind.CORE]
+    opened = directory / "opened-core"
+    opened.write_bytes(content(pipeline.stored(manifest, core)["s3"], core.encoding))
+    assert frame in top_frames(program, opened)
 
 
 @pytest.mark.parametrize(("name", "signal_name"), FATAL.items())
@@ -81,10 +102,7 @@ async def test_every_kind_of_crash_is_delivered_everywhere(
     assert event.crash_id == manifest.crash_id
     assert (event.signal_name, event.disposition) == (signal_name, "default")
 
-    core = next(file for file in manifest.files if file.kind is Kind.CORE)
-    opened = tmp_path / "core"
-    opened.write_bytes(content(pipeline.stored(manifest, core)["s3"], core.encoding))
-    assert "crash_here" in top_frames(program, opened)
+    check_gdb_opens_it(pipeline, manifest, program, "crash_here", tmp_path)
     backtrace = next(file for file in manifest.files if file.kind is Kind.BACKTRACE)
     assert b"crash_here" in pipeline.stored(manifest, backtrace)["file"]
 
@@ -102,7 +120,9 @@ async def test_manifest_at_the_destination_names_every_file_there(pipeline: Pipe
     }
 
 
-async def test_python_that_reads_address_zero_is_delivered(pipeline: Pipeline) -> None:
+async def test_python_that_reads_address_zero_is_delivered(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
     code = "import ctypes; ctypes.string_at(0)"
     pid = await run_to_its_end(sys.executable, "-c", code)
     manifest = await pipeline.manifest_of(pid)
@@ -110,6 +130,9 @@ async def test_python_that_reads_address_zero_is_delivered(pipeline: Pipeline) -
     assert manifest.signal_name == "SIGSEGV"
     assert manifest.process.command_line[-1] == code
     check_everywhere_equal(pipeline, manifest)
+    check_received_lines(pipeline, manifest)
+    python = Path(sys.executable).resolve()
+    check_gdb_opens_it(pipeline, manifest, python, "string_at", tmp_path)
 
 
 async def test_nginx_master_hit_by_sigbus_is_delivered(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -133,6 +156,8 @@ async def test_nginx_master_hit_by_sigbus_is_delivered(pipeline: Pipeline, tmp_p
     (event,) = await pipeline.events_of(master.pid)
     assert event.sender is not None and event.sender.pid == os.getpid()
     check_everywhere_equal(pipeline, manifest)
+    check_received_lines(pipeline, manifest)
+    check_gdb_opens_it(pipeline, manifest, nginx, "ngx_master_process_cycle", tmp_path)
     backtrace = next(file for file in manifest.files if file.kind is Kind.BACKTRACE)
     assert b"ngx_master_process_cycle" in pipeline.stored(manifest, backtrace)["s3"]
 
@@ -151,10 +176,23 @@ async def test_files_that_appscope_wrote_arrive_unchanged(pipeline: Pipeline, ca
     assert not any(file.truncated for file in manifest.files)
     check_everywhere_equal(pipeline, manifest)
     received = next(data for data in pipeline.receiver.received if f"info_{epoch}".encode() in data)
-    lines = [json.loads(line) for line in received.splitlines()]
-    texts = {name: (SAMPLES / case / f"{name}_{epoch}").read_text() for name in ("info", "cfg")}
-    assert lines[1] == {f"cfg_{epoch}": json.loads(texts["cfg"])}
-    assert lines[2] == {f"info_{epoch}": texts["info"].split("\n")}
+    assert received == appscope_lines(case, epoch)
+
+
+def appscope_lines(case: str, epoch: str) -> bytes:
+    """Return what AppScope's daemon sends of a sample: json.Marshal of Go, which sorts keys and
+    leaves out blanks; files that are no JSON go as their lines."""
+
+    def text(kind: str) -> str:
+        return (SAMPLES / case / f"{kind}_{epoch}").read_text()
+
+    values = (
+        {f"backtrace_{epoch}": text("backtrace").split("\n")},
+        {f"cfg_{epoch}": json.loads(text("cfg"))},
+        {f"info_{epoch}": text("info").split("\n")},
+    )
+    compact = [json.dumps(value, sort_keys=True, separators=(",", ":")) for value in values]
+    return "".join(f"{line}\n" for line in compact).encode()
 
 
 async def test_appscope_files_in_a_container_are_brought_out_and_delivered(

@@ -1,15 +1,11 @@
 """Delivery over TCP and TLS."""
 
-import base64
-import hashlib
-import json
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import zstandard
 
 from crashbus import Bus
 from services.shipper.destinations import lines
@@ -22,7 +18,7 @@ from tests.shipper.conftest import (
     receipts_of,
     send,
 )
-from tests.support.tcp import Certificates, Receiver, make_certificates
+from tests.support.tcp import Certificates, Receiver, make_certificates, reassemble
 from tests.support.wait import until
 
 SAMPLES = Path(__file__).parent.parent / "support" / "samples"
@@ -57,23 +53,6 @@ async def test_samples_arrive_as_the_lines_of_the_daemon_over_one_connection(
     assert receiver.received == [expected]
     assert receiver.accepted == 1
     assert {receipt.url for receipt in receipts} == {f"{receiver.url}#{name}" for name in contents}
-
-
-def reassemble(received: list[bytes], name: str) -> bytes:
-    """Put a core together as a receiver would, checking everything it is told."""
-    frames = [json.loads(line)[name] for line in received]
-    *chunks, end = frames
-    core = bytearray()
-    for index, frame in enumerate(chunks):
-        stored = base64.b64decode(frame["data"])
-        assert (frame["chunk"], frame["chunks"], frame["offset"]) == (index, len(chunks), len(core))
-        assert hashlib.sha256(stored).hexdigest() == frame["sha256"]
-        data = zstandard.decompress(stored) if frame["encoding"] == "zstd" else stored
-        assert len(data) == frame["size"]
-        core += data
-    assert end["complete"] is True
-    assert (end["size"], end["sha256"]) == (len(core), hashlib.sha256(core).hexdigest())
-    return bytes(core)
 
 
 async def test_core_goes_in_frames_that_a_receiver_can_check(

@@ -1,5 +1,8 @@
 """A TCP or TLS receiver, such as a Cribl Stream TCP source, that remembers what it got."""
 
+import base64
+import hashlib
+import json
 import socket
 import ssl
 import struct
@@ -8,6 +11,8 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import zstandard
 
 
 @dataclass(frozen=True)
@@ -131,3 +136,20 @@ class Receiver:
         self._listener.close()
         for connection in self._open:
             connection.close()
+
+
+def reassemble(received: list[bytes], name: str) -> bytes:
+    """Put a core together as a receiver would, checking everything it is told."""
+    frames = [json.loads(line)[name] for line in received]
+    *chunks, end = frames
+    core = bytearray()
+    for index, frame in enumerate(chunks):
+        stored = base64.b64decode(frame["data"])
+        assert (frame["chunk"], frame["chunks"], frame["offset"]) == (index, len(chunks), len(core))
+        assert hashlib.sha256(stored).hexdigest() == frame["sha256"]
+        data = zstandard.decompress(stored) if frame["encoding"] == "zstd" else stored
+        assert len(data) == frame["size"]
+        core += data
+    assert end["complete"] is True
+    assert (end["size"], end["sha256"]) == (len(core), hashlib.sha256(core).hexdigest())
+    return bytes(core)
