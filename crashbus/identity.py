@@ -21,7 +21,24 @@ def crash_id(boot_id: str, pid: int, start_ticks: int) -> str:
         pid: the process (thread group) ID in the initial PID namespace.
         start_ticks: field 22 of /proc/<pid>/stat, in clock ticks since boot (proc(5)).
     """
-    digest = hashlib.sha256(f"{boot_id.strip().lower()}:{pid}:{start_ticks}".encode()).digest()
+    return _name(f"{boot_id.strip().lower()}:{pid}:{start_ticks}")
+
+
+def unknown_crash_id(boot_id: str, pid: int, epoch: int, uid: int) -> str:
+    """Return the ID of the crash of a process that was gone before anyone saw it.
+
+    Its start is not known. What stands in for it is the word of whoever left the files, so
+    it must never meet the ID of a process that was seen: it is hashed with a tag of its own.
+
+    Args:
+        epoch: Unix seconds in the names of its crash files.
+        uid: who owns the files.
+    """
+    return _name(f"unseen:{boot_id.strip().lower()}:{pid}:{epoch}:{uid}")
+
+
+def _name(what: str) -> str:
+    digest = hashlib.sha256(what.encode()).digest()
     number = int.from_bytes(digest[:10], "big")
     return "".join(_ALPHABET[number >> shift & 31] for shift in range(75, -1, -5))
 

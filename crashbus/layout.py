@@ -15,7 +15,8 @@ from crashbus import names
 SPOOL = "/tmp/appscope"  # noqa: S108 - AppScope's library writes here, so the place is given
 MANIFEST_NAME = "manifest.json"
 
-_CRASH_FILE = re.compile(r"(info|cfg|backtrace|snapshot|core|capture)_(\d{1,12})")
+_CRASH_FILE = re.compile(r"(info|cfg|backtrace|snapshot|core|capture)_([0-9]{1,11})")
+_YEAR_10000 = 253402300800  # Unix seconds; no later time can be written as a date
 
 
 class Kind(StrEnum):
@@ -39,9 +40,14 @@ def crash_file_name(kind: Kind, epoch: int) -> str:
 
 
 def parse_crash_file_name(name: str) -> tuple[Kind, int] | None:
-    """Return kind and epoch (Unix seconds) of a crash file's name; None for any other name."""
+    """Return kind and epoch (Unix seconds) of a crash file's name; None for any other name.
+
+    Any user may name a file in the spool: what no clock of ours can show is another name.
+    """
     match = _CRASH_FILE.fullmatch(name)
-    return (Kind(match[1]), int(match[2])) if match else None
+    if match is None or int(match[2]) >= _YEAR_10000:
+        return None
+    return Kind(match[1]), int(match[2])
 
 
 def folder(host: str, crashed_at: float, process_name: str, crash_id: str) -> str:

@@ -26,6 +26,8 @@ from crashbus.errors import MalformedMessage
 from crashbus.layout import Kind
 
 VERSION = "1.0"
+# Linux cuts a path at 4096 bytes, and a byte that is no UTF-8 takes four characters.
+MAX_PATH = 32 * 1024  # characters
 
 
 def _file_name(value: str) -> str:
@@ -45,7 +47,15 @@ FileName = Annotated[str, StringConstraints(max_length=255), AfterValidator(_fil
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Host = Annotated[str, StringConstraints(min_length=1, max_length=253)]
 Time = Annotated[float, AfterValidator(_finite), Field(description="Unix time in seconds")]
-Size = Annotated[int, Field(ge=0, description="bytes")]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[int, Field(ge=1, lt=2**63)]
+Size = Annotated[int, Field(ge=0, lt=2**63, description="bytes")]
+Pid = Annotated[int, Field(ge=0, lt=2**31)]
+UserId = Annotated[int, Field(ge=0, lt=2**32)]
+Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Word = Annotated[int, Field(ge=0, lt=2**64, description="as the 64-bit machine has it")]
+Path = Annotated[str, StringConstraints(max_length=MAX_PATH)]
 Url = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
 Encoding = Literal["zstd", "identity"]
 
@@ -69,43 +79,44 @@ class Process(Part):
     """The process that crashed. Text that was not UTF-8 shows its bad bytes as ``\\xNN``."""
 
     boot_id: str = Field(description="/proc/sys/kernel/random/boot_id of its host")
-    pid: int = Field(ge=0, description="process (thread group) ID in the initial PID namespace")
-    ns_pid: int = Field(ge=0, description="process ID in its own PID namespace")
-    start_ticks: int = Field(
-        ge=0, description="start in clock ticks since boot, /proc/PID/stat field 22"
+    pid: Pid = Field(description="process (thread group) ID in the initial PID namespace")
+    ns_pid: Pid = Field(description="process ID in its own PID namespace")
+    start_ticks: Count = Field(
+        description="start in clock ticks since boot, /proc/PID/stat field 22"
     )
-    uid: int = Field(ge=0, description="real user ID in the initial user namespace")
-    gid: int = Field(ge=0, description="real group ID in the initial user namespace")
-    comm: str = Field(description="command name, up to 15 bytes")
-    executable: str | None = Field(None, description="path of the executable, if it was readable")
+    uid: UserId = Field(description="real user ID in the initial user namespace")
+    gid: UserId = Field(description="real group ID in the initial user namespace")
+    comm: str = Field(max_length=256, description="command name, up to 15 bytes")
+    executable: Path | None = Field(None, description="path of the executable, if it was readable")
     command_line: tuple[str, ...] = Field((), description="arguments, possibly cut short")
-    cgroup: str | None = Field(None, description="cgroup path")
+    cgroup: Path | None = Field(None, description="cgroup path")
     container: Container | None = None
 
 
 class Sender(Part):
     """The process that sent a signal, as the receiver's namespaces show it."""
 
-    pid: int = Field(description="0: it is outside the receiver's PID namespace")
-    uid: int
+    # Whoever sends with rt_sigqueueinfo(2) may forge both, so any 32 bits can stand here.
+    pid: int = Field(ge=0, lt=2**32, description="0: it is outside the receiver's PID namespace")
+    uid: UserId
 
 
 class Handler(Part):
     """The function that a process had installed for a signal."""
 
-    address: int = Field(ge=0)
-    flags: int = Field(ge=0, description="sa_flags, see sigaction(2)")
+    address: Word
+    flags: Word = Field(description="sa_flags, see sigaction(2)")
     appscope: bool = Field(description="the address lies in AppScope's library")
 
 
 class Oom(Part):
     """What the kernel knew of the victim of an OOM kill, in KiB where it says so (>= 6.9)."""
 
-    total_vm_kib: int | None = None
-    anon_rss_kib: int | None = None
-    file_rss_kib: int | None = None
-    shmem_rss_kib: int | None = None
-    oom_score_adj: int | None = None
+    total_vm_kib: Int64 | None = None
+    anon_rss_kib: Int64 | None = None
+    file_rss_kib: Int64 | None = None
+    shmem_rss_kib: Int64 | None = None
+    oom_score_adj: Int64 | None = None
 
 
 class Message(Part):
@@ -180,15 +191,15 @@ class SignalEvent(CrashMessage):
     SUBJECT: ClassVar[str] = "crash.signal.>"
 
     event_id: str = Field(min_length=1, max_length=64, description="names this one delivery")
-    monotonic_ns: int = Field(ge=0, description="CLOCK_MONOTONIC in nanoseconds")
+    monotonic_ns: Count = Field(description="CLOCK_MONOTONIC in nanoseconds")
     process: Process
-    tid: int = Field(ge=0, description="the thread that took the signal")
+    tid: Pid = Field(description="the thread that took the signal")
     signal: int = Field(ge=1, le=64)
     signal_name: str = Field(description="such as SIGSEGV")
-    code: int = Field(description="si_code, see sigaction(2)")
+    code: Int32 = Field(description="si_code, see sigaction(2)")
     code_meaning: str = Field(description="si_code in words")
-    errno: int = 0
-    fault_address: int | None = Field(None, ge=0, description="si_addr of a fault")
+    errno: Int32 = 0
+    fault_address: Word | None = Field(None, description="si_addr of a fault")
     sender: Sender | None = Field(None, description="who sent it, if a process did")
     disposition: Literal["default", "handled", "oom_kill"] = Field(
         description="default: the process dies of it; handled: its own handler runs; "
@@ -223,8 +234,8 @@ class SignalCount(CrashMessage):
     process: Process
     signal: int = Field(ge=1, le=64)
     signal_name: str
-    count: int = Field(ge=1)
-    period: float = Field(gt=0, description="seconds counted over")
+    count: Positive
+    period: float = Field(gt=0, allow_inf_nan=False, description="seconds counted over")
 
     @property
     def subject(self) -> str:
@@ -239,7 +250,7 @@ class EventsLost(Message):
     stage: Literal["ring_buffer", "outbox"] = Field(
         description="ring_buffer: the kernel had no room; outbox: the disk buffer was full"
     )
-    count: int = Field(ge=1)
+    count: Positive
 
     @property
     def subject(self) -> str:
@@ -255,7 +266,7 @@ class CrashFile(Part):
     sha256: Sha256 = Field(description="of the file's own bytes, before any compression")
     encoding: Encoding = Field(description="zstd: the stored object is <name>.zst")
     stored_size: Size = Field(description="bytes of all chunks together")
-    chunks: int = Field(ge=0, description="how many; 0 for an empty file")
+    chunks: Count = Field(description="how many; 0 for an empty file")
     truncated: bool = Field(False, description="cut short; see note")
     note: str | None = Field(None, description="why it was cut short, or what else is odd")
 
@@ -298,14 +309,14 @@ class Manifest(_Placed):
 
     SUBJECT: ClassVar[str] = "crash.report.>"
 
-    revision: int = Field(1, ge=1, description="grows by one when further files were found")
+    revision: Positive = Field(1, description="grows by one when further files were found")
     process: Process
     signal: int = Field(ge=0, le=64, description="0: not known")
     signal_name: str
-    code: int | None = None
+    code: Int32 | None = None
     code_meaning: str | None = None
-    fault_address: int | None = None
-    files: tuple[CrashFile, ...]
+    fault_address: Word | None = None
+    files: tuple[CrashFile, ...] = Field(max_length=1024)
     destinations: tuple[Url, ...]
     notes: tuple[str, ...] = Field((), description="what is missing or odd, in words")
 
@@ -322,7 +333,7 @@ class Receipt(CrashMessage):
     file: CrashFile
     destination: Url
     url: Url = Field(description="where the object lies")
-    attempts: int = Field(ge=1)
+    attempts: Positive
     shipper: str = Field(description="which shipper delivered it")
 
     @property
@@ -352,7 +363,7 @@ class DeadLetter(Message):
     )
     error: str = Field(description="what happened, in words")
     mend: str = Field(description="what a human can do about it")
-    attempts: int = Field(0, ge=0)
+    attempts: Count = 0
     history: tuple[Attempt, ...] = ()
     work: WorkItem | None = Field(None, description="the work item that failed, for a replay")
     subject_received: str | None = Field(None, description="subject of a malformed message")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nats.js import JetStreamContext
+from pydantic import ValidationError
 
 from crashbus import Bus, DeadLetter, MalformedMessage, Manifest, Receipt, SignalEvent, WorkItem
 from crashbus.layout import Kind
@@ -31,9 +32,13 @@ from tests.support.wait import until
 
 # What msgpack and JSON can carry: text is Unicode, integers have 64 bits.
 text = st.text(max_size=50)
-natural = st.integers(0, 2**64 - 1)
-positive = st.integers(1, 2**64 - 1)
-whole = st.integers(-(2**63), 2**64 - 1)
+natural = st.integers(0, 2**63 - 1)
+positive = st.integers(1, 2**63 - 1)
+whole = st.integers(-(2**63), 2**63 - 1)
+int32 = st.integers(-(2**31), 2**31 - 1)
+words = st.integers(0, 2**64 - 1)
+pids = st.integers(0, 2**31 - 1)
+users = st.integers(0, 2**32 - 1)
 time = st.floats(0, 253402300799, allow_nan=False)
 hosts = st.text(min_size=1, max_size=253)
 urls = st.text(min_size=1, max_size=200)
@@ -47,11 +52,11 @@ containers = st.builds(Container, id=text, runtime=text, name=maybe(text), image
 processes = st.builds(
     Process,
     boot_id=text,
-    pid=natural,
-    ns_pid=natural,
+    pid=pids,
+    ns_pid=pids,
     start_ticks=natural,
-    uid=natural,
-    gid=natural,
+    uid=users,
+    gid=users,
     comm=text,
     executable=maybe(text),
     command_line=tuples(text),
@@ -87,16 +92,16 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
         event_id=st.text(min_size=1, max_size=64),
         monotonic_ns=natural,
         process=processes,
-        tid=natural,
+        tid=pids,
         signal=st.integers(1, 64),
         signal_name=text,
-        code=whole,
+        code=int32,
         code_meaning=text,
-        errno=whole,
-        fault_address=maybe(natural),
-        sender=maybe(st.builds(Sender, pid=whole, uid=whole)),
+        errno=int32,
+        fault_address=maybe(words),
+        sender=maybe(st.builds(Sender, pid=users, uid=users)),
         disposition=st.sampled_from(["default", "handled", "oom_kill"]),
-        handler=maybe(st.builds(Handler, address=natural, flags=natural, appscope=st.booleans())),
+        handler=maybe(st.builds(Handler, address=words, flags=words, appscope=st.booleans())),
         oom=maybe(st.builds(Oom, total_vm_kib=maybe(whole), oom_score_adj=maybe(whole))),
     ),
     SignalCount: st.builds(
@@ -121,9 +126,9 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
         process=processes,
         signal=st.integers(0, 64),
         signal_name=text,
-        code=maybe(whole),
+        code=maybe(int32),
         code_meaning=maybe(text),
-        fault_address=maybe(natural),
+        fault_address=maybe(words),
         files=tuples(files),
         destinations=tuples(urls),
         notes=tuples(text),
@@ -283,6 +288,57 @@ def test_a_value_out_of_range_is_malformed(fields: dict[str, Any]) -> None:
     (name,) = fields
     with pytest.raises(MalformedMessage, match=f"field '{name}'"):
         Receipt.decode(changed(**fields), "crash.shipped.x.y")
+
+
+OUT_OF_RANGE: list[tuple[tuple[str, ...], Any]] = [
+    (("process", "pid"), 2**31),
+    (("process", "ns_pid"), 2**31),
+    (("process", "uid"), 2**32),
+    (("process", "gid"), -1),
+    (("process", "comm"), "x" * 257),
+    (("process", "executable"), "x" * 32769),
+    (("process", "cgroup"), "x" * 32769),
+    (("process", "start_ticks"), 2**63),
+    (("monotonic_ns",), 2**63),
+    (("tid",), 2**31),
+    (("code",), 2**31),
+    (("errno",), -(2**31) - 1),
+    (("fault_address",), 2**64),
+    (("sender",), {"pid": 2**32, "uid": 0}),
+    (("sender",), {"pid": 1, "uid": 2**32}),
+    (("handler",), {"address": 2**64, "flags": 0, "appscope": False}),
+    (("handler",), {"address": 0, "flags": 2**64, "appscope": False}),
+    (("oom",), {"oom_score_adj": 2**63}),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), OUT_OF_RANGE)
+def test_a_number_no_machine_has_is_refused(place: tuple[str, ...], value: Any) -> None:
+    fields = make().event.model_dump()
+    inner = fields
+    for step in place[:-1]:
+        inner = inner[step]
+    inner[place[-1]] = value
+    with pytest.raises(ValidationError, match=r"\.".join(place)):
+        SignalEvent.model_validate(fields)
+
+
+@pytest.mark.parametrize("field", ["size", "stored_size", "chunks"])
+def test_a_file_of_no_possible_size_is_refused(field: str) -> None:
+    with pytest.raises(ValidationError, match=field):
+        CrashFile.model_validate(make().manifest.files[0].model_dump() | {field: 2**63})
+
+
+def test_a_report_lists_a_bounded_number_of_files() -> None:
+    fields = make().manifest.model_dump()
+    fields["files"] = fields["files"][:1] * 1025
+    with pytest.raises(ValidationError, match="files"):
+        Manifest.model_validate(fields)
+
+
+def test_a_revision_is_one_at_least() -> None:
+    with pytest.raises(ValidationError, match="revision"):
+        Manifest.model_validate(make().manifest.model_dump() | {"revision": 0})
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "/etc/passwd", "", ".hidden", "a\0b", "x" * 256])
