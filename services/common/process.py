@@ -6,14 +6,18 @@ proc_pid_stat(5), proc_pid_status(5), proc_pid_cmdline(5), proc_pid_cgroup(5).
 
 import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from crashbus import identity, names
-from crashbus.messages import Container, Process
+from crashbus.messages import MAX_PATH, Container, Process
 from services.common import redact
 
 MAX_ARGUMENTS = 64
 MAX_ARGUMENT_BYTES = 4096
+# Of all arguments together: bytes that are no UTF-8 take four characters each, and the
+# message that carries them must stay far below the bus's limit of 1 MiB.
+MAX_COMMAND_LINE = 64 * 1024  # bytes of UTF-8
 _MAX_READ = MAX_ARGUMENTS * MAX_ARGUMENT_BYTES
 
 _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
@@ -63,11 +67,11 @@ def executable(pid: int) -> str | None:
         path = os.readlink(f"/proc/{pid}/exe".encode())  # noqa: PTH115 - may not be UTF-8
     except OSError:
         return None
-    return names.text(path)
+    return names.text(path)[:MAX_PATH]
 
 
 def command_line(pid: int) -> tuple[str, ...]:
-    """Return the arguments: at most 64, each of at most 4 KiB."""
+    """Return the arguments: at most 64, each of at most 4 KiB, and 64 KiB of text in all."""
     try:
         with Path(f"/proc/{pid}/cmdline").open("rb") as file:
             raw = file.read(_MAX_READ)
@@ -80,7 +84,17 @@ def split_arguments(raw: bytes) -> tuple[str, ...]:
     """Return NUL-separated arguments as readable text, cut to their limits, without secrets."""
     arguments = raw.removesuffix(b"\0").split(b"\0") if raw else []
     texts = tuple(names.text(one[:MAX_ARGUMENT_BYTES]) for one in arguments[:MAX_ARGUMENTS])
-    return redact.arguments(texts)
+    return tuple(_within(MAX_COMMAND_LINE, redact.arguments(texts)))
+
+
+def _within(room: int, texts: Iterable[str]) -> Iterator[str]:
+    """Yield the first texts that have room together, in bytes of UTF-8; the last is cut."""
+    for text in texts:
+        raw = text.encode()[:room]
+        yield raw.decode("utf-8", "ignore")  # a character that was cut in half is left out
+        room -= len(raw)
+        if room <= 0:
+            return
 
 
 def cgroup(pid: int) -> str | None:
@@ -94,7 +108,7 @@ def cgroup(pid: int) -> str | None:
         hierarchy, _, rest = line.partition(":")
         paths[hierarchy] = rest.partition(":")[2]
     unified = paths.pop("0", "")
-    return max([unified, *paths.values()], key=len) or None
+    return max([unified, *paths.values()], key=len)[:MAX_PATH] or None
 
 
 def container_of(group: str | None) -> Container | None:

@@ -1,0 +1,75 @@
+"""What a process wrote of itself is bounded, however it wrote it."""
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from crashbus import Bus, SignalEvent
+from crashbus.identity import boot_id
+from services.common import process
+from tests.cli.support import make
+from tests.support.wait import until
+
+
+def size(arguments: tuple[str, ...]) -> int:
+    return sum(len(one.encode()) for one in arguments)
+
+
+def test_arguments_that_are_no_text_are_cut_to_the_first_64_kib() -> None:
+    raw = b"first\0" + b"\0".join(b"\xff" * 4096 for _ in range(64)) + b"\0"
+    arguments = process.split_arguments(raw)
+    assert arguments[0] == "first"
+    assert arguments[1] == "\\xff" * 4096
+    assert size(arguments) == 64 * 1024
+
+
+def test_a_character_at_the_cut_is_left_out_whole() -> None:
+    # One byte first, so that the cut falls inside a character of three.
+    raw = b"\0".join([b"x", *("\u20ac".encode() * 1365 for _ in range(60))])
+    arguments = process.split_arguments(raw)
+    assert set("".join(arguments[1:])) == {"\u20ac"}
+    assert 64 * 1024 - 3 <= size(arguments) <= 64 * 1024
+
+
+def test_arguments_within_the_bound_are_all_kept() -> None:
+    assert process.split_arguments(b"a\0\0b c\0") == ("a", "", "b c")
+    assert process.split_arguments(b"") == ()
+
+
+@pytest.fixture
+async def odd_process(tmp_path: Path) -> AsyncIterator[int]:
+    """A living process whose path and arguments are long and not UTF-8."""
+    directory = os.fsencode(tmp_path)
+    for _ in range(14):
+        directory += b"/" + b"\xfe" * 250
+    os.makedirs(directory)  # noqa: PTH103 - a Path would be text
+    program = directory + b"/sh"
+    shutil.copy("/bin/sh", program)
+    arguments = [b"\xff" * 4096] * 62
+    child = await asyncio.create_subprocess_exec(program, "-c", "read x", *arguments, stdin=-1)
+    yield child.pid
+    child.kill()
+    await child.wait()
+
+
+async def test_a_process_of_odd_bytes_fits_a_message(odd_process: int, bus: Bus) -> None:
+    await until(lambda: len(process.command_line(odd_process)) > 3)
+    seen = process.read_process(odd_process, boot_id())
+    assert seen.executable is not None
+    assert seen.executable.endswith("/sh")
+    assert len(seen.executable) > 14 * 250 * 4
+    event = make().event.model_copy(update={"process": seen})
+    assert len(event.encode()) < 128 * 1024
+    await bus.publish(event)
+    assert await bus.stored(SignalEvent) == [event]
+
+
+def test_a_longer_path_than_a_message_holds_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process.Path, "read_bytes", lambda _: b"0::/" + b"\xff" * 100_000 + b"\n")
+    group = process.cgroup(1)
+    assert group is not None
+    assert len(group) == 32 * 1024
