@@ -2,7 +2,8 @@
 
 ``subscribe`` and ``stored`` are for anyone who listens; ``consume`` shares work among
 services. Whatever goes wrong with the server or the way to it is `BusUnreachable` or
-`BusFull`; the connection itself is kept up for ever.
+`BusFull`, and a message it will never take is `MessageTooLarge`; the connection itself is
+kept up for ever.
 """
 
 import asyncio
@@ -17,18 +18,19 @@ from typing import Any, Generic, TypeVar
 import nats
 import nats.errors
 import nats.js.errors
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
-from crashbus import streams
+from crashbus import names, streams
 from crashbus.chunks import Chunk
+from crashbus.client import Client
 from crashbus.errors import (
     BusFull,
     BusUnreachable,
     ChunksMissing,
     MalformedMessage,
+    MessageTooLarge,
     NoStreams,
 )
 from crashbus.messages import DeadLetter, Message, chunk_subject
@@ -101,7 +103,7 @@ class Bus:
     @property
     def is_connected(self) -> bool:
         """Whether the server can be reached just now."""
-        return self._client.is_connected
+        return self._client.is_listening
 
     async def ensure_streams(self, chunk_store_bytes: int = DEFAULT_CHUNK_STORE) -> None:
         """Make the streams that do not exist; one that exists stays as its owner made it.
@@ -123,6 +125,7 @@ class Bus:
         Raises:
             BusUnreachable: it may or may not have been stored; publish it again.
             BusFull: it was refused for want of room.
+            MessageTooLarge: it will never be stored.
         """
         key = message.message_id
         headers = {"Nats-Msg-Id": key} if key else None
@@ -131,7 +134,17 @@ class Bus:
     async def publish_raw(
         self, subject: str, payload: bytes, headers: dict[str, str] | None = None
     ) -> None:
-        """Publish bytes that were encoded before, and wait until they are stored."""
+        """Publish bytes that were encoded before, and wait until they are stored.
+
+        Raises as `publish` does.
+        """
+        # The client looks at the payload alone; over its headers the server would hang up.
+        size = len(payload) + _header_size(headers)
+        if size > self.max_payload:
+            raise MessageTooLarge(
+                f"{size} bytes for {subject[:512]}, the server takes {self.max_payload}; "
+                "raise its max_payload"
+            )
         with _as_bus_errors():
             try:
                 await self._js.publish(subject, payload, headers=headers)
@@ -177,6 +190,13 @@ class Bus:
                 continue
             yield chunk
             index += 1
+
+    async def chunk_store_bytes(self) -> int:
+        """Return how many bytes of chunks the bus can hold at all."""
+        with _as_bus_errors():
+            info = await self._js.stream_info(streams.CHUNKS)
+        limit = info.config.max_bytes or -1
+        return limit if limit > 0 else 1 << 62
 
     async def chunk_count(self, crash_id: str, file: str) -> int:
         """Return how many chunks of a crash file the bus holds, copies included."""
@@ -235,7 +255,10 @@ class Bus:
                     await asyncio.sleep(RECONNECT_WAIT)
                     continue
                 for raw in arrived:
-                    seen = raw.metadata.sequence.stream
+                    metadata = self._metadata(raw)
+                    if metadata is None:
+                        continue
+                    seen = metadata.sequence.stream
                     message = self._read(kind, raw.subject, raw.data)
                     if message is not None:
                         yield message
@@ -261,25 +284,49 @@ class Bus:
 
         Args:
             since: leave out what the bus stored before this Unix time.
+
+        Raises:
+            BusUnreachable: also where the server lost its place in between; ask again.
         """
+        try:
+            return await self._stored(kind, subject or kind.SUBJECT, since)
+        except NotStored as lost:
+            raise BusUnreachable(f"the bus lost its place while it was read: {lost}") from lost
+
+    async def _stored(self, kind: type[M], subject: str, since: float | None) -> list[M]:
         config = ConsumerConfig(inactive_threshold=60, ack_policy=AckPolicy.NONE)
         if since is not None:
             config.deliver_policy = DeliverPolicy.BY_START_TIME
             config.opt_start_time = datetime.fromtimestamp(since, UTC)
         with _as_bus_errors():
             subscription = await self._js.pull_subscribe(
-                subject or kind.SUBJECT, stream=streams.stream_of(kind), config=config
+                subject, stream=streams.stream_of(kind), config=config
             )
-            info = await subscription.consumer_info()
-            remaining, messages = info.num_pending or 0, []
-            while remaining:
-                for raw in await subscription.fetch(min(remaining, 256), timeout=FETCH_TIMEOUT):
-                    remaining -= 1
-                    message = self._read(kind, raw.subject, raw.data)
-                    if message is not None:
-                        messages.append(message)
-            await self._js.delete_consumer(streams.stream_of(kind), info.name)
+            try:
+                info = await subscription.consumer_info()
+                remaining, messages = info.num_pending or 0, []
+                while remaining:
+                    for raw in await subscription.fetch(min(remaining, 256), timeout=FETCH_TIMEOUT):
+                        if self._metadata(raw) is None:
+                            continue
+                        remaining -= 1
+                        message = self._read(kind, raw.subject, raw.data)
+                        if message is not None:
+                            messages.append(message)
+                await self._js.delete_consumer(streams.stream_of(kind), info.name)
+            finally:
+                await self._end_fetching(subscription)
         return messages
+
+    def _metadata(self, raw: Msg) -> Msg.Metadata | None:
+        """Return a message's place in its stream; None if someone sent it past the stream."""
+        try:
+            return raw.metadata
+        except (nats.errors.NotJSMessageError, ValueError, OverflowError, OSError):
+            self.malformed += 1
+            subject = names.printable(raw.subject[:200])
+            log.warning("dropped a message on %s that is from no stream", subject)
+            return None
 
     def _read(self, kind: type[M], subject: str, payload: bytes) -> M | None:
         try:
@@ -299,6 +346,7 @@ class Bus:
         ack_wait: float = 30,
         batch: int = 1,
         new_only: bool = False,
+        max_ack_pending: int = 1024,
     ) -> AsyncIterator[Delivery[M]]:
         """Yield work from a durable consumer that any number of services may share.
 
@@ -312,6 +360,8 @@ class Bus:
             ack_wait: seconds after which an unsettled message is given to another.
             batch: how many to ask for at once.
             new_only: when the consumer is made, leave out what was there before it.
+            max_ack_pending: when the consumer is made, how many of its messages may be
+                unsettled at once, with all who share them.
         """
         name = streams.stream_of(kind)
         # nats-server makes a format string of the name, in which '%' ruins every message's
@@ -321,7 +371,7 @@ class Bus:
             ack_policy=AckPolicy.EXPLICIT,
             ack_wait=ack_wait,
             max_deliver=-1,
-            max_ack_pending=1024,
+            max_ack_pending=max_ack_pending,
             deliver_policy=DeliverPolicy.NEW if new_only else DeliverPolicy.ALL,
         )
         subscription: JetStreamContext.PullSubscription | None = None
@@ -345,12 +395,15 @@ class Bus:
                     await self._restore_if_lost(error)
                     continue
                 for raw in arrived:
+                    metadata = self._metadata(raw)
+                    if metadata is None:
+                        continue
                     try:
                         message = kind.decode(raw.data, raw.subject)
                     except MalformedMessage as malformed:
                         await self._put_aside(raw, malformed, service)
                         continue
-                    yield Delivery(message, raw.metadata.num_delivered or 1, raw)
+                    yield Delivery(message, metadata.num_delivered or 1, raw)
         finally:
             await self._end_fetching(subscription)
 
@@ -399,7 +452,7 @@ class Bus:
             await self.publish(letter)
             with _as_bus_errors():
                 await raw.term()
-        except (BusUnreachable, BusFull) as failure:
+        except (BusUnreachable, BusFull, MessageTooLarge) as failure:
             log.warning("could not put it aside, it will come again: %s", failure)
 
     async def close(self) -> None:
@@ -409,6 +462,13 @@ class Bus:
         except (nats.errors.Error, TimeoutError, OSError):
             log.warning("the bus was not reachable at the end")
         await self._client.close()
+
+
+def _header_size(headers: dict[str, str] | None) -> int:
+    """Return the bytes that headers take on the wire: NATS/1.0, a line for each, an empty one."""
+    if not headers:
+        return 0
+    return 12 + sum(len(f"{name}: {value}\r\n".encode()) for name, value in headers.items())
 
 
 class NotStored(nats.js.errors.NotFoundError):
@@ -443,6 +503,8 @@ class _as_bus_errors(_obeying_cancellation):  # noqa: N801
         super().__exit__(kind, error, trace)
         if isinstance(error, (NotStored, BusUnreachable)):
             return
+        if isinstance(error, nats.errors.MaxPayloadError):
+            raise MessageTooLarge("above the server's max_payload; raise it") from error
         if isinstance(error, nats.js.errors.NotFoundError):
             if error.err_code == _STREAM_NOT_FOUND:
                 raise NoStreams("the bus has no Crashbus streams") from error
@@ -490,10 +552,12 @@ async def connect(
         "error_cb": on_error,
         **options,
     }
+    client = Client()
     try:
-        client = await _first_connection(url, settings)
+        await _first_connection(client, url, settings)
     except (TimeoutError, nats.errors.Error, OSError) as error:
-        reason = f"{type(error).__name__} {error}".strip()
+        cause = client.last_error or error  # each try's error is swallowed, the bound's is not
+        reason = f"{type(cause).__name__} {cause}".strip()
         raise BusUnreachable(f"no NATS server answers at {shown} ({reason})") from error
     bus = Bus(client, host)
     try:
@@ -508,9 +572,7 @@ def without_secrets(url: str) -> str:
     return re.sub(r"//[^/,]*@", "//…@", url)
 
 
-async def _first_connection(url: str, settings: dict[str, Any]) -> Client:
+async def _first_connection(client: Client, url: str, settings: dict[str, Any]) -> None:
     """Connect once or fail: without a bound here, the client would try for ever in silence."""
     servers = [part.strip() for part in url.split(",")]
-    return await asyncio.wait_for(
-        nats.connect(servers, **settings), CONNECT_TIMEOUT * len(servers) + 1
-    )
+    await asyncio.wait_for(client.connect(servers, **settings), CONNECT_TIMEOUT * len(servers) + 1)

@@ -1,5 +1,7 @@
 """The errors a user of this package can meet, each a named type that says what failed."""
 
+from crashbus import names
+
 
 class CrashbusError(Exception):
     """Base of all errors raised by Crashbus itself."""
@@ -15,7 +17,7 @@ class MalformedMessage(CrashbusError):
     """
 
     def __init__(self, subject: str, payload: bytes, reason: str) -> None:
-        super().__init__(f"malformed message on {subject}: {reason}")
+        super().__init__(f"malformed message on {names.printable(subject)}: {reason}")
         self.subject = subject
         self.payload = payload
         self.reason = reason
@@ -35,6 +37,10 @@ class BusUnreachable(CrashbusError):
 
 class BusFull(CrashbusError):
     """The bus has no room for a message; it has not been stored."""
+
+
+class MessageTooLarge(CrashbusError):
+    """A message is above the server's limit (max_payload); it will never be stored."""
 
 
 class NoStreams(BusUnreachable):
