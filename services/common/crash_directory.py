@@ -7,6 +7,7 @@ below the spool's root is reached through descriptors and never through a link. 
 belong to root and are read by root alone (0600): a backtrace and a snapshot can tell secrets.
 """
 
+import ctypes
 import errno
 import os
 import secrets
@@ -24,8 +25,9 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 OPEN_TO_ALL = 0o1777
 _EPOCHS_TRIED = 64  # AppScope writes one set a second at most
-_TRIES = 8  # an attacker can swap a directory under us as long as it is not root's
+_TRIES = 64  # an attacker can swap a directory under us as long as it is not root's
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_RENAME_EXCHANGE = 2  # renameat2(2)
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -82,15 +84,74 @@ def open_crash(path: Path, pid: int, epoch: int) -> tuple[int, int]:
 
 
 def create_file(directory: int, kind: layout.Kind, epoch: int) -> int:
-    """Make a crash file that was not there and return its descriptor.
+    """Make a crash file and return its descriptor.
+
+    What another user put in its place is put aside: anybody can guess the name once the
+    capture record shows the epoch.
 
     Raises:
-        OSError: it is there already, or there is no room.
+        OSError: root's own file is there already, or there is no room.
     """
     name = layout.crash_file_name(kind, epoch)
+    try:
+        return _new_file(name, directory)
+    except FileExistsError:
+        if _is_our_file(name, directory):
+            raise
+    aside = _aside(name)
+    descriptor = _new_file(aside, directory)
+    try:
+        _take_place(name, aside, directory)
+    except OSError:
+        os.close(descriptor)
+        os.unlink(aside, dir_fd=directory)
+        raise
+    return descriptor
+
+
+def _new_file(name: str, directory: int) -> int:
     descriptor = os.open(name, _NEW_FILE, 0o600, dir_fd=directory)
     os.fchmod(descriptor, 0o600)  # whatever the umask
     return descriptor
+
+
+def _is_our_file(name: str, directory: int) -> bool:
+    try:
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    # With a second name it is a file from elsewhere that somebody linked here.
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
+
+
+def _take_place(name: str, ours: str, directory: int) -> None:
+    """Give our file the name that somebody holds, and what he has there our file's.
+
+    Both at once: between a removal and the next try, whoever loops would be the faster one.
+    """
+    for _ in range(_TRIES):
+        try:
+            _exchange(ours, name, directory)
+        except FileNotFoundError:
+            try:
+                os.link(ours, name, src_dir_fd=directory, dst_dir_fd=directory)
+            except FileExistsError:
+                continue  # it comes and goes
+            os.unlink(ours, dir_fd=directory)
+            return
+        metrics.PUT_ASIDE.inc()
+        log.warning("put aside what stood in the place of a crash file", name=name, now=ours)
+        return
+    raise FileExistsError(errno.EEXIST, "it comes and goes again and again")
+
+
+def _exchange(one: str, other: str, directory: int) -> None:
+    """Exchange two names of a directory, renameat2(2); any kind of file can have them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    if libc.renameat2(directory, names[0], directory, names[1], _RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _own_directory(name: str, parent: int) -> int:
@@ -136,13 +197,17 @@ def _same(status: os.stat_result, name: str, parent: int) -> bool:
 
 
 def _put_aside(name: str, parent: int, why: str) -> None:
-    aside = f".{name}.aside-{secrets.token_hex(4)}"
+    aside = _aside(name)
     try:
         os.rename(name, aside, src_dir_fd=parent, dst_dir_fd=parent)
     except FileNotFoundError:
         return  # whoever put it there took it away
     metrics.PUT_ASIDE.inc()
     log.warning("put aside what stood in the place of a directory", name=name, now=aside, why=why)
+
+
+def _aside(name: str) -> str:
+    return f".{name}.aside-{secrets.token_hex(4)}"
 
 
 def _free_epoch(directory: int, epoch: int) -> int | None:

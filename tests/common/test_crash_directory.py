@@ -1,7 +1,10 @@
 """A spool in a directory that everyone can write to, and what others put there."""
 
+import multiprocessing
 import os
 import stat
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -120,11 +123,90 @@ def test_file_is_never_written_through_a_link(root: Path, tmp_path: Path) -> Non
     directory, _ = crash_directory.open_crash(root, 42, EPOCH)
     (root / "42" / f"core_{EPOCH}").symlink_to(victim)
 
+    core = crash_directory.create_file(directory, Kind.CORE, EPOCH)
+    os.write(core, b"core")
+
+    os.close(core)
+    os.close(directory)
+    assert victim.stat().st_size == 0
+    assert (root / "42" / f"core_{EPOCH}").read_bytes() == b"core"
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "hard link", "directory", "fifo"])
+def test_what_another_user_put_in_a_file_s_place_is_put_aside(
+    root: Path, tmp_path: Path, kind: str
+) -> None:
+    directory, _ = crash_directory.open_crash(root, 42, EPOCH)
+    place = root / "42" / f"core_{EPOCH}"
+    if kind == "file":
+        place.write_bytes(b"theirs")
+    elif kind == "link":
+        place.symlink_to("/etc/passwd")
+    elif kind == "hard link":
+        (tmp_path / "root's").touch()
+        place.hardlink_to(tmp_path / "root's")
+    elif kind == "directory":
+        place.mkdir()
+        (place / "not empty").touch()
+    else:
+        os.mkfifo(place)
+    if kind != "hard link":
+        os.lchown(place, NOBODY, NOBODY)
+
+    os.close(crash_directory.create_file(directory, Kind.CORE, EPOCH))
+
+    os.close(directory)
+    status = place.lstat()
+    assert stat.S_ISREG(status.st_mode)
+    assert (status.st_uid, status.st_nlink, status.st_size) == (0, 1, 0)
+    assert stat.S_IMODE(status.st_mode) == 0o600
+    assert len(list(place.parent.glob(f".{place.name}.aside-*"))) == 1
+
+
+def test_root_s_own_file_is_not_replaced(root: Path) -> None:
+    directory, _ = crash_directory.open_crash(root, 42, EPOCH)
+    (root / "42" / f"core_{EPOCH}").write_bytes(b"AppScope's, of a root's process")
+
     with pytest.raises(FileExistsError):
         crash_directory.create_file(directory, Kind.CORE, EPOCH)
 
     os.close(directory)
-    assert victim.stat().st_size == 0
+    assert [path.name for path in (root / "42").iterdir()] == [f"core_{EPOCH}"]
+
+
+def _occupy_for_ever(place: str, as_directory: bool) -> None:
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    while True:
+        with suppress(OSError):
+            if as_directory:
+                Path(place).mkdir()
+            else:
+                os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+
+
+@pytest.mark.parametrize("as_directory", [False, True])
+def test_who_occupies_a_name_in_a_loop_does_not_win(as_directory: bool) -> None:
+    # Below /tmp: pytest's own directories are closed to others.
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        root = Path(place) / "appscope"
+        directory, epoch = crash_directory.open_crash(root, 42, EPOCH)
+        core = root / "42" / f"core_{epoch}"
+        attacker = multiprocessing.get_context("fork").Process(
+            target=_occupy_for_ever, args=(str(core), as_directory)
+        )
+        attacker.start()
+        try:
+            for _ in range(200):
+                while not core.exists():
+                    assert attacker.is_alive()
+                os.close(crash_directory.create_file(directory, Kind.CORE, epoch))
+                assert core.lstat().st_uid == 0
+                core.unlink()
+        finally:
+            attacker.kill()
+            attacker.join()
+            os.close(directory)
 
 
 def test_file_is_for_root_alone_whatever_the_umask(root: Path) -> None:
