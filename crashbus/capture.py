@@ -12,6 +12,8 @@ The recorder creates it while the crashing process is still held, and keeps it l
 
 import fcntl
 import os
+import secrets
+from contextlib import suppress
 from typing import Literal
 
 from pydantic import Field, ValidationError
@@ -20,6 +22,7 @@ from crashbus import layout
 from crashbus.errors import CrashbusError
 from crashbus.messages import CrashId, FileName, Host, Part, Process, Time
 
+GROWTH = 8 * 1024  # bytes kept free in a record for what it is still to tell, on a full disk too
 MAX_SIZE = 4 * 1024 * 1024  # a record lists few files, but arguments may be long
 
 
@@ -60,29 +63,58 @@ def create(directory: int, epoch: int, record: CaptureRecord) -> int:
 
     Returns:
         The record's descriptor; the set counts as being written until it is closed.
+
+    Raises:
+        FileExistsError: something that cannot be replaced has its name.
     """
     name = layout.crash_file_name(layout.Kind.CAPTURE, epoch)
-    hidden = f".{name}"
+    hidden = f".{name}.{secrets.token_hex(4)}"  # anybody can guess the epoch
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(hidden, flags, 0o600, dir_fd=directory)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         write(descriptor, record)
+        _reserve(descriptor)
         os.rename(hidden, name, src_dir_fd=directory, dst_dir_fd=directory)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
         os.unlink(hidden, dir_fd=directory)
+        if isinstance(error, IsADirectoryError):
+            raise FileExistsError(error.errno, error.strerror) from error
         raise
     return descriptor
 
 
 def write(descriptor: int, record: CaptureRecord) -> None:
-    """Replace the record's content in place; the descriptor's lock is what protects it."""
+    """Replace the record's content in place; the descriptor's lock is what protects it.
+
+    Raises:
+        OSError: it cannot be written; the former content is there as it was.
+    """
     data = record.model_dump_json(indent=1).encode()
-    os.ftruncate(descriptor, 0)
+    former = os.pread(descriptor, MAX_SIZE, 0)
+    try:
+        # Blanks over the rest of the former record: what is there can be read at any moment.
+        _write_at(descriptor, data.ljust(len(former)), 0)
+    except OSError:
+        _write_at(descriptor, former, 0)  # into room that it has already
+        os.ftruncate(descriptor, len(former))
+        raise
+    if record.state == "complete":
+        os.ftruncate(descriptor, len(data))
+
+
+def _reserve(descriptor: int) -> None:
+    """Make room for a record to grow, in blanks, which JSON allows after it (RFC 8259, 2)."""
+    with suppress(OSError):  # a record without that room is better than none
+        _write_at(descriptor, b" " * GROWTH, os.fstat(descriptor).st_size)
+
+
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
     view = memoryview(data)
     while view:
-        view = view[os.pwrite(descriptor, view, len(data) - len(view)) :]
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def is_being_written(descriptor: int) -> bool:
