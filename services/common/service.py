@@ -128,19 +128,14 @@ def run(name: str, settings_class: type[S], work: Work[S], http: Callable[[S], s
         )
         sys.exit(EXIT_SETTINGS)
     try:
-        failure = asyncio.run(_until_signal(runtime, work(runtime, settings)))
+        status = asyncio.run(_until_signal(runtime, work(runtime, settings)))
     finally:
         stop_serving()
-    if isinstance(failure, SettingsError):
-        sys.stderr.write(f"crashbus {name}: {failure}\n")
-        sys.exit(EXIT_SETTINGS)
-    if failure is not None:
-        log.error("failed", exc_info=failure)
-        sys.exit(EXIT_FAILED)
+    sys.exit(status)
 
 
-async def _until_signal(runtime: Runtime, work: Coroutine[Any, Any, None]) -> BaseException | None:
-    """Work until a signal says stop; return what made the work fail by itself."""
+async def _until_signal(runtime: Runtime, work: Coroutine[Any, Any, None]) -> int:
+    """Work until a signal says stop or it fails by itself; return the exit status."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -153,20 +148,31 @@ async def _until_signal(runtime: Runtime, work: Coroutine[Any, Any, None]) -> Ba
     for task in (working, stopping, beating):
         task.cancel()
     await asyncio.wait({working}, timeout=STOP_WITHIN - 1)
-    if working.done() and not working.cancelled() and (error := working.exception()):
-        return error
-    log.info("stopped", in_order=working.done())
-    _leave_in_time()
-    return None
+    status = _say_end(runtime.name, working)
+    _leave_in_time(status)
+    return status
 
 
-def _leave_in_time() -> None:
+def _say_end(name: str, working: asyncio.Task[None]) -> int:
+    """Say how the work ended; return the exit status."""
+    failure = working.exception() if working.done() and not working.cancelled() else None
+    if failure is None:
+        log.info("stopped", in_order=working.done())
+        return 0
+    if isinstance(failure, SettingsError):
+        sys.stderr.write(f"crashbus {name}: {failure}\n")
+        return EXIT_SETTINGS
+    log.error("failed", exc_info=failure)
+    return EXIT_FAILED
+
+
+def _leave_in_time(status: int) -> None:
     """End the process soon even if a thread is stuck in a system call.
 
     All is said and handed back by now. A thread that waits for a dead server or disk cannot be
     ended, and Python would wait for it.
     """
-    timer = threading.Timer(LEAVE_WITHIN, os._exit, (0,))
+    timer = threading.Timer(LEAVE_WITHIN, os._exit, (status,))
     timer.daemon = True
     timer.start()
 
