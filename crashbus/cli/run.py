@@ -79,25 +79,43 @@ async def _supervise(
     for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(ending, stop.set)
     together = Supervisor()
+    starting = asyncio.create_task(
+        _start_all(together, settings, environment, shippers, port, logs_to)
+    )
+    stopping = asyncio.create_task(stop.wait())
+    ends: set[asyncio.Future[Any]] = {stopping, together.given_up}
     try:
-        if port is not None:
-            command = supervisor.nats_command(
-                settings.state / "nats", port, _log_file(logs_to, "nats-server")
-            )
-            await together.start(command)
-            await supervisor.until_answers(settings.nats_url)
-        for name in SERVICES:
-            for number in range(1, (shippers if name == "shipper" else 1) + 1):
-                await together.start(
-                    supervisor.service_command(name, number, environment, _log_file(logs_to, name))
-                )
-        stopping = asyncio.create_task(stop.wait())
-        ends: set[asyncio.Future[Any]] = {stopping, together.given_up}
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({starting, *ends}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if together.given_up.done():
             raise Trouble(together.given_up.result(), "its log says which setting is wrong")
     finally:
+        starting.cancel()
+        await asyncio.wait({starting})
         await together.stop()
+
+
+async def _start_all(
+    together: Supervisor,
+    settings: BusSettings,
+    environment: dict[str, str],
+    shippers: int,
+    port: int | None,
+    logs_to: Path | None,
+) -> None:
+    if port is not None:
+        command = supervisor.nats_command(
+            settings.state / "nats", port, _log_file(logs_to, "nats-server")
+        )
+        await together.start(command)
+        await together.until_answers(command.name, settings.nats_url)
+    for name in SERVICES:
+        for number in range(1, (shippers if name == "shipper" else 1) + 1):
+            await together.start(
+                supervisor.service_command(name, number, environment, _log_file(logs_to, name))
+            )
 
 
 def _log_file(directory: Path | None, name: str) -> Path | None:

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nats
-import nats.errors
 import structlog
 
+from crashbus.bus import connect
 from crashbus.cli.errors import Trouble
+from crashbus.errors import BusUnreachable
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -27,7 +27,9 @@ STOP_WITHIN = 12.0  # seconds; a service promises to be gone within 10
 _FIRST_WAIT = 0.5  # seconds before what ended is started again; doubled each time
 _LONGEST_WAIT = 30.0
 _STEADY_AFTER = 60.0  # seconds; after that, the next failure counts as the first
-_READY_WITHIN = 10.0  # seconds for nats-server to answer; it recovers its store first
+# Seconds for nats-server to answer. After a kill it reads its whole store first, which may be
+# many GiB on a slow disk; while it lives, there is nothing better to do than to wait.
+_READY_WITHIN = 600.0
 _EXIT_SETTINGS = 2
 # Should the supervisor be killed, the kernel sends SIGTERM to what it started, prctl(2).
 _ENDS_WITH_US = ("setpriv", "--pdeathsig", "TERM", "--")
@@ -69,10 +71,44 @@ class Supervisor:
             if time.monotonic() - began > _STEADY_AFTER:
                 wait = _FIRST_WAIT
             log.error("ended, starting again", name=command.name, status=status, seconds=wait)
+            process, wait = await self._started_again(command, wait)
+
+    async def _started_again(
+        self, command: Command, wait: float
+    ) -> tuple[asyncio.subprocess.Process, float]:
+        """Start a command once that is possible; return it and how long to wait the next time."""
+        while True:
             await asyncio.sleep(wait)
             wait = min(wait * 2, _LONGEST_WAIT)
-            process = await _start(command)
-            self._running[command.name] = process
+            try:
+                process = await _start(command)
+            except Trouble as trouble:
+                log.error("trying again", name=command.name, error=str(trouble), seconds=wait)
+            else:
+                self._running[command.name] = process
+                return process, wait
+
+    async def until_answers(self, name: str, url: str) -> None:
+        """Return once the NATS server that was started under this name answers.
+
+        Raises:
+            Trouble: it ended, or was silent for minutes.
+        """
+        process, end = self._running[name], time.monotonic() + _READY_WITHIN
+        while True:
+            try:
+                async with connect(url):
+                    return
+            except BusUnreachable as error:
+                if process.returncode is not None:
+                    reason = f"{name} ended with status {process.returncode}"
+                elif time.monotonic() > end:
+                    reason = f"{name} runs, but {error}"
+                else:
+                    continue
+                raise Trouble(
+                    reason, "see its log; another program may have the port, --port takes another"
+                ) from error
 
     async def stop(self) -> None:
         """Stop everything; what does not listen is killed."""
@@ -85,8 +121,9 @@ class Supervisor:
 
 
 async def _start(command: Command) -> asyncio.subprocess.Process:
-    output = command.log.open("ab") if command.log else None
+    output = None
     try:
+        output = command.log.open("ab") if command.log else None
         # A session of its own: Ctrl-C reaches the supervisor alone, which stops all in order.
         return await asyncio.create_subprocess_exec(
             *_ENDS_WITH_US,
@@ -98,7 +135,8 @@ async def _start(command: Command) -> asyncio.subprocess.Process:
             start_new_session=True,
         )
     except OSError as error:
-        raise Trouble(f"{command.name} cannot be started: {error}", "install it") from error
+        mend = "make its log's directory" if command.log and output is None else "install it"
+        raise Trouble(f"{command.name} cannot be started: {error}", mend) from error
     finally:
         if output is not None:
             output.close()
@@ -161,31 +199,3 @@ def service_command(
         own[variable] = f"127.0.0.1:{free_port()}"
     label = name if number == 1 else f"{name}-{number}"
     return Command(label, (sys.executable, "-m", f"services.{name}"), own, output)
-
-
-async def until_answers(url: str) -> None:
-    """Return once a NATS server answers.
-
-    Raises:
-        Trouble: none did in time.
-    """
-    end = time.monotonic() + _READY_WITHIN
-    while True:
-        try:
-            client = await nats.connect(
-                url, allow_reconnect=False, connect_timeout=1, error_cb=_ignore
-            )
-        except (OSError, nats.errors.Error, TimeoutError) as error:
-            if time.monotonic() > end:
-                raise Trouble(
-                    f"nats-server does not answer at {url}: {error}",
-                    "see its log; another program may have the port, --port takes another",
-                ) from error
-            await asyncio.sleep(0.05)
-        else:
-            await client.close()
-            return
-
-
-async def _ignore(_: Exception) -> None:
-    """The failure is raised as well."""

@@ -193,6 +193,23 @@ async def test_run_on_a_taken_port_says_so(tmp_path: Path) -> None:
     assert f"port {port}".encode() in output and b"--no-nats" in output
 
 
+async def test_run_stops_at_once_while_the_bus_is_still_starting(tmp_path: Path) -> None:
+    slow = tmp_path / "bin" / "nats-server"
+    slow.parent.mkdir()
+    slow.write_text(f"#!/bin/sh\ntouch {tmp_path}/began\nexec sleep 600\n")
+    slow.chmod(0o755)
+    run = await started(
+        *("run", "--dest", tmp_path.as_uri(), "--port", str(free_port())),
+        PATH=f"{slow.parent}:{os.environ['PATH']}",
+        CRASHBUS_STATE=str(tmp_path),
+    )
+    await until((tmp_path / "began").exists)
+    run.terminate()
+    output, _ = await asyncio.wait_for(run.communicate(), 5)
+    assert run.returncode == 0, output
+    assert await until(lambda: not processes_of(str(tmp_path)))
+
+
 async def test_demo_leaves_what_was_in_its_directory(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("earlier crashes")
     demo = await started("demo", "--to", tmp_path)
