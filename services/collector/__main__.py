@@ -34,7 +34,6 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
             shared.spool,
             settings.compression,
             settings.max_file_bytes,
-            shared.chunk_store_bytes,
         )
         deliverer = Deliverer(runtime.host, bus, ledger, publisher, settings.recheck)
         gatherer = Gatherer(
@@ -47,7 +46,9 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
             deliverer.start,
             runtime.ready,
         )
-        deaths = Deaths(runtime.host, shared.destinations, bus, ledger, gatherer)
+        deaths = Deaths(
+            runtime.host, shared.destinations, bus, ledger, gatherer, shared.state / "collector"
+        )
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(gatherer.run(), name="gather")
             tasks.create_task(deliverer.run(), name="deliver")

@@ -7,6 +7,7 @@ like any other set. Nothing is written inside the container.
 """
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -15,16 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
+from pydantic import ValidationError
 
-from crashbus import capture, layout
+from crashbus import capture, identity, layout
+from crashbus.bus import Bus
 from crashbus.capture import CapturedFile, CaptureRecord
+from crashbus.errors import BusFull, BusUnreachable
 from crashbus.layout import Kind
-from crashbus.messages import SignalEvent
+from crashbus.messages import DeadLetter, SignalEvent
 from services.collector import judge, metrics, processes, spool
 from services.collector.judge import Verdict
 from services.collector.spool import Entry, Refused
 from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
+from services.common.process import read_process
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -45,33 +50,68 @@ class Containers:
 
     Args:
         root: the spool.
+        state: directory for notes of what is watched.
     """
 
-    def __init__(self, root: Path, host: str) -> None:
+    def __init__(self, root: Path, host: str, bus: Bus, state: Path) -> None:
         self._root = root
         self._host = host
+        self._bus = bus
+        self._state = state
         self._watches: dict[str, asyncio.Task[None]] = {}
 
-    def watch(self, event: SignalEvent) -> None:
-        """Bring out every set that the process of this event writes from now on."""
-        crash_id = event.crash_id
-        if crash_id in self._watches or not _has_own_root(event.process.pid):
+    async def resume(self) -> None:
+        """Go on watching what was watched before a restart."""
+        for event in await asyncio.to_thread(self._noted):
+            self._start(event)
+
+    def _noted(self) -> list[SignalEvent]:
+        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        events = []
+        for path in self._state.glob("*.json"):
+            try:
+                events.append(SignalEvent.model_validate_json(path.read_bytes()))
+            except ValidationError as error:
+                log.error("a note of a watch cannot be read", path=str(path), error=str(error))
+                path.unlink()
+        return events
+
+    async def watch(self, event: SignalEvent) -> None:
+        """Bring out every set that the process of this event writes from now on.
+
+        Returns once a restart would not forget it.
+        """
+        if event.crash_id in self._watches or not await asyncio.to_thread(_is_contained, event):
             return
         if len(self._watches) >= AT_ONCE:
-            metrics.REFUSED.labels("too_many_containers").inc()
-            log.error("too many processes under AppScope crash at once", crash_id=crash_id)
+            await self._tell(event, f"more than {AT_ONCE} processes under AppScope at once")
             return
-        task = asyncio.create_task(self._bring_out(event), name=f"container {crash_id}")
-        self._watches[crash_id] = task
-        task.add_done_callback(lambda _: self._watches.pop(crash_id, None))
+        await asyncio.to_thread(self._note(event).write_text, event.model_dump_json())
+        self._start(event)
 
     def stop(self) -> None:
-        """Watch no longer; what is not brought out yet is, when the collector runs again and
-        the process still lives."""
+        """Watch no longer; `resume` goes on."""
         for task in self._watches.values():
             task.cancel()
 
+    def _note(self, event: SignalEvent) -> Path:
+        return self._state / f"{event.crash_id}.json"
+
+    def _start(self, event: SignalEvent) -> None:
+        task = asyncio.create_task(self._bring_out(event), name=f"container {event.crash_id}")
+        self._watches[event.crash_id] = task
+        task.add_done_callback(lambda _: self._watches.pop(event.crash_id, None))
+
     async def _bring_out(self, event: SignalEvent) -> None:
+        try:
+            await self._until_it_ends(event)
+        except Exception as error:  # nobody awaits this task
+            metrics.FAULTS.labels("containers").inc()
+            log.exception("cannot bring out of a container", crash_id=event.crash_id)
+            await self._tell(event, str(error))
+        await asyncio.to_thread(self._note(event).unlink, True)
+
+    async def _until_it_ends(self, event: SignalEvent) -> None:
         with _Watched(event) as watched:
             busy_until = time.monotonic() + WRITING
             while await asyncio.to_thread(watched.look):
@@ -82,11 +122,39 @@ class Containers:
                     log.warning("not brought out yet", crash_id=event.crash_id, error=str(error))
                 busy = time.monotonic() < busy_until
                 await asyncio.sleep(LOOK_AGAIN if busy else LOOK_IDLY)
-            try:
-                await asyncio.to_thread(watched.copy_rest, self._root, self._host)
-            except (OSError, SpoolUnusable) as error:
-                metrics.REFUSED.labels("not_brought_out").inc()
-                log.error("lost with its container", crash_id=event.crash_id, error=str(error))
+            await asyncio.to_thread(watched.copy_rest, self._root, self._host)
+
+    async def _tell(self, event: SignalEvent, error: str) -> None:
+        letter = DeadLetter(
+            host=self._host,
+            crash_id=event.crash_id,
+            service="collector",
+            reason="not_brought_out",
+            error=f"AppScope's files inside a container were not brought out: {error}",
+            mend="make room on the spool's disk; what the recorder captured is not affected",
+        )
+        try:
+            await self._bus.publish(letter)
+        except (BusUnreachable, BusFull) as failure:
+            log.error("could not tell", crash_id=event.crash_id, error=str(failure))
+
+
+def _is_contained(event: SignalEvent) -> bool:
+    """Tell whether an event's process is there, is the one it says, and has its own root.
+
+    What the event says of UIDs and PIDs decides what we read as root, so it is not believed.
+    """
+    given = event.process
+    try:
+        found = read_process(given.pid, given.boot_id)
+    except ProcessLookupError:
+        return False
+    same = (found.start_ticks, found.uid, found.ns_pid) == (
+        given.start_ticks,
+        given.uid,
+        given.ns_pid,
+    )
+    return same and given.boot_id == identity.boot_id() and _has_own_root(given.pid)
 
 
 def _has_own_root(pid: int) -> bool:
@@ -255,11 +323,33 @@ def _directory_inside(pid: int, ns_pid: int) -> Iterator[int]:
 
 
 def _copy(source: int, directory: int, kind: Kind, epoch: int) -> int:
+    """Copy what a file holds; its holes stay holes. Returns its size."""
     target = crash_directory.create_file(directory, kind, epoch)
-    with os.fdopen(target, "wb") as file:
-        size = os.fstat(source).st_size
-        done = 0
-        while done < size and (block := os.pread(source, min(_BLOCK, size - done), done)):
-            file.write(block)
-            done += len(block)
-    return done
+    size = os.fstat(source).st_size
+    try:
+        position = 0
+        while position < size:
+            try:
+                start = os.lseek(source, position, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # only a hole is left, lseek(2)
+                    raise
+                break
+            end = min(os.lseek(source, start, os.SEEK_HOLE), size)
+            position = _copy_range(source, target, start, end)
+        os.ftruncate(target, size)
+    finally:
+        os.close(target)
+    return size
+
+
+def _copy_range(source: int, target: int, start: int, end: int) -> int:
+    while start < end:
+        block = os.pread(source, min(_BLOCK, end - start), start)
+        if not block:
+            break
+        view = memoryview(block)
+        while view:
+            written = os.pwrite(target, view, start)
+            view, start = view[written:], start + written
+    return end

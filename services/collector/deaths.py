@@ -6,11 +6,14 @@ gone, a record is there or will never be.
 
 import asyncio
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import structlog
 
 from crashbus.bus import Bus, Delivery
 from crashbus.errors import BusFull, BusUnreachable
+from crashbus.identity import crash_id
 from crashbus.messages import DeadLetter, Manifest, SignalEvent
 from crashbus.names import token
 from services.collector import metrics, processes
@@ -22,6 +25,10 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 ACK_WAIT = 60.0  # seconds; a large process is held longer than that, so we keep saying "working"
 AT_ONCE = 512  # deaths followed at a time
+PATIENCE = 20.0  # seconds one may hold its place while its process lives; then others' turn
+LATER = 20.0  # seconds until it comes again
+EPOCH_BEFORE = 5.0  # seconds; AppScope's set is made two seconds before the abort() it ends in
+GIVE_UP = 3600.0  # seconds after which a process that still lives did not die of it
 
 
 class Deaths:
@@ -34,17 +41,19 @@ class Deaths:
         bus: Bus,
         ledger: Ledger,
         gatherer: Gatherer,
+        state: Path,
     ) -> None:
         self._host = host
         self._destinations = destinations
         self._bus = bus
         self._ledger = ledger
         self._gatherer = gatherer
-        self._containers = Containers(gatherer.root, host)
+        self._containers = Containers(gatherer.root, host, bus, state / "watched")
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def run(self) -> None:
         """Follow events until cancelled."""
+        await self._containers.resume()
         try:
             await self._run()
         finally:
@@ -68,29 +77,50 @@ class Deaths:
     async def _follow(self, delivery: Delivery[SignalEvent]) -> None:
         working = asyncio.create_task(_keep(delivery))
         try:
-            await self._settle(delivery.message)
-            await delivery.ack()
+            if await self._settle(delivery.message):
+                await delivery.ack()
+            else:
+                await delivery.retry(LATER)
         except (BusUnreachable, BusFull, OSError) as error:
             log.warning("event will come again", error=str(error))
+        except Exception:  # one odd event must not end the following of all others
+            metrics.FAULTS.labels("deaths").inc()
+            log.exception("cannot follow an event", event_id=delivery.message.event_id)
+            with suppress(BusUnreachable):
+                await delivery.ack()
         finally:
             working.cancel()
 
-    async def _settle(self, event: SignalEvent) -> None:
+    async def _settle(self, event: SignalEvent) -> bool:
+        """Do what an event asks for; False: not yet."""
         process = event.process
-        log.debug("event", crash_id=event.crash_id, age=round(time.time() - event.time, 3))
+        if not _is_named_right(event):
+            metrics.REFUSED.labels("forged_event").inc()
+            log.warning("event with a crash ID that is not its process's", event_id=event.event_id)
+            return True
         if event.handler is not None and event.handler.appscope:
-            self._containers.watch(event)
+            await self._containers.watch(event)
         if not event.fatal:
-            return
-        await processes.gone(process.pid, process.start_ticks)
+            return True
+        try:
+            await asyncio.wait_for(processes.gone(process.pid, process.start_ticks), PATIENCE)
+        except TimeoutError:
+            return time.time() - event.time > GIVE_UP
         if not await self._gatherer.look(str(process.pid)):
             raise OSError(f"the directory of process {process.pid} could not be looked at")
-        if self._ledger.get(event.crash_id) or self._gatherer.is_being_captured(event.crash_id):
-            return
+        if self._has_files_of(event) or self._gatherer.is_being_captured(event.crash_id):
+            return True
         # Its files may have been delivered and removed long ago: the event came late.
         subject = f"crash.report.{token(self._host)}.{event.crash_id}"
         if not await self._bus.holds(Manifest, subject):
             await self._tell(event)
+        return True
+
+    def _has_files_of(self, event: SignalEvent) -> bool:
+        """Tell whether the ledger has files of this very signal, not of one recovered from."""
+        crash = self._ledger.get(event.crash_id)
+        epochs = [int(name.rpartition("_")[2]) for name in crash.sources] if crash else []
+        return any(epoch >= event.time - EPOCH_BEFORE for epoch in epochs)
 
     async def _tell(self, event: SignalEvent) -> None:
         """Report a crash without files, and why there are none."""
@@ -123,6 +153,11 @@ class Deaths:
             )
             await self._bus.publish(letter)
         await self._bus.publish(crash.to_manifest())
+
+
+def _is_named_right(event: SignalEvent) -> bool:
+    process = event.process
+    return event.crash_id == crash_id(process.boot_id, process.pid, process.start_ticks)
 
 
 def _why(event: SignalEvent) -> tuple[str, str]:

@@ -26,6 +26,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 SMALL_AT_ONCE = 4
 CORES_AT_ONCE = 1  # one core already keeps compression busy; two would only be slower each
+RENEWALS = 5  # times that chunks are published again because a shipper missed or misread some
+_RENEW = {"chunks_missing", "damaged_file"}  # reasons that a fresh copy of the source mends
 TRY_AGAIN = 2.0  # seconds after a failure of the bus or of the disk
 
 
@@ -102,7 +104,9 @@ class Deliverer:
         self._small: asyncio.Queue[str] = asyncio.Queue()
         self._cores: asyncio.Queue[str] = asyncio.Queue()
         self._queued: set[tuple[int, str]] = set()
-        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+        self._active: set[tuple[int, str]] = set()
+        self._again: set[tuple[int, str]] = set()
+        self._ends: dict[str, asyncio.Lock] = {}
 
     async def run(self) -> None:
         """Deliver until cancelled."""
@@ -120,8 +124,12 @@ class Deliverer:
         self._enqueue(self._small, crash.crash_id)
 
     def _enqueue(self, lane: asyncio.Queue[str], crash_id: str) -> None:
-        if (id(lane), crash_id) not in self._queued:
-            self._queued.add((id(lane), crash_id))
+        """Have a lane work on a crash; on one it works on now, once more after that."""
+        key = (id(lane), crash_id)
+        if key in self._active:
+            self._again.add(key)
+        elif key not in self._queued:
+            self._queued.add(key)
             lane.put_nowait(crash_id)
 
     async def _rechecks(self) -> None:
@@ -132,31 +140,42 @@ class Deliverer:
             oldest = min((crash.crashed_at for crash in unfinished), default=None)
             metrics.OLDEST_UNDELIVERED.set(0 if oldest is None else time.time() - oldest)
             for crash in unfinished:
-                self.start(crash)
+                if is_unfinished(crash):
+                    self.start(crash)
             await asyncio.sleep(self._recheck)
 
     async def _lane(self, lane: asyncio.Queue[str], core: bool) -> None:
         while True:
             crash_id = await lane.get()
-            self._queued.discard((id(lane), crash_id))
+            key = (id(lane), crash_id)
+            self._queued.discard(key)
+            self._active.add(key)
             crash = self._ledger.get(crash_id)
-            if crash is None or crash.delivered_at is not None:
-                continue
             try:
-                async with self._lock(crash_id, "cores" if core else "small files"):
-                    await self._publish_missing(crash, core)
-                if not core and _has_core_to_send(crash):
-                    self._enqueue(self._cores, crash_id)
-                async with self._lock(crash_id, "end"):
-                    await self._conclude(crash)
+                if crash is not None and crash.delivered_at is None:
+                    await self._work_on(crash, core)
             except (BusUnreachable, BusFull, OSError) as error:
                 log.warning("delivery waits", crash_id=crash_id, error=str(error))
+                self._again.add(key)
                 await asyncio.sleep(TRY_AGAIN)
+            except Exception:  # one odd crash must not end the delivery of all others
+                metrics.FAULTS.labels("deliver").inc()
+                log.exception("cannot deliver a crash", crash_id=crash_id)
+            finally:
+                self._active.discard(key)
+            if key in self._again:
+                self._again.discard(key)
                 self._enqueue(lane, crash_id)
 
-    def _lock(self, crash_id: str, part: str) -> asyncio.Lock:
-        """One task at a time works on each part of a crash's delivery."""
-        return self._locks.setdefault((crash_id, part), asyncio.Lock())
+    async def _work_on(self, crash: Crash, core: bool) -> None:
+        await self._publish_missing(crash, core)
+        if not core and _has_core_to_send(crash):
+            self._enqueue(self._cores, crash.crash_id)
+        # Both lanes may come to a crash's end at once.
+        async with self._ends.setdefault(crash.crash_id, asyncio.Lock()):
+            await self._conclude(crash)
+        if crash.delivered_at is not None:
+            self._ends.pop(crash.crash_id, None)
 
     async def _publish_missing(self, crash: Crash, core: bool) -> None:
         if crash.reported is not None:
@@ -177,11 +196,11 @@ class Deliverer:
     async def _publish_source(self, crash: Crash, source: Source) -> None:
         """See that a file's chunks are on the bus."""
         known = source.file
-        if (
-            known is not None
-            and await self._bus.chunk_count(crash.crash_id, source.name) >= known.chunks
-        ):
+        held = await self._bus.chunk_count(crash.crash_id, source.name)
+        if known is not None and held >= max(known.chunks, source.on_bus):
             return
+        if held:  # a part of it, perhaps of another form: of a collector that was killed
+            await self._bus.purge_chunks(crash.crash_id, source.name)
         try:
             file = await self._publisher.publish(crash.crash_id, source)
             if known is not None and file.sha256 != known.sha256:
@@ -189,7 +208,8 @@ class Deliverer:
         except SourceLost as error:
             await self._lose(crash, source, error)
             return
-        source.file = file
+        source.on_bus = await self._bus.chunk_count(crash.crash_id, source.name)
+        source.file, source.released = file, False
         await self._ledger.save(crash)
 
     async def _lose(self, crash: Crash, source: Source, error: SourceLost) -> None:
@@ -205,6 +225,7 @@ class Deliverer:
                 mend="nothing can bring this file back; the crash's other files are delivered",
             )
         )
+        await self._bus.purge_chunks(crash.crash_id, source.name)
         metrics.FAILED.inc()
         for place in waiting(crash, source):
             source.failed[place] = error.reason
@@ -221,8 +242,12 @@ class Deliverer:
         if any(item.subject in crash.offered for item in absent):
             await self._catch_up(crash)
         wanted = [item for item in absent if _is_wanted(crash, item)]
-        if not {item.subject for item in wanted} <= crash.offered:
+        if wanted:
             crash.offered.update(item.subject for item in wanted)
+            names = {file.name for item in wanted for file in item.files}
+            for source in _all_sources(crash):
+                if source.name in names:
+                    source.offered_at = time.time()
             await self._ledger.save(crash)
         for item in wanted:
             await self._bus.publish(item)
@@ -295,8 +320,6 @@ class Deliverer:
         if manifest_there and files_there:
             crash.delivered_at = time.time()
             await self._ledger.save(crash)
-            for part in ("small files", "cores", "end"):
-                self._locks.pop((crash.crash_id, part), None)
             metrics.DELIVERED.inc()
             log.info("delivered", crash_id=crash.crash_id, files=len(crash.sources))
 
@@ -313,6 +336,9 @@ class Deliverer:
                 await self._apply(delivery)
             except (BusUnreachable, BusFull, OSError) as error:
                 log.warning("receipt will come again", error=str(error))
+            except Exception:  # it comes again, too; one odd message must not end the rest
+                metrics.FAULTS.labels("receipts").inc()
+                log.exception("cannot apply a message", kind=kind.__name__)
 
     async def _apply(self, delivery: Delivery[Receipt | DeadLetter]) -> None:
         message = delivery.message
@@ -334,17 +360,25 @@ class Deliverer:
         for file in letter.work.files:
             source = _source_of(crash, file)
             place = letter.work.destination
-            if source is not None and place in waiting(crash, source):
-                source.failed[place] = letter.reason
-                metrics.FAILED.inc()
-                changed = True
-                log.error(
-                    "a destination failed for good",
-                    crash_id=crash.crash_id,
-                    file=file.name,
-                    destination=place,
-                    reason=letter.reason,
-                )
+            if source is None or place not in waiting(crash, source):
+                continue
+            if letter.time < source.offered_at:
+                continue  # it speaks of an earlier try
+            changed = True
+            if letter.reason in _RENEW and source.renewals < RENEWALS:
+                source.renewals += 1
+                source.on_bus = 1 << 40  # more than there are: all are published again
+                log.warning("publishing again", crash_id=crash.crash_id, file=file.name)
+                continue
+            source.failed[place] = letter.reason
+            metrics.FAILED.inc()
+            log.error(
+                "a destination failed for good",
+                crash_id=crash.crash_id,
+                file=file.name,
+                destination=place,
+                reason=letter.reason,
+            )
         return changed
 
 
@@ -355,6 +389,14 @@ def _is_wanted(crash: Crash, item: WorkItem) -> bool:
         source.name in names and item.destination in waiting(crash, source)
         for source in _all_sources(crash)
     )
+
+
+def is_unfinished(crash: Crash) -> bool:
+    """Tell whether there is something left to do for a crash, beyond what failed for good."""
+    if crash.reported is None or any(waiting(crash, s) for s in _all_sources(crash)):
+        return True
+    # manifest.json is still to come where nothing failed.
+    return not any(s.failed for s in _all_sources(crash)) and crash.delivered_at is None
 
 
 def _has_core_to_send(crash: Crash) -> bool:

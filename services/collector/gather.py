@@ -8,8 +8,8 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import asyncinotify
@@ -20,7 +20,7 @@ from crashbus import capture, signals
 from crashbus.bus import Bus
 from crashbus.capture import CaptureRecord, UnreadableRecord
 from crashbus.errors import BusUnreachable
-from crashbus.identity import crash_id
+from crashbus.identity import crash_id, unknown_crash_id
 from crashbus.layout import Kind
 from crashbus.messages import Process, SignalEvent
 from crashbus.names import token
@@ -28,12 +28,17 @@ from services.collector import judge, metrics, processes, spool
 from services.collector.judge import RecordState, Verdict
 from services.collector.ledger import Crash, Ledger, Source
 from services.collector.spool import Entry, Refused
+from services.common import crash_directory
+from services.common.crash_directory import SpoolUnusable
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 LOOK_AGAIN = 5.0  # seconds between rounds over directories that may have changed unseen
 MAX_SMALL_FILE = 64 * 1024  # read of cfg, info and backtrace to judge a set
-_PID = re.compile(r"[1-9]\d{0,9}")
+MAX_FILES = 512  # of one crash; AppScope writes four for each signal
+EVENTS_KEPT = 86400.0  # seconds; older files are not looked up among the events
+WAIT_FOR = 1024  # processes waited for at a time
+_PID = re.compile(r"[1-9][0-9]{0,9}")
 _CHANGES = Mask.CREATE | Mask.CLOSE_WRITE | Mask.MOVED_TO | Mask.ONLYDIR | Mask.DONT_FOLLOW
 
 
@@ -44,6 +49,7 @@ class FoundSet:
     Attributes:
         record: what the recorder says of it; None for a set that AppScope made.
         writer: the process that made it, if that still lives.
+        promised: the kinds that AppScope's configuration announces, if it could be read.
     """
 
     directory: str
@@ -52,8 +58,25 @@ class FoundSet:
     verdict: Verdict
     record: RecordState | None
     writer: Process | None
+    promised: Set[Kind] | None
     cause: judge.Cause | None
     comm: str
+
+    @property
+    def owners(self) -> set[int]:
+        """The UIDs that own its files."""
+        return {entry.uid for entry in self.entries.values()}
+
+    def judged(self, writer: Process | None) -> "FoundSet":
+        """Return a set of AppScope's, judged in the light of who writes it."""
+        open_files = spool.open_by_process(writer.pid) if writer else set()
+        verdict = judge.judge_appscope(
+            present=self.entries.keys(),
+            held_open={k for k, entry in self.entries.items() if entry.identity in open_files},
+            promised=self.promised,
+            process_alive=writer is not None,
+        )
+        return replace(self, writer=writer, verdict=verdict)
 
 
 class Gatherer:
@@ -87,28 +110,36 @@ class Gatherer:
         self._settled: dict[str, int] = {}  # directory to its mtime when nothing was left to do
         self._reported: set[tuple[str, str]] = set()  # what was refused, said once
         self._waiting: dict[tuple[str, int], asyncio.Task[None]] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._lock = asyncio.Lock()  # one look at a time: each is short
         self._watched: dict[asyncinotify.Watch, str] = {}
+        self._root_watch: asyncinotify.Watch | None = None
+        self._root_identity: tuple[int, int] | None = None
         self._changed: set[str] = set()
         self._being_captured: dict[tuple[str, int], str] = {}
         self._wake = asyncio.Event()
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        await asyncio.to_thread(make_spool, self.root)
         with Inotify() as inotify:
-            watch = inotify.add_watch(self.root, _CHANGES)
+            await self._watch_root(inotify)
             self._on_ready()
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._notice(inotify, watch), name="notice")
+                    tasks.create_task(self._notice(inotify), name="notice")
                     tasks.create_task(self._rounds(inotify), name="rounds")
                     tasks.create_task(self._look_at_changed(), name="look")
             finally:
                 for task in self._waiting.values():
                     task.cancel()
 
-    async def _notice(self, inotify: Inotify, root: asyncinotify.Watch) -> None:
+    async def _watch_root(self, inotify: Inotify) -> None:
+        """Watch the spool itself, made ours if it is not; again if it was made anew."""
+        identity = await asyncio.to_thread(_make_spool, self.root)
+        if identity != self._root_identity:
+            self._root_watch = inotify.add_watch(self.root, _CHANGES)
+            self._root_identity = identity
+
+    async def _notice(self, inotify: Inotify) -> None:
         """Note which directories change."""
         async for event in inotify:
             if event.watch is None:
@@ -116,10 +147,14 @@ class Gatherer:
             if Mask.IGNORED in event.mask:
                 self._watched.pop(event.watch, None)
                 continue
-            name = str(event.name) if event.watch is root else self._watched.get(event.watch)
+            name = (
+                str(event.name)
+                if event.watch is self._root_watch
+                else self._watched.get(event.watch)
+            )
             if name is None or not _PID.fullmatch(name):
                 continue
-            if event.watch is root:
+            if event.watch is self._root_watch:
                 self._watch(inotify, name)
             self._changed.add(name)
             self._wake.set()
@@ -142,7 +177,13 @@ class Gatherer:
 
     async def _rounds(self, inotify: Inotify) -> None:
         while True:
-            for name, changed in await asyncio.to_thread(self._directories):
+            try:
+                await self._watch_root(inotify)
+                directories = await asyncio.to_thread(self._directories)
+            except (OSError, SpoolUnusable) as error:
+                log.warning("the spool cannot be looked at", error=str(error))
+                directories = []
+            for name, changed in directories:
                 if self._settled.get(name) != changed:
                     self._watch(inotify, name)
                     await self.look(name)
@@ -172,42 +213,64 @@ class Gatherer:
         Returns:
             False after a fault of the bus or of the disk, which leaves it for the next round.
         """
-        async with self._locks.setdefault(directory, asyncio.Lock()):
+        async with self._lock:
             try:
                 await self._look(directory)
             except FileNotFoundError:
-                self._locks.pop(directory, None)
+                self._forget(directory)
             except (BusUnreachable, OSError) as error:
                 log.warning("will look again", directory=directory, error=str(error))
                 return False
+            except Exception:  # one odd directory must not end all gathering
+                metrics.FAULTS.labels("gather").inc()
+                log.exception("cannot gather from a directory", directory=directory)
         return True
+
+    def _forget(self, directory: str) -> None:
+        """Drop what is known of a directory that is gone."""
+        for key in [key for key in self._being_captured if key[0] == directory]:
+            del self._being_captured[key]
 
     async def _look(self, directory: str) -> None:
         changed, found = await asyncio.to_thread(self._examine, directory)
         settled = True
         for one in found:
+            judged, process = await self._identified(one)
             self._being_captured.pop((directory, one.epoch), None)
-            if one.verdict is Verdict.WAIT:
+            if judged.verdict is Verdict.WAIT:
                 settled = False
-                if one.record and one.record.record:
-                    self._being_captured[directory, one.epoch] = one.record.record.crash_id
-                self._look_when_gone(one)
+                if judged.record and judged.record.record:
+                    self._being_captured[directory, one.epoch] = judged.record.record.crash_id
+                self._look_when_gone(judged)
             else:
-                await self._enter(one)
+                await self._enter(judged, process)
         if settled:
             self._settled[directory] = changed
 
+    async def _identified(self, found: FoundSet) -> tuple[FoundSet, Process | None]:
+        """Find out who made a set of AppScope's; judge it anew if that process still lives."""
+        if found.record is not None or found.writer is not None:
+            return found, found.writer
+        process = await self._seen_by_detector(found)
+        if process is not None and processes.is_alive(process.pid, process.start_ticks):
+            found = await asyncio.to_thread(found.judged, process)
+        return found, process
+
     def _look_when_gone(self, found: FoundSet) -> None:
         """Look again when the writer of a set has ended."""
-        key = (found.directory, found.epoch)
-        if found.writer is None or key in self._waiting:
+        if found.writer is None:
             return
-        writer = found.writer
+        writer, directory = found.writer, found.directory
+        key = (directory, writer.pid)
+        if key in self._waiting or len(self._waiting) >= WAIT_FOR:
+            return  # rounds go on all the same
 
         async def wait() -> None:
-            await processes.gone(writer.pid, writer.start_ticks)
-            del self._waiting[key]
-            await self.look(found.directory)
+            try:
+                await processes.gone(writer.pid, writer.start_ticks)
+            finally:
+                self._waiting.pop(key, None)
+            await self.look(directory)
 
         self._waiting[key] = asyncio.create_task(wait(), name=f"wait for {writer.pid}")
 
@@ -248,44 +311,36 @@ class Gatherer:
         }
         if record is not None:
             verdict = judge.judge_recorded(record)
-            return FoundSet(directory, epoch, files, verdict, record, None, None, "unknown")
-        writer = processes.writer_of(int(directory), epoch, self._boot_id)
-        open_files = spool.open_by_process(writer.pid) if writer else set()
-        verdict = judge.judge_appscope(
-            present=files.keys(),
-            held_open={k for k, entry in files.items() if entry.identity in open_files},
-            promised=judge.promised_kinds(_content(descriptor, files.get(Kind.CFG))),
-            process_alive=writer is not None,
-        )
-        return FoundSet(
+            return FoundSet(directory, epoch, files, verdict, record, None, None, None, "unknown")
+        found = FoundSet(
             directory,
             epoch,
             files,
-            verdict,
+            Verdict.WAIT,
             None,
-            writer,
+            None,
+            judge.promised_kinds(_content(descriptor, files.get(Kind.CFG))),
             judge.cause_of(_content(descriptor, files.get(Kind.BACKTRACE))),
             judge.process_name(_content(descriptor, files.get(Kind.INFO))) or "unknown",
         )
+        writer = processes.writer_of(int(directory), epoch, found.owners, self._boot_id)
+        return found.judged(writer)
 
-    async def _enter(self, found: FoundSet) -> None:
-        """Enter a set in the ledger, under the crash it belongs to."""
-        crash = await self._crash_of(found)
-        entered = False
-        for entry in found.entries.values():
-            if self._ledger.knows_file(found.directory, entry.name):
-                continue
-            if entry.uid not in (0, crash.process.uid):
-                text = f"{entry.name!r} belongs to UID {entry.uid}, not to the crashed process"
-                self._refuse(found.directory, Refused("foreign_owner", text))
-                continue
-            note = _note(found, entry)
-            crash.sources[entry.name] = Source(
-                directory=found.directory, name=entry.name, kind=entry.kind, note=note
-            )
-            entered = True
-        if not entered:
+    async def _enter(self, found: FoundSet, process: Process | None) -> None:
+        """Enter a set in the ledger, under the crash it belongs to.
+
+        Args:
+            process: who made it, where that is known and no record says so.
+        """
+        crash = self._crash_of(found, process)
+        sources = [
+            Source(directory=found.directory, name=e.name, kind=e.kind, note=_note(found, e))
+            for e in found.entries.values()
+            if self._belongs(found, e, crash) and not self._is_entered(found.directory, e)
+        ]
+        if not sources:
             return
+        crash.sources.update({source.name: source for source in sources})
         crash.delivered_at = None
         if found.verdict is Verdict.CUT_SHORT:
             metrics.CUT_SHORT.inc()
@@ -302,21 +357,45 @@ class Gatherer:
         )
         self._on_crash(crash)
 
-    async def _crash_of(self, found: FoundSet) -> Crash:
+    def _belongs(self, found: FoundSet, entry: Entry, crash: Crash) -> bool:
+        """Tell whether a file is the crash's own; what is not is refused."""
+        owner = 0 if found.record is not None else crash.process.uid
+        if entry.uid != owner:
+            text = f"{entry.name!r} belongs to UID {entry.uid}, not to {owner}"
+            self._refuse(found.directory, Refused("foreign_owner", text))
+            return False
+        if len(crash.sources) >= MAX_FILES:
+            text = f"more than {MAX_FILES} files of crash {crash.crash_id}"
+            self._refuse(found.directory, Refused("too_many_files", text))
+            return False
+        return True
+
+    def _crash_of(self, found: FoundSet, process: Process | None) -> Crash:
         record = found.record.record if found.record else None
+        crash = None
         if record is not None:
-            return self._ledger.get(record.crash_id) or self._from_record(record)
-        process = found.writer or await self._seen_by_detector(found)
-        notes = []
-        if process is None:
-            owner = min(entry.uid for entry in found.entries.values())
-            process = processes.unknown(
-                int(found.directory), found.epoch, owner, found.comm, self._boot_id
-            )
-            notes.append("the process was gone before anyone saw it: its start is not known")
-        name = crash_id(process.boot_id, process.pid, process.start_ticks)
+            crash = self._ledger.get(record.crash_id) or self._from_record(record)
+        elif process is not None:
+            name = crash_id(process.boot_id, process.pid, process.start_ticks)
+            crash = self._ledger.get(name) or self._from_files(name, process, found)
+        if crash is None or _clashes(crash, found):
+            return self._of_unknown(found)
+        return crash
+
+    def _of_unknown(self, found: FoundSet) -> Crash:
+        """Return the crash of a process that cannot be told: by its files alone."""
+        pid, owner = int(found.directory), min(found.owners)
+        name = unknown_crash_id(self._boot_id, pid, found.epoch, owner)
+        process = processes.unknown(pid, found.epoch, owner, found.comm, self._boot_id)
+        crash = self._ledger.get(name) or self._from_files(name, process, found)
+        note = "the process was gone before anyone saw it: its start is not known"
+        if note not in crash.notes:
+            crash.notes.append(note)
+        return crash
+
+    def _from_files(self, name: str, process: Process, found: FoundSet) -> Crash:
         cause = found.cause
-        return self._ledger.get(name) or Crash(
+        return Crash(
             crash_id=name,
             host=self._host,
             crashed_at=float(found.epoch),
@@ -326,7 +405,6 @@ class Gatherer:
             code_meaning=cause.meaning if cause else None,
             fault_address=cause.fault_address if cause else None,
             destinations=self._destinations,
-            notes=notes,
         )
 
     def _from_record(self, record: CaptureRecord) -> Crash:
@@ -340,19 +418,30 @@ class Gatherer:
     async def _seen_by_detector(self, found: FoundSet) -> Process | None:
         """Ask the bus which process took a signal when the set was made."""
         since = found.epoch - processes.EVENT_BEFORE
-        if since > time.time():
+        if not time.time() - EVENTS_KEPT < since < time.time():
             return None
         events = await self._bus.stored(SignalEvent, f"crash.signal.{token(self._host)}.>", since)
-        return processes.from_events(int(found.directory), found.epoch, events)
+        return processes.from_events(int(found.directory), found.epoch, found.owners, events)
 
 
-def make_spool(root: Path) -> None:
-    """Make the spool as AppScope's library needs it: any user may make a directory in it."""
+def _clashes(crash: Crash, found: FoundSet) -> bool:
+    """Tell whether a crash has files of these names from another directory: a process in a
+    container that shares the spool has one by its own PID and one by the host's."""
+    return any(
+        source.directory != found.directory
+        for entry in found.entries.values()
+        if (source := crash.sources.get(entry.name)) is not None
+    )
+
+
+def _make_spool(root: Path) -> tuple[int, int]:
+    """Make the spool, or take it over, and return its device and inode."""
+    descriptor = crash_directory.open_spool(root)
     try:
-        root.mkdir(parents=True)
-    except FileExistsError:
-        return
-    root.chmod(0o1777)
+        status = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    return status.st_dev, status.st_ino
 
 
 def _record(directory: int, entry: Entry | None) -> RecordState | None:

@@ -121,11 +121,13 @@ def cause_of(backtrace: bytes) -> Cause | None:
     if words[:3] != ["backtrace", "info:", "signal"] or len(words) < 9:
         return None
     try:
-        number, address = int(words[3]), int(words[8].rstrip(","), 16)
+        number, address = int(words[3][:3]), int(words[8].rstrip(",")[:18], 16)
     except ValueError:
         return None
     if not 1 <= number <= 64:
         return None
+    if not 0 <= address < 1 << 64:
+        address = 0
     meaning = rest.partition(b"\n")[0][:200].decode("utf-8", "backslashreplace")
     return Cause(number, address, meaning or None)
 

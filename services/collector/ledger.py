@@ -36,9 +36,12 @@ class Source(BaseModel):
         delivered: the destinations that confirmed it.
         failed: the destinations that gave it up, each with its reason.
         released: its chunks are off the bus, for no destination waits for them.
+        on_bus: how many chunks the bus held when all had been published, copies included.
+        offered_at: when its last work item was published; older failures count no more.
+        renewals: how often its chunks were published again because a shipper missed some.
     """
 
-    directory: str = Field(pattern=r"^\d{1,10}$")
+    directory: str = Field(pattern=r"^[0-9]{1,10}$")
     name: FileName
     kind: Kind
     note: str | None = None
@@ -46,6 +49,9 @@ class Source(BaseModel):
     delivered: list[str] = Field(default_factory=list)
     failed: dict[str, str] = Field(default_factory=dict)
     released: bool = False
+    on_bus: int = 0
+    offered_at: float = 0.0
+    renewals: int = 0
 
     def waits_for(self, destinations: tuple[str, ...]) -> tuple[str, ...]:
         """Return the destinations that have neither confirmed it nor given it up."""
@@ -109,6 +115,7 @@ class Ledger:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._crashes: dict[str, Crash] = {}
+        self._files: set[tuple[str, str]] = set()
         self._writing: dict[str, asyncio.Lock] = {}
 
     def load(self) -> None:
@@ -122,7 +129,11 @@ class Ledger:
                 path.rename(aside)
                 log.error("ledger entry put aside", path=str(aside), error=str(error))
                 continue
-            self._crashes[crash.crash_id] = crash
+            self._keep(crash)
+
+    def _keep(self, crash: Crash) -> None:
+        self._crashes[crash.crash_id] = crash
+        self._files.update((s.directory, s.name) for s in crash.sources.values())
 
     async def save(self, crash: Crash) -> None:
         """Make an entry last, as it is when its turn to be written comes.
@@ -133,7 +144,7 @@ class Ledger:
         Raises:
             OSError: the disk is full or broken; the former entry is still there.
         """
-        self._crashes[crash.crash_id] = crash
+        self._keep(crash)
         async with self._writing.setdefault(crash.crash_id, asyncio.Lock()):
             data = crash.model_dump_json(indent=1).encode()
             await asyncio.to_thread(self._replace, self._path(crash.crash_id), data)
@@ -146,6 +157,7 @@ class Ledger:
     def forget(self, crash: Crash) -> None:
         """Remove an entry whose files are removed."""
         self._crashes.pop(crash.crash_id, None)
+        self._files.difference_update((s.directory, s.name) for s in crash.sources.values())
         self._writing.pop(crash.crash_id, None)
         self._path(crash.crash_id).unlink(missing_ok=True)
 
@@ -162,12 +174,8 @@ class Ledger:
         return [crash for crash in self.crashes() if crash.delivered_at is None]
 
     def knows_file(self, directory: str, name: str) -> bool:
-        """Tell whether a file in the spool belongs to an entry."""
-        return any(
-            source.directory == directory
-            for crash in self._crashes.values()
-            if (source := crash.sources.get(name)) is not None
-        )
+        """Tell whether a file in the spool belongs to an entry; safe in any thread."""
+        return (directory, name) in self._files
 
     def expired(self, keep: float) -> list[Crash]:
         """Return the delivered crashes that have been kept for `keep` seconds."""

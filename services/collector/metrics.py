@@ -22,3 +22,4 @@ OLDEST_UNDELIVERED = Gauge(
 DELIVERED = Counter("crashbus_collector_delivered", "Crashes confirmed by every destination")
 FAILED = Counter("crashbus_collector_failed_files", "Crash files given up by a shipper")
 BUS_FULL = Counter("crashbus_collector_bus_full", "Times a chunk was refused for want of room")
+FAULTS = Counter("crashbus_collector_faults", "Faults of our own, each told in the log", ["task"])

@@ -3,7 +3,8 @@
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from pathlib import Path
 
 from crashbus import identity
 from crashbus.messages import Process, SignalEvent
@@ -12,13 +13,16 @@ from services.common.process import read_process
 # AppScope takes the epoch of a set, in whole seconds, when its handler runs.
 EVENT_BEFORE = 2.0  # seconds an event's time may lie before the set's epoch
 EVENT_AFTER = 3.0
+LOOK_AGAIN = 0.5  # seconds, where a process cannot be waited for
 
 
 async def gone(pid: int, start_ticks: int) -> None:
     """Return when a process has ended; at once if it has, or if its PID was given again."""
     try:
         descriptor = os.pidfd_open(pid)
-    except OSError:
+    except OSError:  # it is gone, or we have no descriptor left
+        while is_alive(pid, start_ticks):
+            await asyncio.sleep(LOOK_AGAIN)
         return
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -34,25 +38,41 @@ async def gone(pid: int, start_ticks: int) -> None:
 
 
 def is_alive(pid: int, start_ticks: int) -> bool:
-    """Tell whether this very process still exists."""
+    """Tell whether this very process can still do anything; a zombie cannot."""
     try:
-        return identity.start_ticks(pid) == start_ticks
+        return identity.start_ticks(pid) == start_ticks and not _is_zombie(pid)
     except ProcessLookupError:
         return False
 
 
-def writer_of(pid: int, epoch: int, boot_id: str) -> Process | None:
-    """Return the living process with this PID, if it was there when the set was made."""
+def _is_zombie(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return True
+    return stat[stat.rindex(b")") + 2 :][:1] in (b"Z", b"X")  # proc_pid_stat(5), field 3
+
+
+def writer_of(pid: int, epoch: int, owners: Set[int], boot_id: str) -> Process | None:
+    """Return the living process that wrote a set into the directory of this PID.
+
+    The PID is one of the writer's own namespace. Only where that is the host's does it name
+    the writer, so that must be so, and the process must own a file and be older than the set.
+    """
     try:
         process = read_process(pid, boot_id)
     except ProcessLookupError:
+        return None
+    if process.ns_pid != pid or process.uid not in owners or _is_zombie(pid):
         return None
     uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
     started = time.time() - uptime + process.start_ticks / os.sysconf("SC_CLK_TCK")
     return process if started <= epoch + 1 else None
 
 
-def from_events(pid: int, epoch: int, events: Sequence[SignalEvent]) -> Process | None:
+def from_events(
+    pid: int, epoch: int, owners: Set[int], events: Sequence[SignalEvent]
+) -> Process | None:
     """Return the process that the detector saw take a signal when the set was made.
 
     Args:
@@ -60,7 +80,7 @@ def from_events(pid: int, epoch: int, events: Sequence[SignalEvent]) -> Process 
     """
     for event in events:
         near = epoch - EVENT_BEFORE <= event.time <= epoch + 1 + EVENT_AFTER
-        if near and event.process.ns_pid == pid:
+        if near and event.process.ns_pid == pid and event.process.uid in owners:
             return event.process
     return None
 

@@ -23,6 +23,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 IN_FLIGHT = 8  # chunks sent and not yet confirmed; with 1 MiB each this fills a local bus
 TRY_AGAIN = 1.0  # seconds between tries while the bus is away or has no room
+MAX_SMALL = 16 * 1024 * 1024  # bytes of any file but a core dump; AppScope's have kilobytes
+MESSAGE_OVERHEAD = 512  # bytes of subject and headers that the bus stores with each chunk
 FULL_PATIENCE = 30.0  # seconds to wait for room before our own half file makes room for others
 
 
@@ -45,14 +47,12 @@ class Publisher:
     Attributes:
         level: zstd level for core dumps; 0 leaves them as they are.
         limit: bytes of a file that are read at most.
-        store_bytes: what the bus can hold of chunks.
     """
 
     bus: Bus
     root: Path
     level: int
     limit: int
-    store_bytes: int
 
     async def publish(self, crash_id: str, source: Source) -> CrashFile:
         """Put all chunks of a file on the bus and return what it is.
@@ -94,23 +94,23 @@ class Publisher:
             encoding = "zstd"
         encoder = Encoder(chunk_size(self.bus.max_payload), encoding, self.level or 1)
         stream = _Stream(self.bus, crash_id, source.name)
-        wanted = min(size, self.limit)
-        while encoder.size < wanted:
-            chunk = await asyncio.to_thread(self._next, source, file, encoder, wanted)
-            if chunk is None:
-                break
-            if encoder.stored_size > self.store_bytes:
-                await stream.give_up()
-                raise SourceLost(
-                    "larger_than_bus",
-                    f"{self._path(source)} needs more room on the bus than its"
-                    f" {self.store_bytes} bytes; set CRASHBUS_CHUNK_STORE_BYTES",
-                )
-            await stream.send(chunk)
-        await stream.flush()
+        limit = self.limit if source.kind is Kind.CORE else min(self.limit, MAX_SMALL)
+        wanted, room = min(size, limit), await self.bus.chunk_store_bytes()
+        try:
+            while encoder.size < wanted:
+                chunk = await asyncio.to_thread(self._next, source, file, encoder, wanted)
+                if chunk is None:
+                    break
+                if encoder.stored_size + encoder.count * MESSAGE_OVERHEAD > room:
+                    raise self._too_large(source, room)
+                await stream.send(chunk)
+            await stream.flush()
+        except SourceLost:
+            await stream.give_up()
+            raise
         metrics.FILES.labels(source.kind).inc()
         metrics.BYTES_SENT.inc(encoder.stored_size)
-        note = source.note or _shortfall(encoder.size, size, self.limit)
+        note = source.note or _shortfall(encoder.size, size, limit)
         return CrashFile(
             name=source.name,
             kind=source.kind,
@@ -121,6 +121,13 @@ class Publisher:
             chunks=encoder.count,
             truncated=note is not None,
             note=note,
+        )
+
+    def _too_large(self, source: Source, room: int) -> SourceLost:
+        return SourceLost(
+            "larger_than_bus",
+            f"{self._path(source)} needs more room on the bus than there is, {room} bytes;"
+            " give the stream CRASH_CHUNKS more (CRASHBUS_CHUNK_STORE_BYTES when it is made)",
         )
 
     def _next(self, source: Source, file: BinaryIO, encoder: Encoder, wanted: int) -> Chunk | None:
@@ -145,7 +152,7 @@ def _read(file: BinaryIO, size: int) -> bytes:
 
 def _shortfall(actual: int, size: int, limit: int) -> str | None:
     if size > limit:
-        return f"cut to {limit} bytes of {size} by CRASHBUS_COLLECTOR_MAX_FILE_BYTES"
+        return f"cut to {limit} bytes of {size}, see CRASHBUS_COLLECTOR_MAX_FILE_BYTES"
     return f"shrank to {actual} bytes of {size} while it was read" if actual < size else None
 
 

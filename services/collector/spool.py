@@ -99,27 +99,50 @@ def _fault(status: os.stat_result) -> str | None:
 
 
 def list_directory(directory: int) -> Listing:
-    """Look at a ``<pid>`` directory, without opening anything in it."""
-    sets: dict[int, dict[Kind, Entry]] = {}
-    refused = []
-    for position, name in enumerate(_names(directory)):
-        if position >= MAX_ENTRIES:
-            refused.append(Refused("too_many_entries", f"more than {MAX_ENTRIES} entries"))
-            break
+    """Look at a ``<pid>`` directory, without opening anything in it.
+
+    Whoever fills a directory with names hides nothing: sets with a capture record of root's
+    come first, and foreign names are passed over unlooked at.
+    """
+    names: dict[int, list[tuple[str, Kind]]] = {}
+    foreign = 0
+    for name in _names(directory):
         parsed = layout.parse_crash_file_name(name)
-        if parsed is None:
-            if not name.startswith(".capture_"):  # a record in the making
-                refused.append(Refused("foreign_name", f"{name!r} is no crash file's name"))
-            continue
-        try:
-            entry = _entry(name, *parsed, directory)
-        except FileNotFoundError:
-            continue
-        except Refused as error:
-            refused.append(error)
-            continue
-        sets.setdefault(entry.epoch, {})[entry.kind] = entry
-    return Listing(sets, tuple(refused))
+        if parsed is not None:
+            names.setdefault(parsed[1], []).append((name, parsed[0]))
+        elif not name.startswith("."):  # a record in the making, or put aside by the recorder
+            foreign += 1
+    sets: dict[int, dict[Kind, Entry]] = {}
+    refused = [_foreign(foreign)] if foreign else []
+    looked_at = 0
+    for epoch in sorted(names, key=lambda e: (not _has_record(names[e], directory), -e)):
+        looked_at += len(names[epoch])
+        if looked_at > MAX_ENTRIES:
+            refused.append(Refused("too_many_entries", f"more than {MAX_ENTRIES} crash files"))
+            break
+        for name, kind in names[epoch]:
+            try:
+                sets.setdefault(epoch, {})[kind] = _entry(name, kind, epoch, directory)
+            except FileNotFoundError:
+                continue
+            except Refused as error:
+                refused.append(error)
+    return Listing({e: entries for e, entries in sets.items() if entries}, tuple(refused))
+
+
+def _foreign(count: int) -> Refused:
+    # Not by name: the number grows by steps, so that it is not told anew for each.
+    return Refused("foreign_name", f"{1 << (count.bit_length() - 1)} or more foreign names")
+
+
+def _has_record(names: list[tuple[str, Kind]], directory: int) -> bool:
+    for name, kind in names:
+        if kind is Kind.CAPTURE:
+            try:
+                return os.stat(name, dir_fd=directory, follow_symlinks=False).st_uid == 0
+            except OSError:
+                return False
+    return False
 
 
 def _names(directory: int) -> Iterator[str]:

@@ -7,8 +7,9 @@ on the bus and how it takes receipts.
 import asyncio
 from dataclasses import dataclass, field
 
-from crashbus import Bus, Receipt, WorkItem
+from crashbus import Bus, DeadLetter, Receipt, WorkItem
 from crashbus.chunks import Verifier
+from crashbus.errors import DamagedFile
 from tests.support.wait import until
 
 
@@ -20,11 +21,27 @@ class StandInShipper:
     delivered: dict[tuple[str, str], bytes] = field(default_factory=dict)
     order: list[tuple[str, str]] = field(default_factory=list)
     items: list[WorkItem] = field(default_factory=list)
+    reason: str = "damaged_file"  # told when a file's chunks are not as announced
 
     async def run(self) -> None:
         async for delivery in self.bus.consume(WorkItem, "shippers", service="shipper"):
-            await self.ship(delivery.message)
+            try:
+                await self.ship(delivery.message)
+            except DamagedFile as error:
+                await self.give_up(delivery.message, str(error))
             await delivery.ack()
+
+    async def give_up(self, item: WorkItem, error: str) -> None:
+        letter = DeadLetter(
+            host=item.host,
+            crash_id=item.crash_id,
+            service="shipper",
+            reason=self.reason,
+            error=error,
+            mend="publish it again",
+            work=item,
+        )
+        await self.bus.publish(letter)
 
     async def ship(self, item: WorkItem) -> None:
         self.items.append(item)
