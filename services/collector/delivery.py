@@ -362,11 +362,12 @@ class Deliverer:
             place = letter.work.destination
             if source is None or place not in waiting(crash, source):
                 continue
-            if letter.time < source.offered_at:
-                continue  # it speaks of an earlier try
+            if letter.time < source.offered_at or letter.time <= source.renewed_for:
+                continue  # it speaks of an earlier try, or was heeded already
             changed = True
             if letter.reason in _RENEW and source.renewals < RENEWALS:
                 source.renewals += 1
+                source.renewed_for = letter.time
                 source.on_bus = 1 << 40  # more than there are: all are published again
                 log.warning("publishing again", crash_id=crash.crash_id, file=file.name)
                 continue

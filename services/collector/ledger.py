@@ -39,6 +39,7 @@ class Source(BaseModel):
         on_bus: how many chunks the bus held when all had been published, copies included.
         offered_at: when its last work item was published; older failures count no more.
         renewals: how often its chunks were published again because a shipper missed some.
+        renewed_for: the time of the dead letter that was the last reason for it.
     """
 
     directory: str = Field(pattern=r"^[0-9]{1,10}$")
@@ -52,6 +53,7 @@ class Source(BaseModel):
     on_bus: int = 0
     offered_at: float = 0.0
     renewals: int = 0
+    renewed_for: float = 0.0
 
     def waits_for(self, destinations: tuple[str, ...]) -> tuple[str, ...]:
         """Return the destinations that have neither confirmed it nor given it up."""
