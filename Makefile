@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs lock clean
+.PHONY: help setup demo test lint format bench docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ lint: setup ## ruff and mypy --strict
 format: setup ## put the code in shape
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
+
+bench: setup ## measure what a signal costs with the detector and without
+	@$(PYTHON) -m benchmarks.signal_overhead
 
 docs: setup ## make the tables in docs/ anew from the code
 	@$(PYTHON) docs/make_tables.py
