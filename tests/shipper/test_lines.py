@@ -5,25 +5,32 @@ its lines; then json.Marshal of a map from the file's base name.
 """
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crashbus import names
 from services.shipper.destinations import lines
 
 SAMPLES = Path(__file__).parent.parent / "support" / "samples"
+MIB = 1024 * 1024
+
+
+def whole(name: str, content: bytes) -> bytes:
+    return b"".join(lines.small_file(name, content))
 
 
 def test_text_becomes_its_lines_with_an_empty_last_one_after_a_final_newline() -> None:
-    assert lines.small_file("info_1", b"a: 1\nb: 2") == b'{"info_1":["a: 1","b: 2"]}\n'
-    assert lines.small_file("backtrace_1", b"#0 main\n") == b'{"backtrace_1":["#0 main",""]}\n'
+    assert whole("info_1", b"a: 1\nb: 2") == b'{"info_1":["a: 1","b: 2"]}\n'
+    assert whole("backtrace_1", b"#0 main\n") == b'{"backtrace_1":["#0 main",""]}\n'
 
 
 def test_json_becomes_the_value_with_sorted_keys_and_no_blanks() -> None:
     content = b'{\n  "Pid": 7,\n  "Arch": "amd64",\n  "a": [ {"z": null, "b": true} ]\n}\n'
-    assert lines.small_file("snapshot_1", content) == (
+    assert whole("snapshot_1", content) == (
         b'{"snapshot_1":{"Arch":"amd64","Pid":7,"a":[{"b":true,"z":null}]}}\n'
     )
 
@@ -48,12 +55,12 @@ def test_json_becomes_the_value_with_sorted_keys_and_no_blanks() -> None:
     ],
 )
 def test_odd_content_becomes_what_go_would_write(content: bytes, line: bytes) -> None:
-    assert lines.small_file("f_1", content) == line + b"\n"
+    assert whole("f_1", content) == line + b"\n"
 
 
 @given(st.binary(max_size=200))
 def test_any_content_is_one_line_of_json_that_keeps_every_line(content: bytes) -> None:
-    line = lines.small_file("info_1", content)
+    line = whole("info_1", content)
 
     assert line.count(b"\n") == 1
     value = json.loads(line)["info_1"]
@@ -61,10 +68,41 @@ def test_any_content_is_one_line_of_json_that_keeps_every_line(content: bytes) -
         assert "\n".join(value) == content.decode("utf-8", "backslashreplace")
 
 
+@given(st.binary(max_size=60) | st.text(max_size=40).map(str.encode), st.integers(1, 9))
+def test_slices_make_the_line_that_all_at_once_would(content: bytes, size: int) -> None:
+    expected = lines._line({"info_1": names.text(content).split("\n")})
+
+    assert b"".join(lines._text_line("info_1", content, size)) == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" + b"[]," * (2 * MIB) + b"[]]", b"\n" * (2 * MIB), b"\xff" * (2 * MIB)],
+    ids=["JSON", "line feeds", "not UTF-8"],
+)
+def test_large_file_goes_as_lines_in_little_memory(content: bytes) -> None:
+    tracemalloc.start()
+    try:
+        size = sum(len(piece) for piece in lines.small_file("info_1", content))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert size > len(content)
+    assert peak < 8 * MIB
+
+
+def test_json_of_up_to_a_mebibyte_is_a_value_and_a_larger_one_lines() -> None:
+    at_most = b'"' + b"a" * (MIB - 2) + b'"'
+
+    assert json.loads(whole("info_1", at_most))["info_1"] == "a" * (MIB - 2)
+    assert json.loads(whole("info_1", b" " + at_most))["info_1"] == [f" {at_most.decode()}"]
+
+
 @pytest.mark.parametrize("case", ["segv", "mt", "nginx_bus_master"])
 def test_samples_become_the_lines_of_the_daemon(case: str) -> None:
     for path in sorted((SAMPLES / case).iterdir()):
-        line = lines.small_file(path.name, path.read_bytes())
+        line = whole(path.name, path.read_bytes())
         if path.name.startswith("cfg_"):
             value = json.loads(path.read_bytes())
             assert json.loads(line) == {path.name: value}

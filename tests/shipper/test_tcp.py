@@ -49,7 +49,9 @@ async def test_samples_arrive_as_the_lines_of_the_daemon_over_one_connection(
         receipts = await receipts_of(bus, sent, len(contents))
         await nothing_left(bus)
 
-    expected = b"".join(lines.small_file(name, contents[name]) for name in sorted(contents))
+    expected = b"".join(
+        piece for name in sorted(contents) for piece in lines.small_file(name, contents[name])
+    )
     assert receiver.received == [expected]
     assert receiver.accepted == 1
     assert {receipt.url for receipt in receipts} == {f"{receiver.url}#{name}" for name in contents}

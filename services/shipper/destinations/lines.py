@@ -7,17 +7,22 @@ empty last line. The bytes are those of Go's encoding/json: no blanks, keys sort
 keep all their digits (Go rounds them to a double), and bytes that are not UTF-8 show as ``\\xNN``
 (Go makes all of them U+FFFD).
 
+Only a file of up to `MAX_PARSED` bytes is read as JSON, which takes many times its size and holds
+up all other threads meanwhile; AppScope's own have some KiB. A larger one goes as lines, which are
+made as they are sent, so memory stays the same however many there are.
+
 A core dump, which its daemon sends raw and without an end mark, becomes one line for each chunk
 and a last one with the size and hash of the whole.
 """
 
+import codecs
 import json
 import math
 import re
 from base64 import b64encode
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
-from crashbus import names
 from crashbus.messages import CrashFile
 from services.shipper.source import Piece
 
@@ -27,18 +32,36 @@ _TO_ESCAPE = re.compile("[<>&\u2028\u2029]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def small_file(name: str, content: bytes) -> bytes:
-    """Return the line for a file, newline included."""
-    try:
-        value = json.loads(
-            content.decode(),
-            parse_constant=_no_number,
-            parse_float=_finite,
-            parse_int=_integer,
-        )
-    except (ValueError, RecursionError):
-        value = names.text(content).split("\n")
-    return _line({name: value})
+MAX_PARSED = 1024 * 1024  # bytes of a file that is read as JSON
+_SLICE = 64 * 1024  # bytes of any other that are encoded at a time
+
+
+def small_file(name: str, content: bytes) -> Iterable[bytes]:
+    """Return the line for a file, newline included, in pieces; call and iterate off the loop."""
+    if len(content) <= MAX_PARSED:
+        try:
+            return [_line({name: _value(content)})]
+        except (ValueError, RecursionError):
+            pass
+    return _text_line(name, content)
+
+
+def _value(content: bytes) -> Any:
+    return json.loads(
+        content.decode(), parse_constant=_no_number, parse_float=_finite, parse_int=_integer
+    )
+
+
+def _text_line(name: str, content: bytes, size: int = _SLICE) -> Iterator[bytes]:
+    # The same as names.text, but slice by slice.
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    yield _line({name: 0}).removesuffix(b"0}\n") + b'["'
+    for start in range(0, len(content), size):
+        end = start + size
+        text = decoder.decode(content[start:end], final=end >= len(content))
+        texts = json.dumps(text.split("\n"), ensure_ascii=False, separators=(",", ":"))
+        yield _as_go(texts)[2:-2].encode()  # without the list's outer brackets and quotes
+    yield b'"]}\n'
 
 
 def _no_number(text: str) -> NoReturn:
@@ -95,5 +118,8 @@ def core_end(crash_id: str, file: CrashFile) -> bytes:
 
 def _line(value: dict[str, Any]) -> bytes:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-    text = _TO_ESCAPE.sub(lambda found: _GO_ESCAPES[found[0]], text)
-    return _LONE_SURROGATE.sub("\ufffd", text).encode() + b"\n"
+    return _LONE_SURROGATE.sub("\ufffd", _as_go(text)).encode() + b"\n"
+
+
+def _as_go(text: str) -> str:
+    return _TO_ESCAPE.sub(lambda found: _GO_ESCAPES[found[0]], text)

@@ -23,7 +23,7 @@ from services.shipper.settings import MIB, ShipperSettings
 from services.shipper.source import Source
 from services.shipper.threads import run_whole
 
-MAX_SMALL = 16 * MIB  # bytes of one item's small files: whole lines are built in memory
+MAX_SMALL = 16 * MIB  # bytes of one item's small files: all are verified before any is sent
 
 
 class TcpDeliverer(Deliverer):
@@ -33,8 +33,8 @@ class TcpDeliverer(Deliverer):
         super().__init__(destination)
         self._settings = settings
         self._context = _tls_context(settings) if destination.scheme == "tls" else None
-        # Building lines takes several times their size, so only one item does it at a time.
-        self._building = asyncio.Semaphore(1)
+        # Reading JSON takes many times its size, so only one item does it at a time.
+        self._encoding = asyncio.Semaphore(1)
 
     async def check(self) -> None:
         connection = self._connection()
@@ -51,7 +51,7 @@ class TcpDeliverer(Deliverer):
         The small files are read and verified before the connection is made.
         """
         ordered = sorted(sources, key=lambda source: source.file.name)
-        small = await self._small_lines([one for one in ordered if one.file.kind is not Kind.CORE])
+        small = await self._contents([one for one in ordered if one.file.kind is not Kind.CORE])
         cores = [one for one in ordered if one.file.kind is Kind.CORE]
         self._refuse_unwanted(cores)
         connection, settings = self._connection(), self._settings
@@ -59,13 +59,8 @@ class TcpDeliverer(Deliverer):
             await run_whole(
                 connection.open, settings.tcp_connect_timeout, interrupt=connection.interrupt
             )
-            for line in small:
-                await run_whole(
-                    connection.send,
-                    line,
-                    settings.tcp_write_timeout,
-                    interrupt=connection.interrupt,
-                )
+            for source, content in small:
+                await self._send_small(connection, source, content)
             for core in cores:
                 await self._send_core(connection, core)
             await run_whole(
@@ -74,14 +69,13 @@ class TcpDeliverer(Deliverer):
         finally:
             await run_whole(connection.close)
 
-    async def _small_lines(self, sources: Sequence[Source]) -> list[bytes]:
-        async with self._building:
-            left, result = MAX_SMALL, []
-            for source in sources:
-                content = await self._content(source, left)
-                left -= len(content)
-                result.append(await run_whole(lines.small_file, source.file.name, content))
-            return result
+    async def _contents(self, sources: Sequence[Source]) -> list[tuple[Source, bytes]]:
+        left, result = MAX_SMALL, []
+        for source in sources:
+            content = await self._content(source, left)
+            left -= len(content)
+            result.append((source, content))
+        return result
 
     async def _content(self, source: Source, limit: int) -> bytes:
         content = bytearray()
@@ -101,6 +95,18 @@ class TcpDeliverer(Deliverer):
         if cores and not self.destination.wants_core:
             mend = f"add ?core=true to {self.destination.url} where cores are wanted"
             raise Unfit(cores[0].file, "core_not_wanted", "core dumps are not sent there", mend)
+
+    async def _send_small(self, connection: Connection, source: Source, content: bytes) -> None:
+        async with self._encoding:
+            pieces = await run_whole(lines.small_file, source.file.name, content)
+
+        timeout = self._settings.tcp_write_timeout
+
+        def send_all() -> None:
+            for piece in pieces:
+                connection.send(piece, timeout)
+
+        await run_whole(send_all, interrupt=connection.interrupt)
 
     async def _send_core(self, connection: Connection, source: Source) -> None:
         """Send a core; its last line, which makes it whole, only once the hash is known good."""
