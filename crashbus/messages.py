@@ -299,9 +299,9 @@ class WorkItem(_Placed):
     @property
     def subject(self) -> str:
         # One subject for each item, so that its sender can ask whether it still waits.
-        place = hashlib.sha256(self.destination.encode()).hexdigest()[:16]
         crash = f"{names.token(self.host)}.{self.crash_id}"
-        return f"crash.file.{crash}.{names.token(self.files[0].name)}.{place}"
+        file = names.token(self.files[0].name)
+        return f"crash.file.{crash}.{file}.{place_token(self.destination)}"
 
 
 class Manifest(_Placed):
@@ -391,6 +391,16 @@ def json_schema(kind: type[Message]) -> dict[str, Any]:
     # They have defaults for whoever makes a message, but none on the wire.
     schema["required"] = sorted({*schema.get("required", ()), "v", "host", "time"})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def place_token(destination: str) -> str:
+    """Return the last token of the subjects of a destination's work items."""
+    return hashlib.sha256(destination.encode()).hexdigest()[:16]
+
+
+def work_item_filter(destination: str) -> str:
+    """Return the subject filter that takes the work items of one destination and no other."""
+    return f"crash.file.*.*.*.{place_token(destination)}"
 
 
 def chunk_subject(crash_id: str, file: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
@@ -17,6 +18,7 @@ from services.shipper.standing import Standing
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
+SPARE_THREADS = 4  # for what is no delivery
 CHECK_AGAIN = 10.0  # seconds between looks at a destination that could not be used at the start
 
 
@@ -27,12 +29,15 @@ async def work(runtime: Runtime, settings: ShipperSettings) -> None:
         SettingsError: no destination is configured, or one lacks a setting.
     """
     places = places_of(runtime, settings)
+    threads = threads_for(len(places), settings)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads))
     checks = [asyncio.create_task(watch_start(place)) for place in places.values()]
     try:
         async with runtime.bus() as bus:
             runtime.ready()
             name = f"{runtime.host}/{os.getpid()}"
-            await Shipper(bus, Courier(bus, places, settings, name), settings).run()
+            courier = Courier(bus, places, settings, name)
+            await Shipper(bus, courier, settings, places, runtime.host).run()
     finally:
         for check in checks:
             check.cancel()
@@ -49,6 +54,15 @@ def places_of(runtime: Runtime, settings: ShipperSettings) -> dict[str, Place]:
     return {
         url: Place(deliverer(parse(url), settings), Standing(url, runtime.health)) for url in urls
     }
+
+
+def threads_for(places: int, settings: ShipperSettings) -> int:
+    """Return how many threads are needed at most.
+
+    asyncio's own few would all be taken by destinations that hang, and the others would wait.
+    Each hand may hold one with its destination while another checks a chunk.
+    """
+    return SPARE_THREADS + places * (2 * settings.concurrency + 1)  # 1: for the look at the start
 
 
 async def watch_start(place: Place) -> None:

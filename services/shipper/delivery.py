@@ -16,7 +16,7 @@ from crashbus.errors import BusFull, BusUnreachable
 from crashbus.messages import Attempt, CrashFile, DeadLetter, Receipt, WorkItem
 from services.shipper import metrics, policy
 from services.shipper.destinations.base import Deliverer
-from services.shipper.failure import Failure, Final, Passing, Unfit
+from services.shipper.failure import Failure, Final, Passing, Unfit, not_configured
 from services.shipper.settings import ShipperSettings
 from services.shipper.source import Source
 from services.shipper.standing import Standing
@@ -29,7 +29,7 @@ R = TypeVar("R")
 MAX_ERROR = 2000  # characters of an error in a dead letter
 MAX_HISTORY = 50  # tries told in a dead letter: the first and the latest
 MAX_URL = 2048  # characters, as the wire contract has it
-MAX_REMEMBERED = 500  # items handed back whose tries are remembered
+MAX_REMEMBERED = 500  # items handed back whose tries are remembered; one forgotten is given more
 HAND_BACK_WITHIN = 1.0  # seconds, on the way out
 
 
@@ -52,11 +52,15 @@ class Tries:
 
     Attributes:
         before: tries that ended before this shipper had the item, at least.
+        settled: names of files that were made dead letters while others were waited for.
+        unfit: for each file and reason, when it first failed like this, and how often it did.
     """
 
     before: int
     made: int = 0
     history: list[Attempt] = field(default_factory=list)
+    settled: set[str] = field(default_factory=set)
+    unfit: dict[tuple[str, str], tuple[float, int]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -67,6 +71,13 @@ class Tries:
         """Note a try that failed."""
         self.history.append(Attempt(time=time.time(), error=_text(error)))
         del self.history[MAX_HISTORY // 2 : -MAX_HISTORY // 2]
+
+    def may_mend_itself(self, failure: Unfit, settings: ShipperSettings) -> bool:
+        """Note that a file cannot be delivered; tell whether it may be, later."""
+        key, now = (failure.file.name, failure.reason), time.monotonic()
+        first, failures = self.unfit.get(key, (now, 0))
+        self.unfit[key] = (first, failures + 1)
+        return policy.may_mend_itself(failure.reason, failures + 1, now - first, settings)
 
 
 class Courier:
@@ -105,7 +116,7 @@ class Courier:
         if place is None:
             return await self._refuse(taken)
         item, tries = taken.message, self._earlier_tries(taken)
-        remaining = list(item.files)
+        remaining = [file for file in item.files if file.name not in tries.settled]
         if taken.attempts > 1:  # a shipper may have died between receipt and acknowledgement
             remaining = await self._undelivered(item, remaining)
         if not remaining:
@@ -113,22 +124,18 @@ class Courier:
             log.info("was delivered before", destination=place.url)
             return "already_delivered"
         try:
-            refused = await self._deliver_all(item, remaining, place, tries)
+            await self._deliver_all(item, remaining, place, tries)
         except Passing as failure:
             if not policy.is_too_late(taken.published, time.time(), self._settings):
                 return await self._hand_back(taken, failure, tries)
             await self._dead_letter(item, remaining, failure, tries)
-            refused = True
         await self._ack(taken)
-        return "dead_lettered" if refused else "delivered"
+        return "dead_lettered" if tries.settled else "delivered"
 
     async def _refuse(self, taken: Taken[WorkItem]) -> str:
         item = taken.message
-        failure = Final(
-            "destination_not_configured",
-            f"a work item asks for {item.destination[:200]!r}, which is none of ours",
-            "if it is wanted, add it to CRASHBUS_DESTINATIONS of the shippers, then retry",
-        )
+        # Our consumers give out only what is ours: it stands on the subject of another item.
+        failure = not_configured(item.destination)
         metrics.FAILURES.labels("unknown", failure.reason).inc()
         await self._dead_letter(item, item.files, failure, Tries(before=0))
         await self._ack(taken)
@@ -136,35 +143,47 @@ class Courier:
 
     async def _deliver_all(
         self, item: WorkItem, remaining: list[CrashFile], place: Place, tries: Tries
-    ) -> bool:
-        """Deliver files of an item; return whether any was refused for good.
+    ) -> None:
+        """Deliver files of an item, or make those dead letters that are refused for good.
 
         One file that cannot be delivered does not keep back the others.
 
         Args:
             remaining: the files; what is settled is taken out.
+
+        Raises:
+            Passing: what remains is worth another try later.
         """
-        refused = False
-        while remaining:
+        waiting: dict[str, Unfit] = {}
+        while files := [file for file in remaining if file.name not in waiting]:
             try:
-                await self._retrying(item, remaining, place, tries)
+                await self._retrying(item, files, place, tries)
             except Unfit as failure:
-                concerned = [failure.file]
-                if failure.reason == "chunks_missing" and not await self._undelivered(
-                    item, concerned
-                ):
-                    log.info("was delivered before", file=failure.file.name)
+                if await self._is_worth_waiting(item, failure, tries):
+                    waiting[failure.file.name] = failure
                 else:
-                    await self._dead_letter(item, concerned, failure, tries)
-                    refused = True
-                remaining.remove(failure.file)
+                    remaining.remove(failure.file)
             except Final as failure:
                 await self._dead_letter(item, remaining, failure, tries)
-                return True
+                return
             else:
-                await self._publish_receipts(item, remaining, place, tries)
-                return refused
-        return refused
+                await self._publish_receipts(item, files, place, tries)
+                remaining[:] = [file for file in remaining if file.name in waiting]
+        if waiting:
+            first = next(iter(waiting.values()))
+            raise Passing(first.reason, str(first), first.mend)
+
+    async def _is_worth_waiting(self, item: WorkItem, failure: Unfit, tries: Tries) -> bool:
+        """Tell whether a file may be delivered later; if not, see that it is settled."""
+        missing = failure.reason == "chunks_missing"
+        if missing and not await self._undelivered(item, [failure.file]):
+            log.info("was delivered before", file=failure.file.name)
+            return False
+        if tries.may_mend_itself(failure, self._settings):
+            log.info("waiting for its chunks", file=failure.file.name, error=str(failure))
+            return True
+        await self._dead_letter(item, [failure.file], failure, tries)
+        return False
 
     async def _retrying(
         self, item: WorkItem, files: Sequence[CrashFile], place: Place, tries: Tries
@@ -269,6 +288,7 @@ class Courier:
             mend=failure.mend,
         )
         await self._with_bus(self._bus.publish, letter)
+        tries.settled.update(file.name for file in files)
 
     async def _undelivered(self, item: WorkItem, files: Sequence[CrashFile]) -> list[CrashFile]:
         """Return those files of an item that have no receipt."""

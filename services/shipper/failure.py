@@ -36,3 +36,12 @@ class Unfit(Final):
     def __init__(self, file: CrashFile, reason: str, error: str, mend: str) -> None:
         super().__init__(reason, f"{file.name}: {error}", mend)
         self.file = file
+
+
+def not_configured(destination: str) -> Final:
+    """Return the failure of an item for a destination that no settings name."""
+    return Final(
+        "destination_not_configured",
+        f"a work item asks for {destination[:200]!r}, which is none of ours",
+        "if it is wanted, add it to CRASHBUS_DESTINATIONS of the shippers, then retry",
+    )

@@ -18,6 +18,8 @@ from crashbus.errors import BusFull, BusUnreachable
 from services.shipper.failure import Passing
 from services.shipper.settings import ShipperSettings
 
+MISSING_TRIES = 3  # at least, for chunks that are not there
+DAMAGED_TRIES = 2
 BUS_FAILURES = (BusUnreachable, BusFull)
 
 
@@ -39,8 +41,8 @@ def in_hand(
 
     Args:
         on_retry: called with the error before each wait.
-        troubled: the destination has been failing; one try will do, so that its items do not
-            keep the shipper from other destinations.
+        troubled: the destination has been failing; one try will do, so that an item does not
+            hold a hand for a try that another has just made.
     """
     return AsyncRetrying(
         retry=retry_if_exception_type((Passing, *BUS_FAILURES)),
@@ -87,6 +89,27 @@ def hand_back_delay(deliveries: int, settings: ShipperSettings) -> float:
     """
     longest = min(settings.retry_cap, settings.retry_first * 2.0 ** min(deliveries, 30))
     return longest * random.uniform(0.5, 1)  # noqa: S311 - no secret depends on it
+
+
+def may_mend_itself(reason: str, failures: int, waited: float, settings: ShipperSettings) -> bool:
+    """Tell whether a file that cannot be read from the bus is worth another try later.
+
+    Chunks that are missing are published again by the collector when it next compares its ledger
+    with the bus, without any letter; so they are waited for. A file that is damaged it publishes
+    again only on a dead letter, and a letter too early costs only time. But a reader that comes
+    while chunks are removed and sent again may see old and new ones; hence one more try.
+
+    Args:
+        failures: how often the file failed like this, this time included.
+        waited: seconds since it first did.
+    """
+    match reason:
+        case "chunks_missing":
+            return failures < MISSING_TRIES or waited < settings.source_patience
+        case "damaged_file":
+            return failures < DAMAGED_TRIES
+        case _:
+            return False
 
 
 def is_too_late(published: float, now: float, settings: ShipperSettings) -> bool:

@@ -20,13 +20,27 @@ class ShipperSettings(Settings):
     http: str = Field(
         "127.0.0.1:9604", description="host:port to serve health and metrics on; empty: do not"
     )
-    concurrency: int = Field(4, ge=1, le=64, description="work items delivered at a time")
+    concurrency: int = Field(
+        4, ge=1, le=64, description="work items delivered at a time to each destination"
+    )
     ack_wait: float = Field(
         30,
         ge=1,
         le=3600,
         description="seconds without a sign of life after which the bus gives an item to another "
         "shipper; taken from the first shipper that ever connects",
+    )
+    unclaimed_after: float = Field(
+        600,
+        gt=0,
+        description="seconds after which a work item of a destination that no shipper serves "
+        "becomes a dead letter",
+    )
+    source_patience: float = Field(
+        180,
+        ge=0,
+        description="seconds to wait for chunks that are not on the bus; longer than "
+        "CRASHBUS_COLLECTOR_RECHECK, after which a collector publishes them again",
     )
     stall: float = Field(
         300, gt=0, description="seconds without a chunk delivered after which a try is broken off"

@@ -1,50 +1,98 @@
-"""The shipper's loop: which items are in hand, and how it ends."""
+"""The shipper's loops: which items are in hand, and how it ends."""
 
 import asyncio
+from collections.abc import Collection
 
 import structlog
 
 from crashbus.bus import Bus, Delivery
-from crashbus.messages import WorkItem
-from services.shipper import metrics
+from crashbus.messages import WorkItem, place_token, work_item_filter
+from crashbus.work_queue import WorkQueue
+from services.shipper import metrics, policy
 from services.shipper.delivery import Courier
 from services.shipper.settings import ShipperSettings
+from services.shipper.unclaimed import Sweep
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-CONSUMER = "shippers"  # all shippers share it, and so share the work
+FORMER_CONSUMER = "shippers"  # took everything; the queue refuses ours as long as it is there
 FINISH_WITHIN = 5.5  # seconds from SIGTERM for what is in hand; the rest is handed back
 HAND_BACK_WITHIN = 2.0  # seconds to take back what was begun
 
 
-class Shipper:
-    """Takes items as long as it is not cancelled, a bounded number at a time."""
+def consumer(destination: str) -> str:
+    """Return the durable consumer of a destination; all its shippers share it, and the work."""
+    return f"shippers-{place_token(destination)}"
 
-    def __init__(self, bus: Bus, courier: Courier, settings: ShipperSettings) -> None:
+
+class Shipper:
+    """Takes items as long as it is not cancelled, a bounded number at a time.
+
+    Each destination has a consumer and hands of its own. The bus gives a consumer no more when
+    1,024 messages are out, and one handed back for a while counts as out: a consumer for all
+    would let a dead destination stop the others.
+
+    Args:
+        destinations: the URLs that are served.
+        host: for dead letters that name no crash.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        courier: Courier,
+        settings: ShipperSettings,
+        destinations: Collection[str],
+        host: str,
+    ) -> None:
         self._bus = bus
         self._courier = courier
         self._settings = settings
+        self._destinations = destinations
+        self._sweep = Sweep(bus, settings, host)
         self._in_hand: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Deliver until cancelled, then finish or hand back what is in hand."""
         metrics.MALFORMED.set_function(lambda: self._bus.malformed)
-        items = self._bus.consume(
-            WorkItem, CONSUMER, service="shipper", ack_wait=self._settings.ack_wait
-        )
+        await self._retire_former_consumer()
         try:
-            # The next item is asked for only when there is a hand free to take it.
-            async for taken in items:
-                self._take(taken)
-                while len(self._in_hand) >= self._settings.concurrency:
-                    await asyncio.wait(self._in_hand, return_when=asyncio.FIRST_COMPLETED)
+            async with asyncio.TaskGroup() as loops:
+                loops.create_task(self._sweep.run(), name="sweep")
+                for destination in self._destinations:
+                    loops.create_task(self._serve(destination), name=f"serve {destination}")
         finally:
             await self._finish()
 
-    def _take(self, taken: Delivery[WorkItem]) -> None:
+    async def _retire_former_consumer(self) -> None:
+        def on_retry(error: BaseException) -> None:
+            log.warning("waiting for the bus", error=str(error))
+
+        retries = policy.until_bus_answers(self._settings, on_retry)
+        await retries(WorkQueue(self._bus).retire, FORMER_CONSUMER)
+
+    async def _serve(self, destination: str) -> None:
+        items = self._bus.consume(
+            WorkItem,
+            consumer(destination),
+            service="shipper",
+            subject=work_item_filter(destination),
+            ack_wait=self._settings.ack_wait,
+        )
+        hands: set[asyncio.Task[None]] = set()
+        # The next item is asked for only when there is a hand free to take it.
+        async for taken in items:
+            task = self._take(taken)
+            hands.add(task)
+            task.add_done_callback(hands.discard)
+            while len(hands) >= self._settings.concurrency:
+                await asyncio.wait(hands, return_when=asyncio.FIRST_COMPLETED)
+
+    def _take(self, taken: Delivery[WorkItem]) -> "asyncio.Task[None]":
         task = asyncio.create_task(self._settle(taken), name=f"item {taken.message.crash_id}")
         self._in_hand.add(task)
         task.add_done_callback(self._in_hand.discard)
+        return task
 
     async def _settle(self, taken: Delivery[WorkItem]) -> None:
         structlog.contextvars.bind_contextvars(crash_id=taken.message.crash_id)

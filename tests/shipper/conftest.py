@@ -121,6 +121,8 @@ def quick(**changes: Any) -> ShipperSettings:
         "retry_first": 0.05,
         "retry_cap": 0.5,
         "retry_in_hand": 2,
+        "unclaimed_after": 1,
+        "source_patience": 0,
         "s3_read_timeout": 5,
         "tcp_write_timeout": 2,
         "tcp_close_timeout": 1,
@@ -144,7 +146,8 @@ def shipping(bus: Bus) -> Running:
         places = {
             one.url: Place(deliverer(one, settings), Standing(one.url, health)) for one in parsed
         }
-        shipper = Shipper(bus, Courier(bus, places, settings, "test-shipper"), settings)
+        courier = Courier(bus, places, settings, "test-shipper")
+        shipper = Shipper(bus, courier, settings, places, "shipper-host")
         task = asyncio.create_task(shipper.run())
         try:
             yield health

@@ -24,6 +24,26 @@ def test_item_is_given_up_by_its_age_and_never_by_count() -> None:
     assert not policy.is_too_late(published=2000, now=1000, settings=SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("reason", "failures", "waited", "goes_on"),
+    [
+        ("chunks_missing", 1, 0, True),
+        ("chunks_missing", 2, 1000, True),
+        ("chunks_missing", 3, 180, False),
+        ("chunks_missing", 50, 179, True),
+        ("damaged_file", 1, 1000, True),
+        ("damaged_file", 2, 0, False),
+        ("file_too_large", 1, 0, False),
+    ],
+)
+def test_files_that_cannot_be_read_are_tried_as_long_as_a_collector_needs(
+    reason: str, failures: int, waited: float, goes_on: bool
+) -> None:
+    settings = quick(source_patience=180)
+
+    assert policy.may_mend_itself(reason, failures, waited, settings) is goes_on
+
+
 class Failing:
     """Fails with each of these errors once, then succeeds."""
 

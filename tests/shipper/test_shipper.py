@@ -4,18 +4,23 @@ import asyncio
 import hashlib
 import os
 import signal
+import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import msgpack
 import pytest
 import zstandard
+from nats.js.errors import NotFoundError
 
-from crashbus import Bus, DeadLetter, WorkItem
+from crashbus import Bus, DeadLetter, WorkItem, streams
+from crashbus.bus import Delivery
 from crashbus.chunks import Chunk
+from crashbus.messages import work_item_filter
 from services.shipper.destinations.file import Upload
 from services.shipper.settings import ShipperSettings
+from services.shipper.shipper import consumer
 from tests.shipper.conftest import (
     MIB,
     Running,
@@ -50,6 +55,11 @@ async def test_destination_of_no_setting_is_refused(
     assert letter.work == item
     assert "CRASHBUS_DESTINATIONS" in letter.mend
     assert not other.exists()
+
+
+def taking(bus: Bus, url: str) -> AsyncIterator[Delivery[WorkItem]]:
+    """Take a destination's items, as its shippers do."""
+    return bus.consume(WorkItem, consumer(url), service="test", subject=work_item_filter(url))
 
 
 def forged(item: WorkItem, **changes: object) -> bytes:
@@ -205,7 +215,7 @@ async def test_lines_are_not_sent_twice_when_only_the_acknowledgement_was_lost(
         await receipts_of(bus, sent, 1)
         await nothing_left(bus)
     await bus.publish(item)
-    async for taken in bus.consume(WorkItem, "shippers", service="test"):
+    async for taken in taking(bus, receiver.url):
         await taken.retry(0)  # as if a shipper had taken it and died
         break
 
@@ -224,7 +234,7 @@ async def test_only_what_has_no_receipt_is_sent_again(bus: Bus, shipping: Runnin
         await receipts_of(bus, sent, 1)
         await nothing_left(bus)
     await bus.publish(sent.item(receiver.url))
-    async for taken in bus.consume(WorkItem, "shippers", service="test"):
+    async for taken in taking(bus, receiver.url):
         await taken.retry(0)  # as if a shipper had died after the first of two receipts
         break
 
@@ -272,6 +282,175 @@ async def test_dead_destination_does_not_keep_another_from_its_files(
 
     async with shipping([gone.url, tmp_path.as_uri()], quick(retry_in_hand=0.5)):
         await receipts_of(bus, sent, 20)
+
+
+async def test_more_items_of_a_dead_destination_than_a_consumer_may_have_out_stop_no_other(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    gone = Receiver()
+    gone.close()
+    sent = await send(bus, {"info_1": b"x"})
+    for n in range(1100):
+        await bus.publish(sent.item(gone.url, process_name=f"p{n}"))
+    settings = quick(concurrency=16, retry_in_hand=0, retry_first=100, retry_cap=100)
+
+    async with shipping([gone.url, tmp_path.as_uri()], settings):
+        await until(lambda: all_out(bus, consumer(gone.url)), within=40)
+        await bus.publish(sent.item(tmp_path.as_uri()))
+        await receipts_of(bus, sent, 1, within=5)
+
+
+async def all_out(bus: Bus, durable: str) -> bool:
+    """Tell whether a consumer gives out nothing more before something is settled."""
+    try:
+        info = await bus._js.consumer_info(streams.FILES, durable)
+    except NotFoundError:  # not made yet
+        return False
+    return (info.num_ack_pending or 0) >= 1024
+
+
+async def test_destinations_that_hang_take_no_thread_from_another(
+    bus: Bus, shipper_process: Start, tmp_path: Path
+) -> None:
+    """A receiver that does not read holds a thread for each item in hand."""
+    silent = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
+    try:
+        urls = [f"tcp://127.0.0.1:{one.getsockname()[1]}?core=true" for one in silent]
+        shipper = await shipper_process([*urls, tmp_path.as_uri()])
+        await shipper.healthy()
+        sent = await send(bus, {f"core_{n}": os.urandom(20 * MIB) for n in range(4)}, "identity")
+        for name in sent.contents:
+            for url in urls:
+                await bus.publish(sent.item(url, name))
+        await until(lambda: shipper.metric("crashbus_shipper_items_in_hand") == 20)
+        # All hang in sendall() then; what is sent no more says so.
+        await until(lambda: is_still(lambda: shipper.metric("crashbus_shipper_bytes_in_total")))
+
+        await bus.publish(sent.item(tmp_path.as_uri(), "core_1"))
+        await receipts_of(bus, sent, 1, within=10)
+    finally:
+        for one in silent:
+            one.close()
+
+
+async def is_still(value: Callable[[], float]) -> bool:
+    before = await asyncio.to_thread(value)
+    await asyncio.sleep(1)
+    return before == await asyncio.to_thread(value)
+
+
+async def test_consumer_of_former_versions_does_not_keep_work_back(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    sent = await send(bus, {"info_1": b"x"})
+    await bus.publish(sent.item(tmp_path.as_uri()))
+    async for taken in bus.consume(WorkItem, "shippers", service="test"):
+        await taken.retry(0)
+        break
+
+    async with shipping([tmp_path.as_uri()]):
+        await receipts_of(bus, sent, 1)
+        await nothing_left(bus)
+
+
+async def test_item_that_another_shipper_serves_is_left_to_it(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    theirs, nobodys = (tmp_path / "theirs").as_uri(), (tmp_path / "nobodys").as_uri()
+    sent = await send(bus, {"info_1": b"x"})
+    await bus.publish(sent.item(theirs))
+    async for taken in taking(bus, theirs):
+        await taken.retry(3600)
+        break
+    item = sent.item(nobodys)
+    await bus.publish(item)
+
+    async with shipping([(tmp_path / "ours").as_uri()]):
+        (letter,) = await dead_letters(bus)
+        await until(lambda: not_held(bus, item))
+
+    assert letter.work == item
+    assert await bus.holds(WorkItem, sent.item(theirs).subject)
+    assert len(await bus.stored(DeadLetter)) == 1
+
+
+async def not_held(bus: Bus, item: WorkItem) -> bool:
+    return not await bus.holds(WorkItem, item.subject)
+
+
+async def test_item_on_a_subject_that_is_none_is_kept_as_malformed(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    sent = await send(bus, {"info_1": b"x"})
+    item = sent.item(tmp_path.as_uri())
+    await bus.publish_raw("crash.file.nonsense", item.encode())
+
+    async with shipping([tmp_path.as_uri()]):
+        (letter,) = await dead_letters(bus)
+        await nothing_left(bus)
+
+    assert (letter.reason, letter.payload_received) == ("malformed_message", item.encode())
+    assert item.subject in letter.error
+
+
+async def test_unclaimed_item_is_given_time(bus: Bus, shipping: Running, tmp_path: Path) -> None:
+    """The shippers that serve it may just be starting."""
+    late = (tmp_path / "late").as_uri()
+    sent = await send(bus, {"info_1": b"x"})
+    await bus.publish(sent.item(late))
+
+    async with shipping([(tmp_path / "ours").as_uri()], quick(unclaimed_after=3)):
+        await asyncio.sleep(1)  # less than its time
+        async with shipping([late]):
+            await receipts_of(bus, sent, 1)
+
+    assert await bus.stored(DeadLetter) == []
+
+
+async def test_chunks_that_are_published_again_are_waited_for(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    sent = await send(bus, {"cfg_1": b"there", "info_1": b"x"}, encoding="identity")
+    await bus.purge_chunks(sent.crash_id, "info_1")
+    await bus.publish(sent.item(tmp_path.as_uri()))
+
+    async with shipping([tmp_path.as_uri()], quick(source_patience=60)):
+        (first,) = await receipts_of(bus, sent, 1)
+        await until(lambda: deliveries(bus, consumer(tmp_path.as_uri()), 4))
+        assert await bus.stored(DeadLetter) == []
+        await bus.publish_chunk(
+            sent.crash_id, "info_1", Chunk(0, 1, b"x", hashlib.sha256(b"x").hexdigest())
+        )
+        receipts = await receipts_of(bus, sent, 2)
+        await nothing_left(bus)
+
+    assert first.file.name == "cfg_1"
+    assert sorted(one.file.name for one in receipts) == ["cfg_1", "info_1"]
+    assert await bus.stored(DeadLetter) == []
+
+
+async def deliveries(bus: Bus, durable: str, count: int) -> bool:
+    """Tell whether a consumer has given out messages so often."""
+    info = await bus._js.consumer_info(streams.FILES, durable)
+    return info.delivered is not None and info.delivered.consumer_seq >= count
+
+
+async def test_file_given_up_while_another_is_waited_for_is_told_once(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    sent = await send(bus, {"cfg_1": b"1", "info_1": b"x"})
+    await bus.purge_chunks(sent.crash_id, "info_1")
+    cfg, info = sent.files
+    damaged = cfg.model_copy(update={"sha256": "0" * 64})
+    await bus.publish(sent.item(tmp_path.as_uri(), files=(damaged, info)))
+
+    async with shipping([tmp_path.as_uri()], quick(source_patience=2)):
+        letters = await dead_letters(bus, 2)
+        await nothing_left(bus)
+
+    assert [letter.reason for letter in letters] == ["damaged_file", "chunks_missing"]
+    assert [len(letter.work.files) for letter in letters if letter.work] == [1, 1]
+    assert len(await bus.stored(DeadLetter)) == 2
 
 
 async def test_delivery_outlives_a_restart_of_the_bus(
