@@ -31,6 +31,7 @@ _MAX_REQUEST = 4096  # the kernel promises less than a page
 _SO_PEERPIDFD = 77
 
 _HELPER_MESSAGE = re.compile(rb"(\d{1,10}) (\d{1,10}) (\d{1,2}) (\d{1,12})\n")
+_HELPER_WITHIN = 10.0  # seconds; the helper sends at once
 _PIPE_SIZE = 1024 * 1024  # bytes; the most an unprivileged process may set, fcntl(2)
 
 
@@ -68,6 +69,20 @@ def receive(mechanism: Mechanism, hold: Hold) -> Arrival:
     return Arrival(pid, 0)
 
 
+def identify(mechanism: Mechanism, hold: Hold) -> int:
+    """Return the PID of a crash that will not be received, without waiting for anything.
+
+    Raises:
+        CaptureFailed: it cannot be told.
+    """
+    try:
+        if mechanism is Mechanism.PIPE:
+            return _from_helper(hold, within=0).pid
+        return _peer(hold.descriptor)
+    except OSError as error:
+        raise _gone(f"it cannot be told who crashed: {error}") from error
+
+
 def _peer(descriptor: int) -> int:
     """Return the crashing process's PID from the socket's pidfd, which cannot be reused."""
     with socket.socket(fileno=os.dup(descriptor)) as connection:
@@ -102,9 +117,9 @@ def _answer_request(hold: Hold) -> None:
         raise _not_the_kernel(f"the answer {name} to our acknowledgement")
 
 
-def _from_helper(hold: Hold) -> Arrival:
+def _from_helper(hold: Hold, within: float = _HELPER_WITHIN) -> Arrival:
     with socket.socket(fileno=os.dup(hold.descriptor)) as connection:
-        connection.settimeout(10)  # seconds; the helper sends at once
+        connection.settimeout(within)
         text, descriptors, _, _ = socket.recv_fds(connection, 256, 1, socket.MSG_CMSG_CLOEXEC)
     match = _HELPER_MESSAGE.fullmatch(text)
     if not match or len(descriptors) != 1:

@@ -58,13 +58,17 @@ def copy(hold: Hold, head: bytes, announced: int | None, core: int, limit: int) 
     if announced is not None and size < announced:
         missing = f"{announced - size} of {announced} bytes are missing"
         return Copied(size, f"{missing}: {fault or _ended(hold)}")
-    return Copied(size, fault)
+    return Copied(size, fault or _let_go(hold))
 
 
 def _ended(hold: Hold) -> str:
+    return _let_go(hold) or "the process was killed while it dumped"
+
+
+def _let_go(hold: Hold) -> str | None:
     if hold.is_held:
-        return "the process was killed while it dumped"
-    return "the recorder let it go before the end"
+        return None
+    return f"the recorder let it go: {hold.let_go_because or 'before the end'}"
 
 
 def _fill(hold: Hold, block: memoryview) -> tuple[int, str | None]:

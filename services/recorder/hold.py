@@ -2,11 +2,48 @@
 
 import os
 import select
+import signal
 import threading
 import time
+from collections import deque
+from contextlib import suppress
+
+import structlog
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 # Opened once: letting go must not fail for want of a descriptor.
 _NULL = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+_END_WITHIN = 5.0  # seconds for a process that was let go to end by itself
+# Pidfds of those, each with when it was let go.
+_let_go: "deque[tuple[int, float]]" = deque()
+
+
+def end_those_let_go() -> None:
+    """Break off the dumps of processes that were let go and do not end; call it now and then.
+
+    Over memory that was never touched the kernel writes nothing, so that it does not notice
+    for hours that nobody reads any more (fs/coredump.c, dump_user_range()). Only then, because
+    a parent sees SIGKILL where its child had another signal.
+    """
+    for _ in range(len(_let_go)):
+        pidfd, since = _let_go.popleft()
+        if _has_ended(pidfd):
+            os.close(pidfd)
+        elif time.monotonic() - since < _END_WITHIN:
+            _let_go.append((pidfd, since))
+        else:
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            except OSError as error:
+                log.error("a dump without an end cannot be broken off", error=error.strerror)
+            os.close(pidfd)
+
+
+def _has_ended(pidfd: int) -> bool:
+    waiting = select.poll()
+    waiting.register(pidfd, select.POLLIN)  # pidfd_open(2)
+    return bool(waiting.poll(0))
 
 
 class Stalled(Exception):
@@ -32,13 +69,25 @@ class Hold:
         self._lock = threading.Lock()
         self._held = True
         self._closed = False
+        self._process = -1  # pidfd
         self.held_for: float | None = None  # seconds, once it was let go
+        self.let_go_because: str | None = None  # where that was before the end
         self.last_progress = self._arrived  # monotonic seconds
 
     @property
     def is_held(self) -> bool:
         """Whether the process still is held by us."""
         return self._held
+
+    @property
+    def age(self) -> float:
+        """Seconds since the crash arrived."""
+        return time.monotonic() - self._arrived
+
+    def belongs_to(self, pid: int) -> None:
+        """Say whose hold it is, so that the process can be made to end as well."""
+        with suppress(OSError):  # it was killed meanwhile, or there is no descriptor left
+            self._process = os.pidfd_open(pid)
 
     def continue_with(self, descriptor: int) -> None:
         """Read from, and hold by, another descriptor from now on; the first one is closed."""
@@ -74,14 +123,22 @@ class Hold:
         """Send a few bytes to the kernel."""
         os.write(self.descriptor, data)
 
-    def let_go(self) -> None:
-        """Let the process go, if it still is held."""
+    def let_go(self, because: str | None = None) -> None:
+        """Let the process go, if it still is held.
+
+        Args:
+            because: why before the end of its core; see also `end_those_let_go`.
+        """
         with self._lock:
             if not self._held:
                 return
+            self.let_go_because = because
             self._held = False
             self.held_for = time.monotonic() - self._arrived
             os.dup2(_NULL, self.descriptor, inheritable=False)
+            if because and self._process >= 0:
+                _let_go.append((self._process, time.monotonic()))
+                self._process = -1
 
     def close(self) -> None:
         """Let the process go and give the descriptor back."""
@@ -90,3 +147,5 @@ class Hold:
             if not self._closed:
                 self._closed = True
                 os.close(self.descriptor)
+                if self._process >= 0:
+                    os.close(self._process)

@@ -14,7 +14,10 @@ HOLD_SECONDS = Histogram(
     "From arrival until the process was let go",
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
 )
-LET_GO = Counter("crashbus_recorder_let_go_total", "Processes let go early because all stood still")
+LET_GO = Counter(
+    "crashbus_recorder_let_go_total",
+    "Processes let go early: their capture stood still or took too long",
+)
 BACKTRACES = Counter(
     "crashbus_recorder_backtraces_total", "Backtraces, by what became of them", ["result"]
 )

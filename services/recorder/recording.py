@@ -41,7 +41,7 @@ from services.recorder.mechanism import Mechanism
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 MODULE_FILES = 64  # opened for one crash: most programs map fewer libraries
-_EPOCHS_TRIED = 8  # AppScope's library can take one while we look
+_PLACES_TRIED = 64  # others can take a name, and the collector remove the directory, meanwhile
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def capture_crash(hold: Hold, on: Conditions) -> Recording:
     """
     try:
         arrived = arrival.receive(on.mechanism, hold)
+        hold.belongs_to(arrived.pid)
         process = facts.read_identity(arrived.pid, on.boot_id)
         return _capture_process(process, arrived.signal, hold, on)
     finally:
@@ -141,21 +142,21 @@ def _begin(
         signal_name=signals.name(signal),
     )
     epoch = int(crashed_at)
-    for _ in range(_EPOCHS_TRIED):
+    for _ in range(_PLACES_TRIED):
         try:
             directory, epoch = crash_directory.open_crash(on.spool, process.pid, epoch)
         except SpoolUnusable as error:
             raise CaptureFailed("spool_unusable", str(error), error.mend) from error
         try:
             record_file = capture.create(directory, epoch, record)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):
             os.close(directory)
             continue
         except OSError as error:
             os.close(directory)
             raise _no_record(on.spool, error) from error
         return Recording(directory, record_file, epoch, record, cause=Cause(signal))
-    raise _no_record(on.spool, OSError(None, "every name is taken at once"))
+    raise _no_record(on.spool, OSError(None, "its place is taken or removed at once"))
 
 
 def _no_record(path: Path, error: OSError) -> CaptureFailed:
@@ -239,6 +240,8 @@ def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions) ->
     recording.files[name] = CapturedFile(size=copied.size, truncated=fault is not None, note=fault)
     metrics.CORE_BYTES.inc(copied.size)
     on.on_disk_full(copied.disk_full)
+    if copied.fault:
+        hold.let_go(copied.fault)
 
 
 def _write_file(recording: Recording, kind: Kind, content: bytes) -> None:

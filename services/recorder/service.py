@@ -17,13 +17,13 @@ from typing import Any
 
 import structlog
 
-from crashbus.identity import boot_id
+from crashbus.identity import boot_id, crash_id, start_ticks
 from services.common.health import Health
 from services.common.service import Runtime, finish
-from services.recorder import core_pattern, hardening, mechanism, metrics, recording
+from services.recorder import arrival, core_pattern, hardening, mechanism, metrics, recording
 from services.recorder.dead_letters import DeadLetters
 from services.recorder.errors import CaptureFailed, RecorderError
-from services.recorder.hold import Hold
+from services.recorder.hold import Hold, end_those_let_go
 from services.recorder.listener import Listener
 from services.recorder.mechanism import Mechanism, Plan
 from services.recorder.recording import MODULE_FILES, Conditions, Recording
@@ -112,6 +112,8 @@ class Recorder:
         while True:
             await asyncio.sleep(_LOOK_EVERY)
             self._let_go_of_stalled()
+            end_those_let_go()
+            await asyncio.to_thread(self._give_up_waiting)
             self._check_core_pattern()
             metrics.HELD.labels("waiting").set(self._arrivals.qsize())
             metrics.HELD.labels("capturing").set(len(self._in_work))
@@ -129,7 +131,7 @@ class Recorder:
         self._listener.stop(max(0.1, end - time.monotonic()))
         self._wait_until_idle(end)
         for hold in (*self._in_work.copy(), *self._waiting()):
-            hold.let_go()
+            hold.let_go("it was stopped")
 
     def _wait_until_idle(self, end: float) -> None:
         time.sleep(_IDLE_CHECK)
@@ -147,6 +149,7 @@ class Recorder:
     def _capture_for_ever(self) -> None:
         while True:
             hold = self._arrivals.get()
+            hold.last_progress = time.monotonic()  # it was not idle, it waited
             self._in_work.add(hold)
             try:
                 self._capture(hold)
@@ -196,23 +199,61 @@ class Recorder:
             self._health.working("spool")
 
     def _let_go_of_stalled(self) -> None:
-        """Let go of what stands still: a reader that waits for a dead disk, and those behind it.
+        """Let go of what is in work and stands still, or will not end.
 
-        Who waits for a thread is let go only when no thread gets on.
+        The first is a reader that waits for a dead disk, the second a process that reserved
+        more memory than anybody could read.
         """
         now, patience = time.monotonic(), self._settings.stall_deadline + _LOOK_EVERY
-        working = [hold for hold in self._in_work.copy() if hold.is_held]
-        newest = max((hold.last_progress for hold in working), default=0.0)
-        stalled = [hold for hold in working if now - hold.last_progress > patience]
-        stalled += [
-            hold
-            for hold in self._waiting()
-            if hold.is_held and now - max(hold.last_progress, newest) > patience
-        ]
-        for hold in stalled:
-            hold.let_go()
-            metrics.LET_GO.inc()
-            log.error("let a process go: its capture stands still", seconds=round(patience))
+        for hold in (one for one in self._in_work.copy() if one.is_held):
+            if now - hold.last_progress > patience:
+                _let_go(hold, f"its capture stood still for {patience:.0f} s")
+            elif hold.age > self._settings.hold_deadline:
+                _let_go(
+                    hold,
+                    f"it was not whole after {hold.age:.0f} s (CRASHBUS_RECORDER_HOLD_DEADLINE)",
+                )
+
+    def _give_up_waiting(self) -> None:
+        """Let go of who waited too long for a capture thread, whatever the threads do.
+
+        A few system calls for each, and none that can hang: not a byte of its memory is read,
+        no disk is written to.
+        """
+        patience = min(self._settings.stall_deadline, self._settings.hold_deadline)
+        for hold in self._waiting():
+            if hold.age > patience and self._withdraw(hold):
+                self._give_up(hold)
+
+    def _withdraw(self, hold: Hold) -> bool:
+        """Take a hold out of the queue; False when a thread was faster."""
+        with self._arrivals.mutex:
+            try:
+                self._arrivals.queue.remove(hold)
+            except ValueError:
+                return False
+            self._arrivals.not_full.notify()
+            return True
+
+    def _give_up(self, hold: Hold) -> None:
+        failure = CaptureFailed(
+            "capture_failed",
+            f"it waited {hold.age:.0f} s for a capture thread and was let go",
+            "see why captures take so long (disk, size of cores), or raise "
+            "CRASHBUS_RECORDER_CAPTURES or CRASHBUS_RECORDER_STALL_DEADLINE",
+        )
+        try:
+            pid = arrival.identify(self._plan.mechanism, hold)
+            hold.belongs_to(pid)
+            failure.crash_id = crash_id(self._conditions.boot_id, pid, start_ticks(pid))
+        except (CaptureFailed, OSError) as error:
+            log.warning("who waited cannot be named", error=str(error))
+        finally:
+            _let_go(hold, "it waited too long")
+            hold.close()
+            metrics.CAPTURES.labels("failed").inc()
+            self._letters.add(failure)
+            self._arrivals.task_done()
 
     def _check_core_pattern(self) -> None:
         found = core_pattern.current()
@@ -225,6 +266,12 @@ class Recorder:
         if self._health.faults().get("core_pattern") != fault:
             log.error("core_pattern was changed", found=found)
         self._health.failing("core_pattern", fault)
+
+
+def _let_go(hold: Hold, because: str) -> None:
+    hold.let_go(because)
+    metrics.LET_GO.inc()
+    log.error("let a process go", because=because)
 
 
 def _start(name: str, target: Callable[[], None]) -> None:

@@ -30,10 +30,19 @@ class RecorderSettings(Settings):
         _BUILT_HELPER, description="the compiled pipe helper, copied to the state directory"
     )
     max_core_bytes: int = Field(
-        0, ge=0, description="a core is cut short at this size; 0: whatever its size"
+        64 * 1024**3,
+        ge=0,
+        description="a core is cut short at this size, memory never touched counted in; "
+        "0: whatever its size",
     )
     stall_deadline: float = Field(
-        120, gt=0, le=3600, description="seconds without progress until a held process is let go"
+        120,
+        gt=0,
+        le=3600,
+        description="seconds without progress, or waiting, until a held process is let go",
+    )
+    hold_deadline: float = Field(
+        300, gt=0, le=86400, description="seconds until a held process is let go in any case"
     )
     backtrace_deadline: float = Field(
         30, gt=0, le=3600, description="seconds that the backtrace of one crash may take"

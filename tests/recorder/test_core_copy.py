@@ -107,11 +107,13 @@ def test_core_that_stands_still_is_given_up(kernel: Kernel, core: int) -> None:
 def test_process_can_be_let_go_while_its_core_is_read(kernel: Kernel, core: int) -> None:
     kernel.send(b"x" * 1000, end=False)
     os.set_blocking(kernel.hold.descriptor, True)
-    threading.Timer(0.05, kernel.hold.let_go).start()
+    threading.Timer(0.05, kernel.hold.let_go, ["too old"]).start()
 
     copied = core_copy.copy(kernel.hold, HEAD, 5000, core, 0)
 
-    assert copied.fault is not None
+    assert copied.fault == (
+        f"{5000 - copied.size} of 5000 bytes are missing: the recorder let it go: too old"
+    )
     assert not kernel.hold.is_held
     with pytest.raises(OSError):
         for _ in range(2):

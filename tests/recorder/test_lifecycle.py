@@ -6,13 +6,14 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from crashbus import Bus, DeadLetter, capture
+from crashbus import Bus, DeadLetter, capture, identity
 from tests.recorder.conftest import MakeRecorder
 from tests.support import core_pattern
 from tests.support.crashers import crasher
@@ -28,6 +29,32 @@ memory = mmap.mmap(-1, size)
 memory.write(b"\\xa5" * size)
 ctypes.string_at(0)
 """
+# A process may reserve far more than there is, mmap(2). The kernel reads over what was never
+# touched without a word, and writes it as zeros once something follows.
+_RESERVING = """
+import ctypes, mmap, sys
+MAP_NORESERVE = 0x4000
+flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+memory = mmap.mmap(-1, 60 << 40, flags=flags)
+for place in range(0, int(sys.argv[1]) + 1, 1 << 21):
+    memory[place] = 1
+ctypes.string_at(0)
+"""
+ENDLESS = ("/usr/bin/python3", "-c", _RESERVING, str(1 << 36))
+EMPTY = ("/usr/bin/python3", "-c", _RESERVING, "0")
+
+# What the collector's retention does with a directory that is empty.
+_REMOVER = """
+import os, sys
+from pathlib import Path
+while True:
+    for path in Path(sys.argv[1]).glob("*"):
+        try:
+            path.rmdir()
+        except OSError:
+            pass
+"""
+
 HOG = ("/usr/bin/python3", "-c", _HOG)
 
 
@@ -77,7 +104,7 @@ async def test_core_pattern_can_be_put_back_without_a_recorder(
     recorder.kill()
     subprocess.run(command, check=True, capture_output=True)
 
-    assert "a recorder runs already" in refused.stderr
+    assert "a recorder runs on this host already" in refused.stderr
     assert core_pattern.current() == "/somewhere/core.%p"
 
 
@@ -114,7 +141,7 @@ async def test_second_recorder_with_the_same_state_is_refused(
     assert second.process is not None
     assert second.process.wait(20) == 2
 
-    assert "a recorder runs already" in second.log
+    assert "a recorder runs on this host already" in second.log
     assert "Traceback" not in second.log
     pid, _ = crash(crasher("null_pointer"))
     await first.captured(pid)
@@ -395,6 +422,84 @@ async def test_crash_while_the_recorder_is_dead_does_not_hang(
 
     assert number == signal.SIGSEGV
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
+@pytest.mark.parametrize(
+    ("program", "note"), [("ENDLESS", "HOLD_DEADLINE"), ("EMPTY", "nothing came for 3 s")]
+)
+async def test_core_without_an_end_does_not_hold_its_process(
+    recorder_with: MakeRecorder, mechanism: str, program: str, note: str
+) -> None:
+    recorder = recorder_with(
+        recorder_mechanism=mechanism,
+        recorder_max_core_bytes=0,
+        recorder_stall_deadline=3 if program == "EMPTY" else 60,
+        recorder_hold_deadline=3 if program == "ENDLESS" else 60,
+    )
+    await recorder.start()
+
+    pid, number = crash(*{"ENDLESS": ENDLESS, "EMPTY": EMPTY}[program])
+    record = await recorder.captured(pid)
+
+    # Nothing but SIGKILL ends a dump that writes nothing.
+    assert number == (signal.SIGSEGV if program == "ENDLESS" else signal.SIGKILL)
+    core = record.files[recorder.file(pid, "core").name]
+    assert core.truncated
+    assert note in (core.note or "")
+
+
+@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
+async def test_process_that_waits_for_a_busy_recorder_is_let_go_and_told(
+    recorder_with: MakeRecorder, nats_server: NatsServer, bus: Bus, mechanism: str
+) -> None:
+    recorder = recorder_with(
+        nats_url=nats_server.url,
+        recorder_mechanism=mechanism,
+        recorder_captures=1,
+        recorder_max_core_bytes=0,
+        recorder_stall_deadline=2,
+    )
+    await recorder.start()
+    endless = subprocess.Popen(ENDLESS, stderr=subprocess.DEVNULL)
+    try:
+        await until(lambda: list(recorder.spool.glob(f"{endless.pid}/core_*")))
+        behind = subprocess.Popen([crasher("waiting")], stdout=subprocess.PIPE)
+        assert behind.stdout is not None
+        with behind.stdout:
+            behind.stdout.readline()
+        boot, ticks = identity.boot_id(), identity.start_ticks(behind.pid)
+        behind.send_signal(signal.SIGSEGV)
+
+        assert behind.wait(8) == -signal.SIGSEGV
+        assert endless.poll() is None
+    finally:
+        endless.kill()
+        endless.wait()
+
+    def told() -> list[DeadLetter]:
+        name = identity.crash_id(boot, behind.pid, ticks)
+        return [letter for letter in bus_letters if letter.crash_id == name]
+
+    bus_letters = await until(lambda: bus.stored(DeadLetter))
+    assert [letter.reason for letter in told()] == ["capture_failed"]
+    assert "waited" in told()[0].error
+    assert (await recorder.captured(endless.pid)).state == "complete"
+
+
+async def test_record_is_made_though_its_directory_is_removed_again_and_again(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with(recorder_backtrace_deadline=0.1)
+    await recorder.start()
+    remover = subprocess.Popen([sys.executable, "-c", _REMOVER, str(recorder.spool)])
+    try:
+        pids = [crash(crasher("null_pointer"))[0] for _ in range(20)]
+        for pid in pids:
+            assert (await recorder.captured(pid)).state == "complete"
+    finally:
+        remover.kill()
+        remover.wait()
 
 
 async def test_unusable_settings_are_told_in_a_line(recorder_with: MakeRecorder) -> None:
