@@ -38,7 +38,7 @@ MAX_SMALL_FILE = 64 * 1024  # read of cfg, info and backtrace to judge a set
 MAX_FILES = 512  # of one crash; AppScope writes four for each signal
 EVENTS_KEPT = 86400.0  # seconds; older files are not looked up among the events
 WAIT_FOR = 1024  # processes waited for at a time
-_PID = re.compile(r"[1-9][0-9]{0,9}")
+_PID = re.compile(r"[1-9][0-9]{0,6}")  # at most 4194304, proc_sys_kernel(5), pid_max
 _CHANGES = Mask.CREATE | Mask.CLOSE_WRITE | Mask.MOVED_TO | Mask.ONLYDIR | Mask.DONT_FOLLOW
 
 
@@ -219,6 +219,7 @@ class Gatherer:
             except FileNotFoundError:
                 self._forget(directory)
             except (BusUnreachable, OSError) as error:
+                self._settled.pop(directory, None)
                 log.warning("will look again", directory=directory, error=str(error))
                 return False
             except Exception:  # one odd directory must not end all gathering
@@ -234,6 +235,7 @@ class Gatherer:
     async def _look(self, directory: str) -> None:
         changed, found = await asyncio.to_thread(self._examine, directory)
         settled = True
+        self._settled[directory] = changed  # also when a fault of our own ends this look
         for one in found:
             judged, process = await self._identified(one)
             self._being_captured.pop((directory, one.epoch), None)
@@ -244,8 +246,8 @@ class Gatherer:
                 self._look_when_gone(judged)
             else:
                 await self._enter(judged, process)
-        if settled:
-            self._settled[directory] = changed
+        if not settled:
+            self._settled.pop(directory, None)
 
     async def _identified(self, found: FoundSet) -> tuple[FoundSet, Process | None]:
         """Find out who made a set of AppScope's; judge it anew if that process still lives."""
