@@ -400,7 +400,7 @@ async def test_disk_that_hangs_does_not_hang_the_crashing_processes(
         # The first hangs in the only thread there is, the others behind it.
         crashes = [subprocess.Popen([program]) for _ in range(3)]
         numbers = [process.wait(15) for process in crashes]
-        await until(lambda: recorder.log.count("let a process go") == 3)
+        await until(lambda: recorder.log.count("let a process go") >= 3)
     finally:
         subprocess.run(["fsfreeze", "-u", str(frozen_disk)], check=True)
 
