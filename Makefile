@@ -13,8 +13,9 @@ setup: ## install what is missing: Debian packages, the virtual environment, the
 demo: setup ## crash a real nginx and see its crash files delivered
 	@$(PYTHON) -m crashbus demo
 
+# Most tests wait for real servers: two at a time take little more than half as long.
 test: setup ## run the test suite
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: setup ## ruff and mypy --strict
 	@$(PYTHON) -m ruff check .

@@ -25,8 +25,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 ACK_WAIT = 60.0  # seconds; a large process is held longer than that, so we keep saying "working"
 AT_ONCE = 512  # deaths followed at a time
-PATIENCE = 20.0  # seconds one may hold its place while its process lives; then others' turn
-LATER = 20.0  # seconds until it comes again
+PATIENCE = 5.0  # seconds one may hold its place while its process lives; then others' turn
+LATER = 10.0  # seconds until it comes again
 EPOCH_BEFORE = 5.0  # seconds; AppScope's set is made two seconds before the abort() it ends in
 GIVE_UP = 3600.0  # seconds after which a process that still lives did not die of it
 

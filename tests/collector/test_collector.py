@@ -450,7 +450,7 @@ async def test_many_foreign_names_hide_no_crash_file(setup: Setup) -> None:
     process = crash(setup)
     directory = setup.spool / str(process.pid)
     await until(directory.exists)
-    for number in range(10_000):
+    for number in range(5_000):
         (directory / f"x{number}").touch()
     process.wait()
     (manifest,) = await reports(setup)

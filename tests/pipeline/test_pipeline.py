@@ -195,20 +195,24 @@ def appscope_lines(case: str, epoch: str) -> bytes:
     return "".join(f"{line}\n" for line in compact).encode()
 
 
-async def test_appscope_files_in_a_container_are_brought_out_and_delivered(
-    pipeline: Pipeline, tmp_path: Path
-) -> None:
-    """A process with a root and a PID namespace of its own, gone with its end."""
-    root = tmp_path / "root"
+def start_container(root: Path, *options: str) -> subprocess.Popen[bytes]:
+    """Start a process like one under AppScope, with a root and a PID namespace of its own."""
     (root / "tmp" / "appscope").mkdir(parents=True)
     # The detector knows AppScope's handlers by the name of the file they lie in.
     program = root / "libscope.so"
     source = SOURCES / "appscope_like.c"
     subprocess.run(["gcc", "-static", "-O1", "-o", program, source], check=True)
-    command = ["unshare", "--pid", "--fork", "--mount", "chroot", root, "/libscope.so"]
-    container = subprocess.Popen(list(map(str, command)))
+    inside = ["chroot", root, "/libscope.so", "/tmp/appscope", *options]
+    return subprocess.Popen(["unshare", "--pid", "--fork", "--mount", "--kill-child", *inside])
+
+
+async def test_appscope_files_in_a_container_are_brought_out_and_delivered(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """Its root is gone with its end."""
+    container = start_container(tmp_path / "root")
     await asyncio.to_thread(container.wait, 30)
-    shutil.rmtree(root)
+    shutil.rmtree(tmp_path / "root")
 
     async def brought_out() -> Manifest | None:
         for manifest in reversed(await pipeline.bus.stored(Manifest)):
@@ -232,13 +236,7 @@ async def test_container_process_that_recovers_has_every_set_brought_out(
     pipeline: Pipeline, tmp_path: Path
 ) -> None:
     """The detector publishes the first signal only; the others' sets come out as well."""
-    root = tmp_path / "root"
-    (root / "tmp" / "appscope").mkdir(parents=True)
-    program = root / "libscope.so"
-    source = SOURCES / "appscope_like.c"
-    subprocess.run(["gcc", "-static", "-O1", "-o", program, source], check=True)
-    command = ["unshare", "--pid", "--fork", "--kill-child", "chroot", root, "/libscope.so"]
-    container = subprocess.Popen([*map(str, command), "/tmp/appscope", "recover"])
+    container = start_container(tmp_path / "root", "recover")
 
     async def all_sets() -> Manifest | None:
         for manifest in reversed(await pipeline.bus.stored(Manifest)):
