@@ -1,0 +1,57 @@
+"""Retention: what is removed, and what must stay."""
+
+from pathlib import Path
+
+import pytest
+
+from crashbus.layout import Kind
+from crashbus.messages import Process
+from services.collector import retention
+from services.collector.ledger import Crash, Ledger, Source
+
+CRASH_ID = "0" * 16
+
+
+@pytest.fixture
+async def ledger(tmp_path: Path) -> Ledger:
+    """A ledger with one delivered crash, whose file lies in the spool."""
+    made = Ledger(tmp_path / "ledger")
+    made.load()
+    (tmp_path / "spool" / "7").mkdir(parents=True)
+    (tmp_path / "spool" / "7" / "info_1").write_text("delivered")
+    process = Process(boot_id="b", pid=7, ns_pid=7, start_ticks=1, uid=0, gid=0, comm="x")
+    crash = Crash(crash_id=CRASH_ID, host="h", crashed_at=1.0, process=process, delivered_at=1.0)
+    crash.sources["info_1"] = source(1)
+    await made.save(crash)
+    return made
+
+
+def source(epoch: int) -> Source:
+    return Source(directory="7", name=f"info_{epoch}", kind=Kind.INFO)
+
+
+async def test_delivered_files_are_removed_with_their_entry(tmp_path: Path, ledger: Ledger) -> None:
+    (crash,) = ledger.expired(keep=0)
+    await retention._remove_crash(str(tmp_path / "spool"), ledger, crash)
+    assert not (tmp_path / "spool" / "7").exists()
+    assert ledger.get(CRASH_ID) is None
+    assert not ledger.knows_file("7", "info_1")
+
+
+async def test_set_entered_after_the_sweep_began_stays(tmp_path: Path, ledger: Ledger) -> None:
+    (crash,) = ledger.expired(keep=0)
+    (tmp_path / "spool" / "7" / "info_2").write_text("not delivered yet")
+    crash.sources["info_2"], crash.delivered_at = source(2), None
+    await ledger.save(crash)
+    await retention._remove_crash(str(tmp_path / "spool"), ledger, crash)
+    assert (tmp_path / "spool" / "7" / "info_2").read_text() == "not delivered yet"
+    assert ledger.get(CRASH_ID) is crash
+
+
+async def test_file_of_another_crash_in_the_directory_stays(tmp_path: Path, ledger: Ledger) -> None:
+    other = tmp_path / "spool" / "7" / "info_9"
+    other.write_text("another's")
+    (crash,) = ledger.expired(keep=0)
+    await retention._remove_crash(str(tmp_path / "spool"), ledger, crash)
+    assert other.read_text() == "another's"
+    assert not (tmp_path / "spool" / "7" / "info_1").exists()
