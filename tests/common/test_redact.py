@@ -19,7 +19,7 @@ def test_names_of_secrets(name: str) -> None:
     assert is_secret(name)
 
 
-@pytest.mark.parametrize("name", ["PATH", "HOME", "PWD", "OLDPWD", "LANG", "COMPASS", "--verbose"])
+@pytest.mark.parametrize("name", ["PATH", "HOME", "PWD", "OLDPWD", "LANG", "BYPASS", "--verbose"])
 def test_names_of_no_secrets(name: str) -> None:
     assert not is_secret(name)
 
