@@ -13,6 +13,7 @@ import os
 import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,6 +36,8 @@ KERNEL_DEFAULT = "core"
 # One for the host, whatever state directories there are: two recorders would each put back the
 # other's pattern.
 LOCK = Path("/run/crashbus-recorder.lock")
+_LOCK_WITHIN = 1.0  # seconds
+_LOCK_AGAIN = 0.02  # seconds between two tries
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def only_one() -> Iterator[None]:
     """
     descriptor = _open_lock()
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor)
         yield
     except BlockingIOError:
         raise RecorderError(
@@ -85,6 +88,18 @@ def only_one() -> Iterator[None]:
         ) from None
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Lock, waiting a moment: a dead recorder's watchdog holds it while it puts back."""
+    end = time.monotonic() + _LOCK_WITHIN
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(_LOCK_AGAIN)
 
 
 def _open_lock() -> int:

@@ -28,6 +28,7 @@ from services.recorder.listener import Listener
 from services.recorder.mechanism import Mechanism, Plan
 from services.recorder.recording import MODULE_FILES, Conditions, Recording
 from services.recorder.settings import RecorderSettings
+from services.recorder.watchdog import Watchdog
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -54,6 +55,7 @@ async def work(runtime: Runtime, settings: RecorderSettings) -> None:
         finally:
             # In this order: who crashes from now on is the previous handler's.
             _put_back(state)
+            recorder.stop_watchdog()
             await asyncio.to_thread(recorder.stop, STOP_WITHIN)
             await finish(letters.all_told(), _TELL_WITHIN)
             telling.cancel()
@@ -83,6 +85,9 @@ class Recorder:
         self._unwind_until: float | None = None  # monotonic seconds; set when stopping
         self._listener = Listener(settings.socket, self._arrivals, settings.stall_deadline)
         self._plan = _plan(settings, self._listener.path, self._state)
+        self._watchdog = Watchdog(
+            self._state, settings.watchdog_deadline, runtime.bus_settings.log_format
+        )
         self._conditions = Conditions(
             mechanism=self._plan.mechanism,
             host=runtime.host,
@@ -104,6 +109,7 @@ class Recorder:
         self._listener.start()
         if self._plan.mechanism is Mechanism.PIPE:
             _install_helper(self._settings.helper, _helper_place(self._state))
+        self._start_watchdog()
         core_pattern.install(self._state, self._plan)
         log.info("recording crashes", mechanism=self._plan.mechanism.value)
 
@@ -111,6 +117,8 @@ class Recorder:
         """See to it that no process is held for ever, and that the kernel still sends here."""
         while True:
             await asyncio.sleep(_LOOK_EVERY)
+            self._watchdog.beat()
+            self._check_watchdog()
             self._let_go_of_stalled()
             end_those_let_go()
             await asyncio.to_thread(self._give_up_waiting)
@@ -132,6 +140,27 @@ class Recorder:
         self._wait_until_idle(end)
         for hold in (*self._in_work.copy(), *self._waiting()):
             hold.let_go("it was stopped")
+
+    def stop_watchdog(self) -> None:
+        """From here on nobody waits for us who is not let go within `STOP_WITHIN`."""
+        self._watchdog.stop()
+
+    def _start_watchdog(self) -> None:
+        try:
+            self._watchdog.start()
+        except OSError as error:
+            raise RecorderError(f"the watchdog cannot be started: {error}") from error
+        self._watchdog.beat()
+
+    def _check_watchdog(self) -> None:
+        if self._watchdog.is_running:
+            self._health.working("watchdog")
+            return
+        log.error("the watchdog is gone, starting another")
+        try:
+            self._start_watchdog()
+        except RecorderError as error:
+            self._health.failing("watchdog", str(error))
 
     def _wait_until_idle(self, end: float) -> None:
         time.sleep(_IDLE_CHECK)

@@ -44,6 +44,13 @@ class RecorderSettings(Settings):
     hold_deadline: float = Field(
         300, gt=0, le=86400, description="seconds until a held process is let go in any case"
     )
+    watchdog_deadline: float = Field(
+        15,
+        ge=3,
+        le=3600,
+        description="seconds for which the recorder may be stopped or stuck until its watchdog "
+        "kills it, so that no crashing process waits for it any longer",
+    )
     backtrace_deadline: float = Field(
         30, gt=0, le=3600, description="seconds that the backtrace of one crash may take"
     )

@@ -18,7 +18,7 @@ from tests.recorder.conftest import MakeRecorder
 from tests.support import core_pattern
 from tests.support.crashers import crasher
 from tests.support.nats import NatsServer
-from tests.support.recorder import crash
+from tests.support.recorder import RecorderService, crash
 from tests.support.requirements import need_program
 from tests.support.wait import until
 
@@ -58,6 +58,15 @@ while True:
 HOG = ("/usr/bin/python3", "-c", _HOG)
 
 
+def kill_both(recorder: RecorderService) -> None:
+    """Kill a recorder that is stopped, so that its watchdog is neither missed nor quick."""
+    watchdog = recorder.watchdog()
+    assert watchdog is not None
+    os.kill(recorder.pid, signal.SIGSTOP)
+    os.kill(watchdog, signal.SIGKILL)
+    recorder.kill()
+
+
 @pytest.mark.parametrize("mechanism", ["socket", "pipe"])
 async def test_core_pattern_is_put_back_after_sigterm(
     recorder_with: MakeRecorder, mechanism: str
@@ -74,13 +83,13 @@ async def test_core_pattern_is_put_back_after_sigterm(
     assert "old=/somewhere/core.%p" in recorder.log
 
 
-async def test_core_pattern_of_before_survives_a_killed_recorder(
+async def test_core_pattern_of_before_survives_a_killed_recorder_and_watchdog(
     recorder_with: MakeRecorder,
 ) -> None:
     core_pattern.set_pattern("/somewhere/core.%p")
     recorder = recorder_with()
     await recorder.start()
-    recorder.kill()
+    kill_both(recorder)
     assert core_pattern.current().startswith("@")
 
     await recorder.start()
@@ -101,7 +110,7 @@ async def test_core_pattern_can_be_put_back_without_a_recorder(
     ]  # fmt: skip
 
     refused = subprocess.run(command, capture_output=True, text=True)
-    recorder.kill()
+    kill_both(recorder)
     subprocess.run(command, check=True, capture_output=True)
 
     assert "a recorder runs on this host already" in refused.stderr

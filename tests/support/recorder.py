@@ -48,6 +48,13 @@ class RecorderService:
         assert self.process is not None
         return self.process.pid
 
+    def watchdog(self) -> int | None:
+        """Return the PID of its watchdog, if it has one."""
+        for child in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
+            if b"services.recorder.watchdog" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return int(child)
+        return None
+
     async def start(self) -> None:
         """Start it and wait until crashes go to it."""
         before = self._starts()
