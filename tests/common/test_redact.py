@@ -1,10 +1,12 @@
 """Secrets are recognised by name and by form."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.common.redact import REDACTED, arguments, environment, is_secret
+from services.common.redact import REDACTED, arguments, environment, is_secret, text
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,68 @@ def test_environment() -> None:
 )  # fmt: skip
 def test_arguments(raw: tuple[str, ...], shown: tuple[str, ...]) -> None:
     assert arguments(raw) == shown
+
+
+# Made up, in the forms that their issuers document.
+TOKENS = [
+    "AKIA" + "Q3EGRIUXBZLEXAMP",
+    "ghp_" + "16C7e42F292c6912E7710c838347Ae178B4a",
+    "github_pat_" + "11ABCDEFG0123456789_abcdefgh",
+    "glpat-" + "abcdefghij0123456789",
+    "xoxb-" + "123456789012-abcdefghijkl",
+    "sk_live_" + "4eC39HqLyjWDarjtT1zdp7dc",
+    "sk-" + "proj-abcdefghijklmnopqrstuvwx",
+    "AIza" + "SyA1234567890abcdefghijklmnopqrstuv",
+    "hvs." + "CAESIJabcdefghijklmnopqrstuv",
+    "eyJhbGciOiJIUzI1NiJ9." + "eyJzdWIiOiIxMjM0NTY3ODkwIn0." + "dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P",
+    "SUAC" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567ABCDEFGHIJKLMNOPQRSTUV",
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA\n-----END RSA PRIVATE KEY-----",
+]
+_WORDS = st.lists(st.text("abc /:,;'\"", min_size=1, max_size=8), max_size=3)
+
+
+@pytest.mark.parametrize("token", TOKENS)
+@pytest.mark.parametrize("around", ["{}", "a {} b", "url?x={}&y=1", '{{"x": "{}"}}', "/a/{}/b"])
+def test_well_known_token_is_found_wherever_it_stands(token: str, around: str) -> None:
+    value = around.format(token)
+
+    assert token not in environment((f"HARMLESS={value}",))[0]
+    assert token not in arguments((value,))[0]
+    assert REDACTED in text(value)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(TOKENS), _WORDS, _WORDS)
+def test_planted_token_never_comes_through(token: str, before: list[str], after: list[str]) -> None:
+    planted = " ".join([*before, token, *after])
+
+    assert token not in " ".join(environment((f"X={planted}",)) + arguments(("x", planted)))
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ("host=db password=x user=me", f"host=db password={REDACTED} user=me"),
+        ("Server=db;Pwd=1;Auth_Key=x;A=b", f"Server=db;Pwd=1;Auth_Key={REDACTED};A=b"),
+        ("http://h/p?q=1&access_token=x&b=2", f"http://h/p?q=1&access_token={REDACTED}&b=2"),
+        ('{"user": "a", "password" : "x\\"y"}', f'{{"user": "a", "password" : "{REDACTED}"}}'),
+        ("curl -H 'X: bearer abc' h", f"curl -H 'X: bearer {REDACTED}' h"),
+        ("a task-runner, risk-based", "a task-runner, risk-based"),
+    ],
+)
+def test_secrets_in_the_middle_of_text(raw: str, shown: str) -> None:
+    assert text(raw) == shown
+
+
+@pytest.mark.parametrize(
+    "part", ["eyJaaaaaaaa-", "-eyJ", "eyJaaaaaaaa.", 'a"b":"', "sk-", "a=", "://"]
+)
+def test_hostile_text_takes_no_long_time(part: str) -> None:
+    began = time.process_time()
+
+    text(part * (256 * 1024 // len(part)))
+
+    assert time.process_time() - began < 10  # what grows with the square takes minutes
 
 
 @settings(deadline=None)
