@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from crashbus import layout
 from crashbus.errors import CrashbusError
-from crashbus.messages import CrashId, FileName, Host, Part, Process, Time
+from crashbus.messages import CrashId, FileName, Fingerprint, Host, Part, Process, Time
 
 GROWTH = 8 * 1024  # bytes kept free in a record for what it is still to tell, on a full disk too
 MAX_SIZE = 4 * 1024 * 1024  # a record lists few files, but arguments may be long
@@ -47,6 +47,7 @@ class CaptureRecord(Part):
     code: int | None = None
     code_meaning: str | None = None
     fault_address: int | None = None
+    fingerprint: Fingerprint | None = None
     files: dict[FileName, CapturedFile] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

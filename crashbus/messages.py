@@ -44,6 +44,7 @@ def _finite(value: float) -> float:
 
 CrashId = Annotated[str, StringConstraints(pattern=r"^[0-9a-hjkmnp-tv-z]{16}$")]
 FileName = Annotated[str, StringConstraints(max_length=255), AfterValidator(_file_name)]
+Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Host = Annotated[str, StringConstraints(min_length=1, max_length=253)]
 Time = Annotated[float, AfterValidator(_finite), Field(description="Unix time in seconds")]
@@ -316,6 +317,9 @@ class Manifest(_Placed):
     code: Int32 | None = None
     code_meaning: str | None = None
     fault_address: Word | None = None
+    fingerprint: Fingerprint | None = Field(
+        None, description="the same for crashes of the same bug, on all hosts and builds"
+    )
     files: tuple[CrashFile, ...] = Field(max_length=1024)
     destinations: tuple[Url, ...]
     notes: tuple[str, ...] = Field((), description="what is missing or odd, in words")

@@ -106,6 +106,8 @@ def _head(crash: Crash) -> Iterator[tuple[str, str]]:
     yield "signal", f"{source.signal_name} ({source.signal}) {source.code_meaning or ''}".rstrip()
     if source.fault_address is not None:
         yield "fault address", f"{source.fault_address:#x}"
+    if crash.manifest and crash.manifest.fingerprint:
+        yield "fingerprint", crash.manifest.fingerprint
     for note in crash.manifest.notes if crash.manifest else ():
         yield "note", note
 

@@ -17,6 +17,7 @@ from crashbus.messages import (
     CrashFile,
     CrashId,
     FileName,
+    Fingerprint,
     Host,
     Manifest,
     Process,
@@ -74,6 +75,7 @@ class Crash(BaseModel):
     code: int | None = None
     code_meaning: str | None = None
     fault_address: int | None = None
+    fingerprint: Fingerprint | None = None
     destinations: tuple[str, ...] = ()
     notes: list[str] = Field(default_factory=list)
     sources: dict[str, Source] = Field(default_factory=dict)
@@ -105,6 +107,7 @@ class Crash(BaseModel):
             code=self.code,
             code_meaning=self.code_meaning,
             fault_address=self.fault_address,
+            fingerprint=self.fingerprint,
             files=tuple(s.file for s in self.in_order() if s.file is not None),
             destinations=self.destinations,
             notes=tuple(self.notes),

@@ -5,6 +5,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from crashbus.fingerprint import Call
+
 MAX_FRAMES = 1024  # of one thread
 MAX_THREADS = 4096
 MAX_TEXT = 1024  # characters of one name; C++ symbols grow long
@@ -93,3 +95,12 @@ class Backtrace(Part):
     threads: tuple[Thread, ...] = Field((), max_length=MAX_THREADS)
     modules: tuple[LoadedModule, ...] = ()
     fault: Text | None = None
+
+    def calls(self) -> tuple[Call, ...]:
+        """Return the crashing thread's frames for the fingerprint."""
+        frames = self.threads[0].frames if self.threads else ()
+        return tuple(Call(frame.symbol, self._module_path(frame)) for frame in frames)
+
+    def _module_path(self, frame: Frame) -> str | None:
+        known = frame.module is not None and frame.module < len(self.modules)
+        return self.modules[frame.module or 0].path if known else None

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from crashbus import signals
+from crashbus.fingerprint import frames
 from crashbus.messages import Container
 from services.recorder.backtrace import Backtrace, Frame, LoadedModule, Thread
 from services.recorder.core_head import Cause
@@ -106,6 +107,7 @@ def snapshot(
     cause: Cause,
     tid: int | None,
     trace: Backtrace,
+    fingerprint: str | None,
     held_for: float | None,
     core_size: int,
 ) -> bytes:
@@ -135,6 +137,8 @@ def snapshot(
         "FaultAddress": None if cause.fault_address is None else f"{cause.fault_address:#x}",
         "SenderPid": cause.sender_pid,
         "SenderUid": cause.sender_uid,
+        "Fingerprint": fingerprint,
+        "FingerprintFrames": frames(trace.calls()),
         "NsPid": process.ns_pid,
         "NsTid": tid,
         "Executable": process.executable,

@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from crashbus import capture, signals
+from crashbus import capture, fingerprint, signals
 from crashbus.capture import CapturedFile, CaptureRecord
 from crashbus.identity import crash_id
 from crashbus.layout import Kind, crash_file_name
@@ -279,6 +279,7 @@ def finish(recording: Recording, on: Conditions, backtrace_within: float) -> Non
         recording.record = recording.record.model_copy(
             update={
                 "state": "complete",
+                "fingerprint": _fingerprint(recording, trace),
                 "files": recording.files,
                 "notes": tuple(recording.notes),
             }
@@ -287,6 +288,12 @@ def finish(recording: Recording, on: Conditions, backtrace_within: float) -> Non
     finally:
         recording.close()
     _say(recording)
+
+
+def _fingerprint(recording: Recording, trace: Backtrace) -> str | None:
+    process = recording.record.process
+    program, name = process.executable or process.comm, recording.record.signal_name
+    return fingerprint.fingerprint(name, program, trace.calls())
 
 
 def _backtrace(recording: Recording, known: Facts, within: float) -> Backtrace:
@@ -305,6 +312,7 @@ def _snapshot(recording: Recording, known: Facts, trace: Backtrace, on: Conditio
         cause=recording.cause,
         tid=recording.tid,
         trace=trace,
+        fingerprint=_fingerprint(recording, trace),
         held_for=recording.held_for,
         core_size=recording.core_size,
     )

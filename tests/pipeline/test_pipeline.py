@@ -93,6 +93,7 @@ async def test_every_kind_of_crash_is_delivered_everywhere(
     await pipeline.delivered(manifest)
 
     assert {file.kind for file in manifest.files} == set(layout.SHIPPING_ORDER)
+    assert manifest.fingerprint is not None
     assert manifest.signal_name == signal_name
     assert not any(file.truncated for file in manifest.files)
     check_everywhere_equal(pipeline, manifest)

@@ -1,0 +1,136 @@
+"""The fingerprint: one short name for all crashes of the same bug.
+
+It is a hash of the signal, the program's name and the functions at the top of the crashing
+thread's stack, after everything is taken out that differs between hosts, builds and runs:
+addresses, offsets, paths, whether a function was inlined, what compilers append to names,
+template arguments, how deep a recursion went, and the functions that only carry out an abort.
+
+What it cannot even out: a function that was inlined and has no debug information is missing
+from its stack, and one without any symbol is known by its module alone.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+FRAMES = 6  # deeper ones tell how a bug was reached rather than which it is
+_LONGEST = 512  # characters of a name that are looked at; C++ symbols can have megabytes
+_DIGITS = 16  # hexadecimal: enough for 10^8 bugs without two that share one
+
+# GCC, Clang and linkers: f.isra.0, f.part.1.cold, f.llvm.42, f [clone .constprop.0]
+_CLONE = re.compile(
+    r"(?: \[clone [^\]]*\]"
+    r"|\.(?:isra|part|constprop|cold|hot|unlikely|llvm|lto_priv|localalias|clone|__uniq|abi0)"
+    r"(?:\.\d+)*|\.\d+)+$"
+)
+_SYMBOL_VERSION = re.compile(r"@.*$")
+_RUST_HASH = re.compile(r"(::h|17h)[0-9a-f]{16}E?$")
+_LAMBDA = re.compile(r"\{lambda[^{}]*\}|'lambda\d*'|\$_\d+|\{\{closure\}\}|<lambda[^<>]*>")
+_ANONYMOUS = re.compile(r"\(anonymous namespace\)|<unnamed>|_GLOBAL__N_1")
+_INNERMOST = re.compile(r"<[^<>()]*>|\([^<>()]*\)(?: const)?")
+_SHARED_OBJECT = re.compile(r"^(.+?)(?:-[\d.]+)?\.so(?:\.[\d.]+)?$")
+
+# Who ends a process on behalf of the function that found the fault.
+_MESSENGERS = frozenset(
+    """
+    raise gsignal abort kill killpg tgkill pthread_kill pthread_sigqueue
+    pthread_kill_implementation pthread_kill_internal libc_signal_restore_set GI_raise GI_abort
+    assert_fail assert_fail_base assert_perror_fail fortify_fail chk_fail stack_chk_fail
+    libc_message libc_fatal malloc_printerr restore_rt kernel_vsyscall kernel_rt_sigreturn syscall
+    std::terminate cxa_throw cxa_rethrow cxa_pure_virtual
+    gnu_cxx::verbose_terminate_handler cxxabiv1::terminate
+    rust_panic rust_begin_unwind rust_start_panic core::panicking::panic core::panicking::panic_fmt
+    std::panicking::begin_panic_handler std::panicking::rust_panic_with_hook std::process::abort
+    runtime.raise runtime.raise.abi0 runtime.dieFromSignal runtime.crash runtime.fatalpanic
+    runtime.gopanic runtime.sigpanic runtime.throw runtime.fatalthrow g_log g_logv
+    """.split()  # noqa: SIM905 - forty quoted names are harder to read
+)
+_MESSENGER_PREFIXES = ("asan", "ubsan", "tsan", "msan", "sanitizer", "interceptor", "hwasan")
+
+# What lies below every stack; it differs between C libraries and their versions.
+_BASE = frozenset(
+    """
+    _start __libc_start_main __libc_start_main_impl __libc_start_call_main runtime.goexit
+    start_thread thread_start clone clone3 __clone __clone3 __GI___clone3
+    """.split()  # noqa: SIM905 - as above
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A frame, as far as it matters here.
+
+    Attributes:
+        symbol: the function's name; None where it has none.
+        module: path of the file that its code is in.
+    """
+
+    symbol: str | None
+    module: str | None = None
+
+
+def fingerprint(signal_name: str, program: str, calls: Iterable[Call]) -> str | None:
+    """Return the fingerprint, 16 hexadecimal digits; None for a crash without a stack.
+
+    Args:
+        program: the executable's path, or the process's name.
+        calls: the crashing thread's, innermost first.
+    """
+    names = frames(calls)
+    if not names:
+        return None
+    told = "\n".join(("crashbus fingerprint 1", signal_name, _program(program), *names))
+    return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()[:_DIGITS]
+
+
+def frames(calls: Iterable[Call]) -> tuple[str, ...]:
+    """Return the names that the fingerprint is made of, innermost first."""
+    known = [name for name in map(_name, calls) if name not in _BASE]
+    # All of them, if nothing but a messenger is there: a program can abort by itself.
+    said = list(_without_messengers(known)) or known
+    return tuple(islice(dict.fromkeys(said), FRAMES))
+
+
+def normalise(symbol: str) -> str:
+    """Return a function's name without what compilers, linkers and builds add to it."""
+    name = _SYMBOL_VERSION.sub("", symbol[:_LONGEST])
+    name = _CLONE.sub("", name) or name
+    name = _RUST_HASH.sub("", name)
+    name = _ANONYMOUS.sub("{anonymous}", name)
+    name = _LAMBDA.sub("{lambda}", name)
+    name = name.replace("operator()", "operator{call}")
+    while (shorter := _INNERMOST.sub("", name)) != name:
+        name = shorter
+    return name.rpartition(" ")[2] if not name.startswith("operator") else name
+
+
+def _without_messengers(names: list[str]) -> Iterator[str]:
+    speaking = False
+    for name in names:
+        speaking = speaking or not _is_messenger(name)
+        if speaking:
+            yield name
+
+
+def _is_messenger(name: str) -> bool:
+    bare = name.lstrip("_")
+    return bare in _MESSENGERS or bare.startswith(_MESSENGER_PREFIXES)
+
+
+def _name(call: Call) -> str:
+    if call.symbol:
+        return normalise(call.symbol)
+    return f"? in {_module(call.module)}"
+
+
+def _module(path: str | None) -> str:
+    """Return a module's name without its version: libssl.so for /usr/lib/libssl.so.3.0.1."""
+    base = _program(path or "?")
+    match = _SHARED_OBJECT.match(base)
+    return f"{match[1]}.so" if match else base
+
+
+def _program(path: str) -> str:
+    return path.removesuffix(" (deleted)").rpartition("/")[2]

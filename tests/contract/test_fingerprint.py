@@ -1,0 +1,106 @@
+"""The same bug has the same fingerprint, another bug has another."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crashbus.fingerprint import FRAMES, Call, fingerprint, frames, normalise
+
+
+def of(*symbols: str | None, program: str = "/usr/bin/app", signal: str = "SIGSEGV") -> str | None:
+    return fingerprint(signal, program, [Call(symbol, "/usr/bin/app") for symbol in symbols])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("parse", "read", "main"), ("parse.isra.0", "read.part.3.cold", "main")),
+        (("parse", "main"), ("parse.constprop.0", "main [clone .lto_priv.12]")),
+        (("parse", "main"), ("parse.llvm.8842", "main", "__libc_start_call_main", "_start")),
+        (("memcpy", "main"), ("memcpy@@GLIBC_2.14", "main")),
+        (
+            ("die", "main"),
+            ("__pthread_kill_implementation", "raise", "abort", "__assert_fail", "die", "main"),
+        ),
+        (("f", "g", "main"), ("f", "f", "f", "g", "main")),
+        (("even", "odd", "main"), ("even", "odd", "even", "odd", "even", "main")),
+        (("Map<int, A<b>>::at(int) const", "main"), ("Map<char>::at(char) const", "main")),
+        (
+            ("a::(anonymous namespace)::f()", "main"),
+            ("a::_GLOBAL__N_1::f(int)", "main"),
+        ),
+        (
+            ("run()::{lambda(int)#1}::operator()(int) const",),
+            ("run()::{lambda()#7}::operator()()",),
+        ),
+        (("core::f::h0123456789abcdef", "m"), ("core::f::hfedcba9876543210", "m")),
+        (("__asan_memcpy", "copy", "main"), ("__interceptor_memcpy", "copy", "main")),
+    ],
+)
+def test_pairs_that_must_match(one: tuple[str, ...], other: tuple[str, ...]) -> None:
+    assert of(*one) is not None
+    assert of(*one) == of(*other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("parse", "main"), ("print", "main")),
+        (("parse", "read", "main"), ("read", "parse", "main")),
+        (("parse", "main"), ("parse", "read", "main")),
+        (("A::f(int)", "main"), ("B::f(int)", "main")),
+        (("main.parse", "main.main"), ("main.print", "main.main")),  # Go
+        (("operator<", "main"), ("operator>", "main")),
+        (("abort", "main"), ("abort", "check", "main")),
+        (("parse", "main"), (None, "main")),
+    ],
+)
+def test_pairs_that_must_not_match(
+    one: tuple[str | None, ...], other: tuple[str | None, ...]
+) -> None:
+    assert of(*one) != of(*other)
+
+
+def test_program_and_signal_tell_bugs_apart_and_its_place_does_not() -> None:
+    assert of("f") == of("f", program="/opt/v2/app") == of("f", program="/opt/app (deleted)")
+    assert of("f") != of("f", program="/usr/bin/other")
+    assert of("f") != of("f", signal="SIGABRT")
+
+
+def test_function_without_a_name_is_known_by_its_module() -> None:
+    one, newer, other = (
+        fingerprint("SIGSEGV", "app", [Call(None, path)])
+        for path in ("/lib/libssl.so.3", "/usr/lib64/libssl.so.3.0.11", "/lib/libm.so.6")
+    )
+
+    assert one == newer
+    assert one != other
+
+
+def test_deep_frames_do_not_count() -> None:
+    top = [f"f{n}" for n in range(FRAMES)]
+
+    assert of(*top, "from_here") == of(*top, "from_there")
+
+
+def test_crash_without_a_stack_has_none() -> None:
+    assert of() is None
+    assert of("_start") is None
+    assert of("start") is not None  # anybody's function
+
+
+def test_abort_alone_is_a_stack() -> None:
+    assert frames([Call("raise"), Call("abort"), Call("main")]) == ("main",)
+    assert frames([Call("raise"), Call("abort")]) == ("raise", "abort")
+
+
+@settings(deadline=None)
+@given(st.text(max_size=2000))
+def test_any_symbol_is_normalised_once_and_for_all(symbol: str) -> None:
+    assert normalise(normalise(symbol)) is not None
+    assert len(normalise(symbol)) <= 600
+
+
+def test_hostile_symbol_takes_no_long_time() -> None:
+    for part in ("<", "(", "<()", ".a", " [clone ", "{lambda", "@"):
+        assert isinstance(normalise(part * 1_000_000), str)
