@@ -41,7 +41,11 @@ class Module:
 
 @dataclass(frozen=True)
 class Facts:
-    """A crashed process as it was; secrets are taken out."""
+    """A crashed process as it was; secrets are taken out.
+
+    Attributes:
+        maps: its mappings, proc_pid_maps(5), up to `MAX_MAPS` bytes: drop them soon.
+    """
 
     process: Process
     username: str
@@ -52,6 +56,7 @@ class Facts:
     threads: dict[int, str]
     modules: tuple[Module, ...]
     notes: tuple[str, ...] = field(default=())
+    maps: bytes = field(default=b"", repr=False)
 
     def close(self) -> None:
         """Close the modules' files."""
@@ -94,6 +99,7 @@ def read_rest(process: Process, module_files: int) -> Facts:
     living = _living_task(process.pid)
     proc = Path(f"/proc/{living}")
     environment, cut = _environment(proc)
+    maps = _read(proc / "maps", MAX_MAPS)
     return Facts(
         process=process,
         username=_username(process.uid),
@@ -102,8 +108,9 @@ def read_rest(process: Process, module_files: int) -> Facts:
         root=_link(proc / "root"),
         limits=parse_limits(names.text(_read(proc / "limits"))),
         threads=_threads(process.pid),
-        modules=_modules(living, module_files),
+        modules=_modules(living, maps, module_files),
         notes=(f"environment cut to {MAX_ENVIRONMENT} bytes",) if cut else (),
+        maps=maps,
     )
 
 
@@ -198,10 +205,10 @@ def parse_maps(raw: bytes) -> list[tuple[str, int, int, str]]:
     ][:MAX_MODULES]
 
 
-def _modules(task: int, files: int) -> tuple[Module, ...]:
+def _modules(task: int, maps: bytes, files: int) -> tuple[Module, ...]:
     """Open the mapped files themselves, which path, root and deletion cannot hide."""
     modules = []
-    for path, start, end, mapping in parse_maps(_read(Path(f"/proc/{task}/maps"), MAX_MAPS)):
+    for path, start, end, mapping in parse_maps(maps):
         opened = _open_mapping(task, mapping) if files > 0 else -1
         files -= opened >= 0
         modules.append(Module(path, start, end, opened))

@@ -9,7 +9,7 @@ last.
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from services.recorder import (
     core_head,
     crash_files,
     facts,
+    fault_address,
     metrics,
     unwinder,
 )
@@ -82,6 +83,7 @@ class Recording:
     facts: Facts | None = None
     cause: Cause = field(default_factory=lambda: Cause(0))
     tid: int | None = None
+    fault: str | None = None  # what the fault address was
     held_for: float | None = None
     core_size: int = 0
     files: dict[str, CapturedFile] = field(default_factory=dict)
@@ -176,12 +178,22 @@ def _fill(recording: Recording, hold: Hold, on: Conditions) -> None:
     if head.fault is not None:
         recording.notes.append(head.fault)
     recording.tid = head.tid
+    _explain_fault(recording)
     recording.record = _with_cause(recording.record, recording.cause)
     _keep(recording)
     _write_early(recording, on)
     _write_core(recording, hold, head, on)
     hold.let_go()
     recording.held_for = hold.held_for
+
+
+def _explain_fault(recording: Recording) -> None:
+    """Look the fault address up in the mappings, which have megabytes and are dropped here."""
+    known, address = recording.facts, recording.cause.fault_address
+    assert known is not None
+    if address is not None and known.maps:
+        recording.fault = fault_address.describe(known.maps, address)
+    recording.facts = replace(known, maps=b"")
 
 
 def _read_head(hold: Hold) -> Head:
@@ -311,6 +323,7 @@ def _snapshot(recording: Recording, known: Facts, trace: Backtrace, on: Conditio
         facts=known,
         cause=recording.cause,
         tid=recording.tid,
+        fault=recording.fault,
         trace=trace,
         fingerprint=_fingerprint(recording, trace),
         held_for=recording.held_for,

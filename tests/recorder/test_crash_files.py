@@ -79,7 +79,7 @@ def test_snapshot_of_a_process_of_which_little_is_known() -> None:
     raw = crash_files.snapshot(
         version="1", crash_id="c", crashed_at=0.5, host="h", facts=facts, cause=Cause(0),
         tid=None, trace=Backtrace(fault="none"), held_for=None, core_size=0,
-        fingerprint=None,
+        fingerprint=None, fault=None,
     )  # fmt: skip
 
     snapshot = json.loads(raw)
