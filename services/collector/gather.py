@@ -282,15 +282,20 @@ class Gatherer:
             spool.open_directory(directory, root) as descriptor,
         ):
             changed = os.fstat(descriptor).st_mtime_ns
-            listing = spool.list_directory(descriptor)
-            for refused in listing.refused:
-                self._refuse(directory, refused)
-            found = [
-                self._judge(directory, descriptor, epoch, entries)
-                for epoch, entries in listing.sets.items()
-                if any(not self._is_entered(directory, e) for e in entries.values())
-            ]
+            found = self._sets(directory, descriptor)
+            if any(_is_stale(one) for one in found):
+                found = self._sets(directory, descriptor)
         return changed, found
+
+    def _sets(self, directory: str, descriptor: int) -> list[FoundSet]:
+        listing = spool.list_directory(descriptor)
+        for refused in listing.refused:
+            self._refuse(directory, refused)
+        return [
+            self._judge(directory, descriptor, epoch, entries)
+            for epoch, entries in listing.sets.items()
+            if any(not self._is_entered(directory, e) for e in entries.values())
+        ]
 
     def _is_entered(self, directory: str, entry: Entry) -> bool:
         return entry.kind is Kind.CAPTURE or self._ledger.knows_file(directory, entry.name)
@@ -436,6 +441,14 @@ def _clashes(crash: Crash, found: FoundSet) -> bool:
         for entry in found.entries.values()
         if (source := crash.sources.get(entry.name)) is not None
     )
+
+
+def _is_stale(found: FoundSet) -> bool:
+    """Tell whether a set was completed between the listing and the reading of its record."""
+    record = found.record.record if found.record else None
+    if record is None or record.state != "complete":
+        return False
+    return not set(record.files) <= {entry.name for entry in found.entries.values()}
 
 
 def _make_spool(root: Path) -> tuple[int, int]:
