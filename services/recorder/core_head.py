@@ -8,6 +8,7 @@ among the first: fs/binfmt_elf.c, write_note_info(); elf(5).
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from crashbus import signals
 
@@ -15,6 +16,7 @@ MAX_PROGRAM_HEADERS = 16 * 1024 * 1024  # bytes; room for 290,000 mappings
 _NOTES_WANTED = 64 * 1024  # the two notes come within the first KiB
 
 _ET_CORE = 4
+_PT_LOAD = 1
 _PT_NOTE = 4
 _PN_XNUM = 0xFFFF
 _NT_PRSTATUS = 1
@@ -35,22 +37,12 @@ class Cause:
     sender_uid: int | None = None
 
 
-@dataclass(frozen=True)
-class Head:
-    """What the first bytes of a core tell.
+class Load(NamedTuple):
+    """A piece of memory in a core: where it was, and where it is in the file, in bytes."""
 
-    Attributes:
-        raw: these bytes, which belong to the core file.
-        size: of the whole core in bytes, as announced; None where it is not.
-        tid: the crashing thread in its own PID namespace.
-        fault: what is wrong with the head, if anything.
-    """
-
-    raw: bytes
-    size: int | None = None
-    cause: Cause | None = None
-    tid: int | None = None
-    fault: str | None = None
+    address: int
+    offset: int
+    size: int
 
 
 class _Bad(Exception):
@@ -78,9 +70,43 @@ class _Elf:
     def program_header(self) -> struct.Struct:
         return struct.Struct(self.order + ("IIQQQQQQ" if self.wide else "IIIIIIII"))
 
-    def segment(self, fields: tuple[int, ...]) -> tuple[int, int, int]:
-        """Return p_type, p_offset, p_filesz."""
-        return (fields[0], fields[2], fields[5]) if self.wide else (fields[0], fields[1], fields[4])
+    def segment(self, fields: tuple[int, ...]) -> tuple[int, Load]:
+        """Return p_type, and p_vaddr, p_offset and p_filesz."""
+        if self.wide:
+            return fields[0], Load(fields[3], fields[2], fields[5])
+        return fields[0], Load(fields[2], fields[1], fields[4])
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the first bytes of a core tell.
+
+    Attributes:
+        raw: these bytes, which belong to the core file.
+        size: of the whole core in bytes, as announced; None where it is not.
+        tid: the crashing thread in its own PID namespace.
+        fault: what is wrong with the head, if anything.
+        data: offset of the first piece of memory: everything before is headers and notes.
+    """
+
+    raw: bytes
+    size: int | None = None
+    cause: Cause | None = None
+    tid: int | None = None
+    fault: str | None = None
+    data: int = 0
+    _elf: _Elf | None = None
+    _table: tuple[int, int] = (0, 0)
+
+    def loads(self) -> Iterator[Load]:
+        """Give the pieces of memory that the core holds, in the order of its file."""
+        if self._elf is None:
+            return
+        start, end = self._table
+        for fields in self._elf.program_header.iter_unpack(self.raw[start:end]):
+            kind, load = self._elf.segment(fields)
+            if kind == _PT_LOAD and load.size:
+                yield load
 
 
 def read(read_bytes: Read) -> Head:
@@ -101,12 +127,12 @@ def read(read_bytes: Read) -> Head:
     size: int | None = None
     try:
         elf, table, count = _table(until)
-        size, notes, notes_size = _segments(elf, until(table + count), table)
-        end = notes + min(notes_size, _NOTES_WANTED)
-        cause, tid = _cause(elf, until(end)[notes:])
+        size, notes, data = _segments(elf, until(table + count), table)
+        end = notes.offset + min(notes.size, _NOTES_WANTED)
+        cause, tid = _cause(elf, until(end)[notes.offset :])
     except (_Bad, struct.error) as error:
         return Head(bytes(taken), size, fault=f"the core's head cannot be read: {error}")
-    return Head(bytes(taken), size, cause, tid)
+    return Head(bytes(taken), size, cause, tid, data=data, _elf=elf, _table=(table, table + count))
 
 
 def _table(until: Read) -> tuple[_Elf, int, int]:
@@ -121,23 +147,31 @@ def _table(until: Read) -> tuple[_Elf, int, int]:
     if count == _PN_XNUM:
         # The true number stands at the very end of the file, but the notes follow the table.
         first = elf.program_header.unpack_from(until(offset + entry), offset)
-        count = max(0, elf.segment(first)[1] - offset) // entry
+        count = max(0, elf.segment(first)[1].offset - offset) // entry
     if offset + count * entry > MAX_PROGRAM_HEADERS:
         raise _Bad(f"its {count} program headers are too many")
     return elf, offset, count * entry
 
 
-def _segments(elf: _Elf, raw: bytes, table: int) -> tuple[int, int, int]:
-    """Return the core's size, and offset and size of its notes."""
-    size = notes = notes_size = 0
+def _segments(elf: _Elf, raw: bytes, table: int) -> tuple[int, Load, int]:
+    """Return the core's size, its notes, and where its memory begins.
+
+    The pieces must follow each other, as the kernel lays them out.
+    """
+    size, notes, data = len(raw), None, 0
     for fields in elf.program_header.iter_unpack(raw[table:]):
-        kind, offset, length = elf.segment(fields)
-        size = max(size, offset + length)
-        if kind == _PT_NOTE and not notes:
-            notes, notes_size = offset, length
-    if not len(raw) <= notes <= len(raw) + _NOTES_WANTED:
+        kind, segment = elf.segment(fields)
+        if kind == _PT_NOTE and notes is None:
+            notes = segment
+        if segment.size and segment.offset < size:
+            raise _Bad("its segments overlap")
+        if kind == _PT_LOAD and segment.size and not data:
+            data = segment.offset
+        if segment.size:
+            size = segment.offset + segment.size
+    if notes is None or not len(raw) <= notes.offset <= len(raw) + _NOTES_WANTED:
         raise _Bad("its notes are not where they should be")
-    return size, notes, notes_size
+    return size, notes, data or size
 
 
 def _cause(elf: _Elf, notes: bytes) -> tuple[Cause | None, int | None]:

@@ -44,6 +44,7 @@ class Facts:
     """A crashed process as it was; secrets are taken out.
 
     Attributes:
+        task: a thread that still has its memory, as a name in /proc.
         maps: its mappings, proc_pid_maps(5), up to `MAX_MAPS` bytes: drop them soon.
     """
 
@@ -57,6 +58,7 @@ class Facts:
     modules: tuple[Module, ...]
     notes: tuple[str, ...] = field(default=())
     maps: bytes = field(default=b"", repr=False)
+    task: int = 0
 
     def close(self) -> None:
         """Close the modules' files."""
@@ -111,6 +113,7 @@ def read_rest(process: Process, module_files: int) -> Facts:
         modules=_modules(living, maps, module_files),
         notes=(f"environment cut to {MAX_ENVIRONMENT} bytes",) if cut else (),
         maps=maps,
+        task=living,
     )
 
 

@@ -8,6 +8,12 @@ CAPTURES = Counter(
     ["result"],  # complete, truncated, failed
 )
 CORE_BYTES = Counter("crashbus_recorder_core_bytes_total", "Bytes of cores read, holes included")
+CORES = Counter(
+    "crashbus_recorder_cores_total",
+    "Cores by where their memory was read: the process's own (memory), or the kernel's stream, "
+    "for which it is held several times longer",
+    ["source"],
+)
 HELD = Gauge("crashbus_recorder_held", "Processes held now, by stage", ["stage"])
 HOLD_SECONDS = Histogram(
     "crashbus_recorder_hold_seconds",

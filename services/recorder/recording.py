@@ -34,6 +34,7 @@ from services.recorder import (
 )
 from services.recorder.backtrace import Backtrace
 from services.recorder.core_head import Cause, Head
+from services.recorder.core_pages import Pages
 from services.recorder.errors import CaptureFailed
 from services.recorder.facts import Facts
 from services.recorder.hold import Hold, Stalled
@@ -188,12 +189,21 @@ def _fill(recording: Recording, hold: Hold, on: Conditions) -> None:
 
 
 def _explain_fault(recording: Recording) -> None:
-    """Look the fault address up in the mappings, which have megabytes and are dropped here."""
+    """Look the fault address up in the mappings."""
     known, address = recording.facts, recording.cause.fault_address
     assert known is not None
     if address is not None and known.maps:
         recording.fault = fault_address.describe(known.maps, address)
+
+
+def _pages(recording: Recording, head: Head) -> Pages | None:
+    """Say where the core's memory can be read; drop the mappings, which have megabytes."""
+    known = recording.facts
+    assert known is not None
     recording.facts = replace(known, maps=b"")
+    if head.fault is not None or not 0 < len(known.maps) < facts.MAX_MAPS:
+        return None
+    return Pages(known.task, head, known.maps)
 
 
 def _read_head(hold: Hold) -> Head:
@@ -239,6 +249,7 @@ def _write_early(recording: Recording, on: Conditions) -> None:
 
 def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions) -> None:
     name = crash_file_name(Kind.CORE, recording.epoch)
+    pages = _pages(recording, head)
     try:
         recording.core_file = crash_directory.create_file(
             recording.directory, Kind.CORE, recording.epoch
@@ -246,7 +257,9 @@ def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions) ->
     except OSError as error:
         recording.notes.append(f"{name} could not be made: {error.strerror}")
         return
-    copied = core_copy.copy(hold, head.raw, head.size, recording.core_file, on.max_core_bytes)
+    copied = core_copy.copy(
+        hold, head.raw, head.size, recording.core_file, on.max_core_bytes, pages
+    )
     fault = copied.fault or (head.fault if head.cause is None else None)
     recording.core_size = copied.size
     recording.files[name] = CapturedFile(size=copied.size, truncated=fault is not None, note=fault)

@@ -1,0 +1,305 @@
+"""The pages of a held process, read from the process itself instead of the kernel's stream.
+
+The kernel writes a core page by page, some 300 MB/s; proc_pid_mem(5) gives a megabyte at a
+time, to several threads at once. The result is the same, byte for byte. What the kernel writes
+(fs/coredump.c, dump_user_range()) and how it is got here:
+
+- A private page that was never touched is zeros. proc_pid_pagemap(5) tells which these are,
+  and they are not read: that would make page tables for terabytes, and wait for whoever
+  handles the faults of a userfaultfd(2).
+- Any other page may have its content in a file or in shared memory, and is read.
+- What cannot be read is zeros: guard pages, pages behind the end of a mapped file.
+- A mapping without read permission is read all the same, as by a debugger. A kernel can be
+  told to refuse that (proc_mem.force_override), and then only its stream has the content.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+import threading
+import time
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+from services.recorder import sparse
+from services.recorder.core_head import Head, Load
+from services.recorder.hold import Hold
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+_BLOCK = 1024 * 1024  # bytes read at once
+_ENTRY = 8  # bytes of one page in pagemap
+_SCANNED = 16 * 1024  # pages looked up at once
+_MAX_OFFSET = (1 << 63) - 1  # of a file; only x86-64's vsyscall page lies beyond
+_THREADS = min(4, len(os.sched_getaffinity(0)))
+_ALONE = 16 * 1024 * 1024  # bytes of a core for which a second thread does not pay
+
+# In the last byte of an entry: present (bit 63), swapped (62).
+_TOUCHED = bytes(1 if byte & 0xC0 else 0 for byte in range(256))
+
+# struct pm_scan_arg and its ioctl, linux/fs.h
+_SCAN_ARG = struct.Struct("=12Q")
+_PAGEMAP_SCAN = 0xC0606610
+_PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 3, 1 << 4
+_REGIONS = 1024  # runs told at once
+
+_PRIVATE, _READABLE = 1, 2
+
+
+class PagesUnreadable(Exception):
+    """The process's memory cannot be had in this way; nothing of the stream was taken."""
+
+
+class Piece(NamedTuple):
+    """A range of memory to copy.
+
+    Attributes:
+        readable: zeros are the right content of what cannot be read.
+    """
+
+    address: int
+    offset: int
+    size: int
+    readable: bool
+
+
+class _Mappings:
+    """The mappings of a process by their start, small: there may be 65,530 and more."""
+
+    def __init__(self, maps: bytes) -> None:
+        self._starts = array("Q")
+        self._kinds = bytearray()
+        for line in maps.splitlines():
+            parts = line.split(maxsplit=5)
+            if len(parts) < 5:
+                continue
+            self._starts.append(int(parts[0].partition(b"-")[0], 16))
+            self._kinds.append(
+                _PRIVATE * _is_private_memory(parts) | _READABLE * parts[1].startswith(b"r")
+            )
+
+    def kind(self, start: int) -> int:
+        place = bisect_left(self._starts, start)
+        if place == len(self._starts) or self._starts[place] != start:
+            raise PagesUnreadable(f"no mapping is seen at {start:#x}")
+        return self._kinds[place]
+
+
+def _is_private_memory(parts: list[bytes]) -> bool:
+    """Tell whether a line of maps is memory that is nowhere but in this process."""
+    path = parts[5].strip() if len(parts) > 5 else b""
+    named = path in (b"", b"[heap]", b"[stack]") or path.startswith(b"[anon:")
+    return parts[4] == b"0" and parts[1].endswith(b"p") and named
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What is needed to read the memory of a process.
+
+    Attributes:
+        task: a living thread of it, as a name in /proc.
+        maps: proc_pid_maps(5), whole.
+    """
+
+    task: int
+    head: Head
+    maps: bytes
+
+    @property
+    def start(self) -> int:
+        """Where memory begins in the core file; before, there are headers and notes."""
+        return self.head.data
+
+
+def pieces(loads: Iterator[Load], maps: bytes, pagemap: int) -> Iterator[Piece]:
+    """Give what must be read of a process, in the order of its core.
+
+    Raises:
+        PagesUnreadable: it cannot be told.
+    """
+    mappings = _Mappings(maps)
+    for load in loads:
+        kind = mappings.kind(load.address)
+        readable = bool(kind & _READABLE)
+        if load.address + load.size > _MAX_OFFSET:
+            if readable:
+                raise PagesUnreadable("its vsyscall page can be read, but not from here")
+            continue
+        runs = _touched(pagemap, load) if kind & _PRIVATE else iter([(0, load.size)])
+        for start, end in runs:
+            for place in range(start, end, _BLOCK):
+                size = min(_BLOCK, end - place)
+                yield Piece(load.address + place, load.offset + place, size, readable)
+
+
+def _touched(pagemap: int, load: Load) -> Iterator[tuple[int, int]]:
+    """Give start and end, relative to the load, of each run of pages that were touched."""
+    look = _scan if _kernel_scans() else _look_up
+    for start, end in look(pagemap, load.address, load.address + load.size):
+        yield start - load.address, end - load.address
+
+
+@cache
+def _kernel_scans() -> bool:
+    """Tell whether the kernel finds touched pages for us (Linux >= 6.7)."""
+    with open("/proc/self/pagemap", "rb") as own:  # noqa: PTH123
+        try:
+            next(_scan(own.fileno(), 0, PAGE), None)
+        except OSError:
+            return False
+    return True
+
+
+def _scan(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """As `_look_up`, in no time for terabytes: Documentation/admin-guide/mm/pagemap.rst."""
+    found = array("Q", bytes(3 * _ENTRY * _REGIONS))
+    place, _ = found.buffer_info()
+    touched = _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED
+    while start < end:
+        request = bytearray(
+            _SCAN_ARG.pack(
+                _SCAN_ARG.size, 0, start, end, 0, place, _REGIONS, 0, 0, 0, touched, touched
+            )
+        )
+        count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, request)
+        for first in range(0, 3 * count, 3):
+            yield found[first], found[first + 1]
+        start = _SCAN_ARG.unpack(request)[4]  # walk_end
+
+
+def _look_up(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Give start and end address of each run of pages that were touched."""
+    for place in range(start, end, _SCANNED * PAGE):
+        wanted = min(_SCANNED, (end - place) // PAGE)
+        raw = os.pread(pagemap, wanted * _ENTRY, place // PAGE * _ENTRY)
+        if len(raw) != wanted * _ENTRY:
+            raise PagesUnreadable("pagemap ends early")
+        flags = raw[_ENTRY - 1 :: _ENTRY].translate(_TOUCHED)
+        last = 0
+        while (first := flags.find(1, last)) >= 0:
+            last = flags.find(0, first)
+            last = wanted if last < 0 else last
+            yield place + first * PAGE, place + last * PAGE
+
+
+def copy(hold: Hold, pages: Pages, core: int, size: int) -> int:
+    """Copy a held process's pages to their places in its core file.
+
+    Args:
+        size: of the whole core in bytes; the file gets it.
+
+    Returns:
+        Up to where the file is complete: less than `size` when the process was killed or let
+        go meanwhile.
+
+    Raises:
+        PagesUnreadable: the kernel's stream is needed.
+        OSError: the file cannot be written; it was cut to where it is complete.
+    """
+    try:
+        memory = os.open(f"/proc/{pages.task}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            pagemap = os.open(f"/proc/{pages.task}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            os.close(memory)
+            raise
+    except OSError as error:
+        raise PagesUnreadable(f"{error.filename}: {error.strerror}") from error
+    try:
+        _resize(core, size)
+        found = pieces(pages.head.loads(), pages.maps, pagemap)
+        work = _Work(hold, memory, core, found, size)
+        return work.done(_THREADS if size > _ALONE else 1)
+    finally:
+        os.close(memory)
+        os.close(pagemap)
+
+
+def _resize(core: int, size: int) -> None:
+    try:
+        os.ftruncate(core, size)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise PagesUnreadable(f"no file can have {size} bytes here") from error
+
+
+class _Work:
+    """The pieces of one core, and the threads that share them."""
+
+    def __init__(
+        self, hold: Hold, memory: int, core: int, found: Iterator[Piece], size: int
+    ) -> None:
+        self._hold = hold
+        self._memory = memory
+        self._core = core
+        self._pieces = found
+        self._lock = threading.Lock()
+        self._end = size  # up to where nothing is missing
+        self._error: Exception | None = None
+
+    def done(self, threads: int) -> int:
+        """Copy all pieces; return up to where the file is complete."""
+        others = [threading.Thread(target=self._run, daemon=True) for _ in range(threads - 1)]
+        for thread in others:
+            thread.start()
+        self._run()
+        for thread in others:
+            thread.join()
+        if isinstance(self._error, OSError):
+            os.ftruncate(self._core, self._end)
+        if self._error is not None:
+            raise self._error
+        return self._end
+
+    def _run(self) -> None:
+        buffer, piece = bytearray(_BLOCK), None
+        try:
+            while (piece := self._next()) is not None:
+                if not self._copy(piece, buffer):
+                    self._stop_at(piece.offset)
+        except Exception as error:  # noqa: BLE001 - raised again where all threads are joined
+            self._stop_at(piece.offset if piece else 0)
+            self._error = error
+
+    def _next(self) -> Piece | None:
+        with self._lock:
+            if self._error is not None:
+                return None
+            piece = next(self._pieces, None)
+            if piece is None or piece.offset >= self._end:
+                return None
+            if not self._hold.is_held:
+                self._end = piece.offset
+                return None
+            return piece
+
+    def _stop_at(self, offset: int) -> None:
+        with self._lock:
+            self._end = min(self._end, offset)
+
+    def _copy(self, piece: Piece, buffer: bytearray) -> bool:
+        """Copy a piece; False when the process's memory is gone."""
+        done = 0
+        while done < piece.size:
+            into = memoryview(buffer)[: piece.size - done]
+            try:
+                got = os.preadv(self._memory, [into], piece.address + done)
+            except OSError as error:
+                if error.errno not in (errno.EIO, errno.EFAULT):
+                    raise PagesUnreadable(f"memory: {error.strerror}") from error
+                if not piece.readable:
+                    raise PagesUnreadable("memory without read permission is refused") from error
+                done += PAGE
+                continue
+            if not got:
+                return False
+            data = buffer if got == len(buffer) else bytes(into[:got])
+            sparse.write(self._core, data, piece.offset + done)
+            done += got
+        self._hold.last_progress = time.monotonic()
+        return True

@@ -1,0 +1,193 @@
+"""Pages read from the process are the kernel's own core, byte for byte."""
+
+import os
+import resource
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.recorder import arrival, core_copy, core_head, core_pages, sparse
+from services.recorder.core_pages import Pages, PagesUnreadable
+from services.recorder.hold import Hold
+from services.recorder.mechanism import Mechanism
+from tests.support import core_pattern
+from tests.support.crashers import FATAL, crasher
+
+SMALL_PYTHON = ("/usr/bin/python3", "-c", "import ctypes, json, ssl; ctypes.string_at(0)")
+
+
+@pytest.fixture
+def coredump_socket(tmp_path: Path) -> Iterator[socket.socket]:
+    """Where the kernel sends cores, while the test lasts."""
+    tmp_path.chmod(0o700)
+    path = tmp_path.resolve() / "s"
+    with core_pattern.core_pattern_kept(), socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen(8)
+        listening.settimeout(20)
+        core_pattern.set_pattern(f"@@{path}")
+        yield listening
+
+
+class Crash:
+    """A process that is held, and its core as far as the notes."""
+
+    def __init__(self, listening: socket.socket, *command: str | Path) -> None:
+        self.process = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
+        connection, _ = listening.accept()
+        connection.setblocking(False)
+        self.hold = Hold(connection.detach(), 20)
+        self.pid = arrival.receive(Mechanism.SOCKET_REQUEST, self.hold).pid
+        self.head = core_head.read(self.hold.read_exactly)
+        self.maps = Path(f"/proc/{self.pid}/maps").read_bytes()
+
+    def pages(self) -> Pages:
+        return Pages(self.pid, self.head, self.maps)
+
+    def from_memory(self, core: int) -> int:
+        assert self.head.size is not None
+        return core_pages.copy(self.hold, self.pages(), core, self.head.size)
+
+    def from_stream(self, path: Path) -> None:
+        with path.open("wb") as file:
+            copied = core_copy.copy(
+                self.hold, self.head.raw, self.head.size, file.fileno(), 0, None
+            )
+        assert copied.fault is None
+
+    def end(self) -> None:
+        self.hold.close()
+        self.process.kill()
+        self.process.wait(20)
+
+
+def both_ways(listening: socket.socket, place: Path, *command: str | Path) -> tuple[Path, Path]:
+    """Return a core read from memory, and the kernel's, of the same crash; equal up to notes."""
+    crash = Crash(listening, *command)
+    ours, kernels = place / "ours", place / "kernels"
+    try:
+        with ours.open("wb") as file:
+            assert crash.from_memory(file.fileno()) == crash.head.size
+        crash.from_stream(kernels)
+    finally:
+        crash.end()
+    with ours.open("r+b") as file, kernels.open("rb") as other:
+        file.write(other.read(crash.head.data))
+    return ours, kernels
+
+
+def same(one: Path, other: Path) -> bool:
+    return subprocess.run(["cmp", one, other], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "command", [(name,) for name in FATAL] + [("many_mappings",), SMALL_PYTHON]
+)
+@pytest.mark.parametrize("scan", [True, False], ids=["scan", "look-up"])
+def test_core_from_memory_is_the_kernels(
+    coredump_socket: socket.socket,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    scan: bool,
+) -> None:
+    if not scan:
+        monkeypatch.setattr(core_pages, "_kernel_scans", lambda: False)
+    program = crasher(command[0]) if len(command) == 1 else command[0]
+
+    assert same(*both_ways(coredump_socket, tmp_path, program, *command[1:]))
+
+
+def test_core_with_everything_in_it_is_the_kernels(
+    coredump_socket: socket.socket, tmp_path: Path
+) -> None:
+    before = Path("/proc/self/coredump_filter").read_text()
+    Path("/proc/self/coredump_filter").write_text("0x7f")
+    try:
+        assert same(*both_ways(coredump_socket, tmp_path, crasher("many_mappings"), "40"))
+    finally:
+        Path("/proc/self/coredump_filter").write_text("0x" + before)
+
+
+def test_untouched_pages_stay_holes(coredump_socket: socket.socket, tmp_path: Path) -> None:
+    ours, kernels = both_ways(coredump_socket, tmp_path, crasher("many_mappings"), "1")
+
+    assert ours.stat().st_blocks <= kernels.stat().st_blocks
+
+
+def test_mapping_that_is_not_seen_needs_the_stream(
+    coredump_socket: socket.socket, tmp_path: Path
+) -> None:
+    crash = Crash(coredump_socket, crasher("many_mappings"))
+    try:
+        crash.maps = b"".join(crash.maps.splitlines(keepends=True)[3:])
+        with (
+            (tmp_path / "core").open("wb") as file,
+            pytest.raises(PagesUnreadable, match="mapping"),
+        ):
+            crash.from_memory(file.fileno())
+    finally:
+        crash.end()
+
+
+def test_process_that_is_killed_meanwhile_ends_the_copy(
+    coredump_socket: socket.socket, tmp_path: Path
+) -> None:
+    crash = Crash(coredump_socket, crasher("many_mappings"))
+    try:
+        crash.process.kill()
+        crash.process.wait(20)
+        with (tmp_path / "core").open("wb") as file, pytest.raises(PagesUnreadable):
+            crash.from_memory(file.fileno())
+    finally:
+        crash.end()
+
+
+def test_file_that_cannot_grow_is_cut_to_what_is_complete(
+    coredump_socket: socket.socket, tmp_path: Path
+) -> None:
+    crash = Crash(coredump_socket, crasher("many_mappings"))
+    path = tmp_path / "core"
+    room = 8 << 20
+    written = []
+
+    def write(file: int, data: bytes | bytearray, offset: int) -> int:
+        if sum(written) + len(data) > room:
+            raise OSError(28, os.strerror(28))
+        written.append(len(data))
+        return real(file, data, offset)
+
+    real = sparse.write
+    try:
+        with pytest.MonkeyPatch.context() as patch, path.open("wb") as file:
+            patch.setattr(sparse, "write", write)
+            with pytest.raises(OSError, match="No space"):
+                crash.from_memory(file.fileno())
+        complete = path.stat().st_size
+        crash.from_stream(tmp_path / "kernels")
+    finally:
+        crash.end()
+
+    start = crash.head.data
+    with path.open("rb") as ours, (tmp_path / "kernels").open("rb") as kernels:
+        assert start < complete < (crash.head.size or 0)
+        ours.seek(start)
+        kernels.seek(start)
+        assert ours.read() == kernels.read(complete - start)
+
+
+def test_memory_stays_small_however_large_the_core(
+    coredump_socket: socket.socket, tmp_path: Path
+) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    crash = Crash(coredump_socket, crasher("many_mappings"), "500")
+    try:
+        with (tmp_path / "core").open("wb") as file:
+            crash.from_memory(file.fileno())
+    finally:
+        crash.end()
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
