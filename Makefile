@@ -26,8 +26,9 @@ format: setup ## put the code in shape
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
 
-bench: setup ## measure what a signal costs with the detector and without
+bench: setup ## measure what a signal costs, and how long a crash is held; takes 10 minutes
 	@$(PYTHON) -m benchmarks.signal_overhead
+	@$(PYTHON) -m benchmarks.hold_time
 
 docs: setup ## make the tables in docs/ anew from the code
 	@$(PYTHON) docs/make_tables.py

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.recorder import core_pages, metrics, sparse
-from services.recorder.core_pages import Pages, PagesUnreadable
+from services.recorder import core_pages, core_reduced, metrics, sparse
+from services.recorder.core_pages import Pages, PagesUnreadable, Touched
+from services.recorder.core_reduced import Reduced
 from services.recorder.hold import Hold, Stalled
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
+LARGEST = 8 * 1024**4  # bytes; ext4 has files of 16 TiB at most
 BLOCK = 1024 * 1024  # bytes read before anything is written
 # What a core gives back on a full disk, so that the small files find room.
 GIVEN_BACK = 4 * 1024 * 1024
@@ -45,21 +47,26 @@ def copy(
     core: int,
     limit: int,
     pages: Pages | None = None,
+    stacks_only: bool = False,
 ) -> Copied:
     """Write head and the rest of the core to an empty file.
 
     Args:
         announced: the size that the head tells, in bytes.
         core: the file's descriptor.
-        limit: bytes at which to stop; 0: none.
-        pages: the process's own; left alone when the core is larger than the limit.
+        limit: bytes that it may have; 0: any number.
+        pages: the process's own. Without them a core over the limit is cut at its end, else
+            it is laid out anew, `core_reduced`.
+        stacks_only: keep the threads' stacks alone, where there are pages.
     """
     try:
         size = sparse.write(core, head[: limit or None], 0)
-        if pages is not None and announced and announced <= (limit or announced):
+        if pages is not None and announced and pages.start <= (limit or announced):
             size, fault = _stream(hold, core, size, pages.start)
-            if size == pages.start and (copied := _from_memory(hold, pages, core, announced)):
-                return copied
+            if size == pages.start:
+                copied = _from_memory(hold, pages, core, announced, limit, stacks_only)
+                if copied is not None:
+                    return copied
         size, fault = _stream(hold, core, size, limit)
         os.ftruncate(core, size)
     except OSError as error:
@@ -84,20 +91,58 @@ def _stream(hold: Hold, core: int, size: int, limit: int) -> tuple[int, str | No
     return size, fault
 
 
-def _from_memory(hold: Hold, pages: Pages, core: int, announced: int) -> Copied | None:
+def _from_memory(
+    hold: Hold, pages: Pages, core: int, announced: int, limit: int, stacks_only: bool
+) -> Copied | None:
     """Copy the process's pages; None where the kernel must be asked for them after all."""
     try:
-        end = core_pages.copy(hold, pages, core, announced)
+        with core_pages.opened(pages.task) as (memory, pagemap):
+            touched = Touched(pages.maps, pagemap)
+            if stacks_only or announced > (limit or LARGEST):
+                reduced = core_reduced.plan(
+                    pages.head, core, touched, limit or LARGEST, stacks_only
+                )
+                copied = _reduced(hold, memory, touched, core, reduced)
+                if copied.fault is None:
+                    copied = Copied(copied.size, _left_out(reduced, limit, stacks_only))
+            else:
+                found = touched.pieces(pages.head.loads())
+                end = core_pages.copy(hold, memory, found, core, announced)
+                copied = _cut(hold, core, end, announced)
     except PagesUnreadable as error:
         metrics.CORES.labels("stream").inc()
         log.info("the core's memory comes by the kernel's stream", because=str(error))
         os.ftruncate(core, pages.start)
+        sparse.write(core, pages.head.raw, 0)
         return None
     metrics.CORES.labels("memory").inc()
-    if end == announced:
+    return copied
+
+
+def _left_out(reduced: Reduced, limit: int, stacks_only: bool) -> str | None:
+    if stacks_only:
+        return "only the stacks were kept (CRASHBUS_RECORDER_CORE)"
+    if not reduced.missing:
+        return None  # what is not there was never touched
+    return (
+        f"{reduced.missing} bytes of memory were left out, the largest mappings first: it may "
+        f"have {limit} bytes"
+    )
+
+
+def _reduced(hold: Hold, memory: int, touched: Touched, core: int, reduced: Reduced) -> Copied:
+    for offset, raw in reduced.headers.items():
+        sparse.write(core, raw, offset)
+    found = touched.pieces(iter(reduced.loads))
+    end = core_pages.copy(hold, memory, found, core, reduced.size)
+    return _cut(hold, core, end, reduced.size)
+
+
+def _cut(hold: Hold, core: int, end: int, size: int) -> Copied:
+    if end == size:
         return Copied(end)
     os.ftruncate(core, end)
-    return Copied(end, f"{announced - end} of {announced} bytes are missing: {_ended(hold)}")
+    return Copied(end, f"{size - end} of {size} bytes are missing: {_ended(hold)}")
 
 
 def _ended(hold: Hold) -> str:

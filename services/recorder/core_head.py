@@ -77,6 +77,9 @@ class _Elf:
         return fields[0], Load(fields[2], fields[1], fields[4])
 
 
+_NOTHING, _ELF64 = Load(0, 0, 0), _Elf("<", True)
+
+
 @dataclass(frozen=True)
 class Head:
     """What the first bytes of a core tell.
@@ -87,6 +90,7 @@ class Head:
         tid: the crashing thread in its own PID namespace.
         fault: what is wrong with the head, if anything.
         data: offset of the first piece of memory: everything before is headers and notes.
+        notes: where all notes are in the file.
     """
 
     raw: bytes
@@ -95,18 +99,60 @@ class Head:
     tid: int | None = None
     fault: str | None = None
     data: int = 0
-    _elf: _Elf | None = None
+    notes: Load = _NOTHING
+    _elf: _Elf = _ELF64
     _table: tuple[int, int] = (0, 0)
 
     def loads(self) -> Iterator[Load]:
         """Give the pieces of memory that the core holds, in the order of its file."""
-        if self._elf is None:
-            return
-        start, end = self._table
-        for fields in self._elf.program_header.iter_unpack(self.raw[start:end]):
-            kind, load = self._elf.segment(fields)
-            if kind == _PT_LOAD and load.size:
+        for _, load, _ in self.segments():
+            if load is not None and load.size:
                 yield load
+
+    def segments(self) -> Iterator[tuple[bytes, Load | None, int]]:
+        """Give each program header: its bytes, and of a piece of memory, place and p_memsz."""
+        start, end = self._table
+        for place in range(start, end, self.entry_size):
+            raw = self.raw[place : place + self.entry_size]
+            fields = self._elf.program_header.unpack(raw)
+            kind, load = self._elf.segment(fields)
+            memory = fields[6] if self._elf.wide else fields[5]
+            yield raw, load if kind == _PT_LOAD else None, memory
+
+    @property
+    def order(self) -> str:
+        """The byte order, as `struct` writes it."""
+        return self._elf.order
+
+    @property
+    def entry_size(self) -> int:
+        """Bytes of one program header."""
+        return self._elf.program_header.size
+
+    @property
+    def table_size(self) -> int:
+        """Bytes of all program headers."""
+        return self._table[1] - self._table[0]
+
+    def entry(self, raw: bytes, address: int, offset: int, size: int, memory: int) -> bytes:
+        """Return a program header with other places and sizes, all in bytes."""
+        layout = self._elf.program_header
+        if self._elf.wide:
+            kind, flags, *_, align = layout.unpack(raw)
+            return layout.pack(kind, flags, offset, address, 0, size, memory, align)
+        kind, *_, flags, align = layout.unpack(raw)
+        return layout.pack(kind, offset, address, 0, size, memory, flags, align)
+
+    def with_table(self, offset: int, entries: int) -> bytes:
+        """Return the ELF header, with another table of program headers and no sections."""
+        header = bytearray(self.raw[: self._elf.header_size])
+        if self._elf.wide:
+            struct.pack_into(self.order + "QQ", header, 32, offset, 0)
+            struct.pack_into(self.order + "HHHH", header, 56, entries, 0, 0, 0)
+        else:
+            struct.pack_into(self.order + "II", header, 28, offset, 0)
+            struct.pack_into(self.order + "HHHH", header, 44, entries, 0, 0, 0)
+        return bytes(header)
 
 
 def read(read_bytes: Read) -> Head:

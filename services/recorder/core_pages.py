@@ -20,10 +20,12 @@ import struct
 import threading
 import time
 from array import array
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from services.recorder import sparse
@@ -72,20 +74,23 @@ class _Mappings:
 
     def __init__(self, maps: bytes) -> None:
         self._starts = array("Q")
+        self._ends = array("Q")
         self._kinds = bytearray()
         for line in maps.splitlines():
             parts = line.split(maxsplit=5)
             if len(parts) < 5:
                 continue
-            self._starts.append(int(parts[0].partition(b"-")[0], 16))
+            start, _, end = parts[0].partition(b"-")
+            self._starts.append(int(start, 16))
+            self._ends.append(int(end, 16))
             self._kinds.append(
                 _PRIVATE * _is_private_memory(parts) | _READABLE * parts[1].startswith(b"r")
             )
 
-    def kind(self, start: int) -> int:
-        place = bisect_left(self._starts, start)
-        if place == len(self._starts) or self._starts[place] != start:
-            raise PagesUnreadable(f"no mapping is seen at {start:#x}")
+    def kind(self, load: Load) -> int:
+        place = bisect_right(self._starts, load.address) - 1
+        if place < 0 or self._ends[place] < load.address + load.size:
+            raise PagesUnreadable(f"no mapping is seen at {load.address:#x}")
         return self._kinds[place]
 
 
@@ -115,32 +120,43 @@ class Pages:
         return self.head.data
 
 
-def pieces(loads: Iterator[Load], maps: bytes, pagemap: int) -> Iterator[Piece]:
-    """Give what must be read of a process, in the order of its core.
+class Touched:
+    """Finds what must be read of a process.
 
-    Raises:
-        PagesUnreadable: it cannot be told.
+    Args:
+        pagemap: its proc_pid_pagemap(5), open.
     """
-    mappings = _Mappings(maps)
-    for load in loads:
-        kind = mappings.kind(load.address)
-        readable = bool(kind & _READABLE)
-        if load.address + load.size > _MAX_OFFSET:
-            if readable:
-                raise PagesUnreadable("its vsyscall page can be read, but not from here")
-            continue
-        runs = _touched(pagemap, load) if kind & _PRIVATE else iter([(0, load.size)])
-        for start, end in runs:
-            for place in range(start, end, _BLOCK):
-                size = min(_BLOCK, end - place)
-                yield Piece(load.address + place, load.offset + place, size, readable)
 
+    def __init__(self, maps: bytes, pagemap: int) -> None:
+        self._mappings = _Mappings(maps)
+        self._pagemap = pagemap
+        self._look = _scan if _kernel_scans() else _look_up
 
-def _touched(pagemap: int, load: Load) -> Iterator[tuple[int, int]]:
-    """Give start and end, relative to the load, of each run of pages that were touched."""
-    look = _scan if _kernel_scans() else _look_up
-    for start, end in look(pagemap, load.address, load.address + load.size):
-        yield start - load.address, end - load.address
+    def runs(self, loads: Iterator[Load]) -> Iterator[Load]:
+        """Give the parts of a core's pieces that may be other than zeros, in their order.
+
+        Raises:
+            PagesUnreadable: it cannot be told.
+        """
+        for load in loads:
+            kind = self._mappings.kind(load)
+            if load.address + load.size > _MAX_OFFSET:
+                if kind & _READABLE:
+                    raise PagesUnreadable("its vsyscall page can be read, but not from here")
+            elif kind & _PRIVATE:
+                end = load.address + load.size
+                for start, stop in self._look(self._pagemap, load.address, end):
+                    yield Load(start, load.offset + start - load.address, stop - start)
+            else:
+                yield load
+
+    def pieces(self, loads: Iterator[Load]) -> Iterator[Piece]:
+        """Give the same in pieces to read at once."""
+        for run in self.runs(loads):
+            readable = bool(self._mappings.kind(run) & _READABLE)
+            for place in range(0, run.size, _BLOCK):
+                size = min(_BLOCK, run.size - place)
+                yield Piece(run.address + place, run.offset + place, size, readable)
 
 
 @cache
@@ -186,10 +202,29 @@ def _look_up(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
             yield place + first * PAGE, place + last * PAGE
 
 
-def copy(hold: Hold, pages: Pages, core: int, size: int) -> int:
+@contextmanager
+def opened(task: int) -> Iterator[tuple[int, int]]:
+    """Open memory and pagemap of a process.
+
+    Raises:
+        PagesUnreadable: it is gone, or the kernel refuses.
+    """
+    with ExitStack() as stack:
+        try:
+            memory, pagemap = (
+                stack.enter_context(Path(f"/proc/{task}/{name}").open("rb", buffering=0))
+                for name in ("mem", "pagemap")
+            )
+        except OSError as error:
+            raise PagesUnreadable(f"{error.filename}: {error.strerror}") from error
+        yield memory.fileno(), pagemap.fileno()
+
+
+def copy(hold: Hold, memory: int, found: Iterator[Piece], core: int, size: int) -> int:
     """Copy a held process's pages to their places in its core file.
 
     Args:
+        found: what to copy, in the order of the file.
         size: of the whole core in bytes; the file gets it.
 
     Returns:
@@ -200,23 +235,8 @@ def copy(hold: Hold, pages: Pages, core: int, size: int) -> int:
         PagesUnreadable: the kernel's stream is needed.
         OSError: the file cannot be written; it was cut to where it is complete.
     """
-    try:
-        memory = os.open(f"/proc/{pages.task}/mem", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            pagemap = os.open(f"/proc/{pages.task}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            os.close(memory)
-            raise
-    except OSError as error:
-        raise PagesUnreadable(f"{error.filename}: {error.strerror}") from error
-    try:
-        _resize(core, size)
-        found = pieces(pages.head.loads(), pages.maps, pagemap)
-        work = _Work(hold, memory, core, found, size)
-        return work.done(_THREADS if size > _ALONE else 1)
-    finally:
-        os.close(memory)
-        os.close(pagemap)
+    _resize(core, size)
+    return _Work(hold, memory, core, found, size).done(_THREADS if size > _ALONE else 1)
 
 
 def _resize(core: int, size: int) -> None:

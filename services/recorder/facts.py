@@ -41,16 +41,17 @@ class Module:
 
 @dataclass(frozen=True)
 class Facts:
-    """A crashed process as it was; secrets are taken out.
+    """A crashed process as it was.
 
     Attributes:
+        raw_environment: up to `MAX_ENVIRONMENT` bytes, secrets and all: see `environment`.
         task: a thread that still has its memory, as a name in /proc.
         maps: its mappings, proc_pid_maps(5), up to `MAX_MAPS` bytes: drop them soon.
     """
 
     process: Process
     username: str
-    environment: tuple[str, ...]
+    raw_environment: bytes = field(repr=False)
     cwd: str | None
     root: str | None
     limits: dict[str, str]
@@ -59,6 +60,12 @@ class Facts:
     notes: tuple[str, ...] = field(default=())
     maps: bytes = field(default=b"", repr=False)
     task: int = 0
+
+    @property
+    def environment(self) -> tuple[str, ...]:
+        """Its variables, secrets taken out: that takes longer than reading them."""
+        entries = (names.text(entry) for entry in self.raw_environment.split(b"\0") if entry)
+        return redact.environment(tuple(entries))
 
     def close(self) -> None:
         """Close the modules' files."""
@@ -105,7 +112,7 @@ def read_rest(process: Process, module_files: int) -> Facts:
     return Facts(
         process=process,
         username=_username(process.uid),
-        environment=environment,
+        raw_environment=environment,
         cwd=_link(proc / "cwd"),
         root=_link(proc / "root"),
         limits=parse_limits(names.text(_read(proc / "limits"))),
@@ -139,14 +146,12 @@ def _tasks(pid: int) -> Iterator[int]:
         return
 
 
-def _environment(proc: Path) -> tuple[tuple[str, ...], bool]:
+def _environment(proc: Path) -> tuple[bytes, bool]:
     raw = _read(proc / "environ", MAX_ENVIRONMENT + 1)
-    cut = len(raw) > MAX_ENVIRONMENT
-    if cut:
-        # A variable that is cut in two could lose the name that tells it is a secret.
-        raw = raw[:MAX_ENVIRONMENT].rpartition(b"\0")[0]
-    entries = tuple(names.text(entry) for entry in raw.split(b"\0") if entry)
-    return redact.environment(entries), cut
+    if len(raw) <= MAX_ENVIRONMENT:
+        return raw, False
+    # A variable that is cut in two could lose the name that tells it is a secret.
+    return raw[:MAX_ENVIRONMENT].rpartition(b"\0")[0], True
 
 
 def _threads(pid: int) -> dict[int, str]:

@@ -63,6 +63,9 @@ class Conditions:
     spool: Path
     version: str
     max_core_bytes: int
+    stacks_only: bool
+    only_stream: bool  # read no memory but what the kernel sends
+    disk_reserve: float  # percent
     configuration: Mapping[str, Any]
     module_files: Callable[[], int]
     on_disk_full: Callable[[bool], None]
@@ -196,12 +199,12 @@ def _explain_fault(recording: Recording) -> None:
         recording.fault = fault_address.describe(known.maps, address)
 
 
-def _pages(recording: Recording, head: Head) -> Pages | None:
+def _pages(recording: Recording, head: Head, on: Conditions) -> Pages | None:
     """Say where the core's memory can be read; drop the mappings, which have megabytes."""
     known = recording.facts
     assert known is not None
     recording.facts = replace(known, maps=b"")
-    if head.fault is not None or not 0 < len(known.maps) < facts.MAX_MAPS:
+    if on.only_stream or head.fault is not None or not 0 < len(known.maps) < facts.MAX_MAPS:
         return None
     return Pages(known.task, head, known.maps)
 
@@ -249,7 +252,7 @@ def _write_early(recording: Recording, on: Conditions) -> None:
 
 def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions) -> None:
     name = crash_file_name(Kind.CORE, recording.epoch)
-    pages = _pages(recording, head)
+    pages = _pages(recording, head, on)
     try:
         recording.core_file = crash_directory.create_file(
             recording.directory, Kind.CORE, recording.epoch
@@ -257,16 +260,25 @@ def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions) ->
     except OSError as error:
         recording.notes.append(f"{name} could not be made: {error.strerror}")
         return
+    room = _room(recording.core_file, on.disk_reserve)
+    limit = min(on.max_core_bytes or room, room)
     copied = core_copy.copy(
-        hold, head.raw, head.size, recording.core_file, on.max_core_bytes, pages
+        hold, head.raw, head.size, recording.core_file, limit, pages, on.stacks_only
     )
     fault = copied.fault or (head.fault if head.cause is None else None)
     recording.core_size = copied.size
     recording.files[name] = CapturedFile(size=copied.size, truncated=fault is not None, note=fault)
     metrics.CORE_BYTES.inc(copied.size)
-    on.on_disk_full(copied.disk_full)
+    on.on_disk_full(copied.disk_full or (fault is not None and limit == room))
     if copied.fault:
         hold.let_go(copied.fault)
+
+
+def _room(file: int, reserve: float) -> int:
+    """Return how many bytes a core may take of its disk: at least 1."""
+    disk = os.fstatvfs(file)
+    kept = int(disk.f_blocks * disk.f_frsize * reserve / 100)
+    return max(1, disk.f_bavail * disk.f_frsize - max(kept, core_copy.GIVEN_BACK))
 
 
 def _write_file(recording: Recording, kind: Kind, content: bytes) -> None:

@@ -29,11 +29,28 @@ class RecorderSettings(Settings):
     helper: Path = Field(
         _BUILT_HELPER, description="the compiled pipe helper, copied to the state directory"
     )
+    core: Literal["full", "stacks"] = Field(
+        "full",
+        description="what a core holds: all memory that coredump_filter (core(5)) tells, or the "
+        "threads' stacks alone, enough for a backtrace",
+    )
+    core_source: Literal["auto", "stream"] = Field(
+        "auto",
+        description="where a core's memory is read: from the process itself, many times faster, "
+        "as far as that is possible; or always from the kernel's stream",
+    )
     max_core_bytes: int = Field(
         64 * 1024**3,
         ge=0,
-        description="a core is cut short at this size, memory never touched counted in; "
-        "0: whatever its size",
+        description="bytes that a core may have; a larger one is laid out anew with touched "
+        "pages alone, stacks first, the largest mappings left out; 0: as large as it is",
+    )
+    disk_reserve: float = Field(
+        5,
+        ge=0,
+        le=100,
+        description="percent of the spool's disk that cores leave free; they become smaller, as "
+        "at their limit, when there is no more room",
     )
     stall_deadline: float = Field(
         120,

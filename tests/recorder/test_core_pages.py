@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from services.recorder import arrival, core_copy, core_head, core_pages, sparse
-from services.recorder.core_pages import Pages, PagesUnreadable
+from services.recorder.core_pages import PagesUnreadable
 from services.recorder.hold import Hold
 from services.recorder.mechanism import Mechanism
 from tests.support import core_pattern
@@ -44,12 +44,11 @@ class Crash:
         self.head = core_head.read(self.hold.read_exactly)
         self.maps = Path(f"/proc/{self.pid}/maps").read_bytes()
 
-    def pages(self) -> Pages:
-        return Pages(self.pid, self.head, self.maps)
-
     def from_memory(self, core: int) -> int:
         assert self.head.size is not None
-        return core_pages.copy(self.hold, self.pages(), core, self.head.size)
+        with core_pages.opened(self.pid) as (memory, pagemap):
+            found = core_pages.Touched(self.maps, pagemap).pieces(self.head.loads())
+            return core_pages.copy(self.hold, memory, found, core, self.head.size)
 
     def from_stream(self, path: Path) -> None:
         with path.open("wb") as file:

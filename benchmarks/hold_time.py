@@ -1,0 +1,253 @@
+"""How long a crashing process is held: from its fatal signal until its parent's waitpid returns.
+
+By turns with the kernel writing a plain core file, with Crashbus, and with Debian's
+systemd-coredump, all on the same disk; the least time of each counts. Needs root and some
+12 GiB of memory and disk; a program or handler that is not there is left out with a word::
+
+    .venv/bin/python -m benchmarks.hold_time [largest MiB]
+"""
+
+import asyncio
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.support import core_pattern
+from tests.support.crashers import crasher
+from tests.support.recorder import RecorderService, crash
+
+ROUNDS = 3
+SIZES = (1, 64, 1024, 4096)  # MiB
+_FILL = 512  # MiB, about, that a real program's heap gets
+
+Start = Callable[[], "subprocess.Popen[bytes]"]
+
+_PYTHON = "d={i: [str(i), float(i)] for i in range(2500000)}; print('ready', flush=True); input()"
+_NODE = (
+    "const a=[]; for (let i=0;i<4e6;i++) a.push({id:i,name:'n'+i,tags:[i,i+1]});"
+    "console.log('ready'); setInterval(()=>a.length,1e6)"
+)
+_JAVA = """
+import java.util.*;
+public class Heap {
+    public static void main(String[] a) throws Exception {
+        var map = new HashMap<Integer, String>();
+        for (int i = 0; i < 4_000_000; i++) map.put(i, "value " + i);
+        System.out.println("ready");
+        Thread.sleep(1_000_000 + map.size());
+    }
+}
+"""
+_SQL = (
+    b"create table t as select i, md5(i::text) as text from generate_series(1, 5000000) i\n"
+    b"select 'ready'\n"
+)
+
+
+def main() -> None:
+    largest = int(sys.argv[1]) if len(sys.argv) > 1 else SIZES[-1]
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(f"seconds held, least of {ROUNDS} rounds; in brackets: Crashbus's share of it")
+    print(f"{'memory':24}{'core MiB':>9}{'Crashbus':>10}{'plain file':>19}{'systemd-coredump':>19}")
+    with tempfile.TemporaryDirectory(prefix="hold-") as name, core_pattern.core_pattern_kept():
+        place = Path(name)
+        place.chmod(0o755)
+        for title, start in programs(place, largest):
+            measure(title, start, place)
+
+
+def programs(place: Path, largest: int) -> Iterator[tuple[str, Start]]:
+    """Give what crashes, by name; each says a line when it is full."""
+    for size in (size for size in SIZES if size <= largest):
+        yield f"incompressible {size} MiB", _starter(crasher("heap"), str(size))
+    yield "Python", _starter("/usr/bin/python3", "-c", _PYTHON)
+    if shutil.which("node"):
+        yield "Node.js", _starter("node", "--max-old-space-size=4096", "-e", _NODE)
+    if shutil.which("java"):
+        source = place / "Heap.java"
+        source.write_text(_JAVA)
+        subprocess.run(["javac", "-d", place, source], check=True)
+        yield "JVM", _starter("java", "-Xmx2g", "-Xms512m", "-cp", str(place), "Heap")
+    if shutil.which("initdb"):
+        yield "PostgreSQL", _postgres(place / "postgres")
+
+
+def _starter(*command: str | Path) -> Start:
+    def start() -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/tmp",
+        )
+
+    return start
+
+
+def _postgres(data: Path) -> Start:
+    """One server process by itself, with its shared buffers; it refuses to run as root."""
+    nobody = 65534
+    data.mkdir()
+    os.chown(data, nobody, nobody)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(["initdb", "-D", data], user=nobody, check=True, cwd=data, **quiet)  # type: ignore[call-overload]
+    options = ["-c", f"shared_buffers={_FILL}MB", "-c", "max_wal_size=4GB"]
+
+    def start() -> "subprocess.Popen[bytes]":
+        process = subprocess.Popen(
+            ["postgres", "--single", "-D", data, *options, "postgres"],
+            user=nobody,
+            cwd=data,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert process.stdin is not None
+        process.stdin.write(b"drop table if exists t\n" + _SQL)
+        process.stdin.flush()
+        return process
+
+    return start
+
+
+def measure(title: str, start: Start, place: Path) -> None:
+    """Print one row."""
+    ours, plain, systemd = [], [], []
+    size = 0
+    for _ in range(ROUNDS):
+        with plain_file(place) as size_of:
+            plain.append(held(start))
+            size = size_of()
+        ours.append(asyncio.run(with_crashbus(start)))
+        with systemd_coredump(place) as available:
+            if available:
+                systemd.append(held(start))
+    shortest = min(ours)
+    columns = f"{title:24}{size >> 20:>9}{shortest:>10.3f}"
+    for others in (plain, systemd):
+        columns += (
+            f"{min(others):>11.3f} ({shortest / min(others):.2f})" if others else f"{'-':>19}"
+        )
+    print(columns, flush=True)
+
+
+def held(start: Start) -> float:
+    """Return the seconds from a process's fatal signal until its parent knows its end."""
+    process = start()
+    assert process.stdout is not None
+    while b"ready" not in (line := process.stdout.readline()):
+        if not line:
+            raise RuntimeError(f"{process.args!r} ended with {process.wait()}")
+    os.sync()
+    before = time.monotonic()
+    process.send_signal(signal.SIGABRT)
+    process.wait(600)
+    took = time.monotonic() - before
+    process.stdout.close()
+    with suppress(BrokenPipeError):
+        if process.stdin is not None:
+            process.stdin.close()
+    return took
+
+
+@contextmanager
+def plain_file(place: Path) -> Iterator[Callable[[], int]]:
+    """Have the kernel write cores to files; yields how to ask for the size of the last."""
+    cores = place / "cores"
+    cores.mkdir()
+    cores.chmod(0o777)
+    core_pattern.set_pattern(f"{cores}/core")
+    try:
+        yield lambda: sum(path.stat().st_size for path in cores.iterdir())
+    finally:
+        shutil.rmtree(cores)
+        os.sync()
+
+
+async def with_crashbus(start: Start) -> float:
+    """Return how long a recorder with its defaults holds the process."""
+    recorder = RecorderService()
+    try:
+        await recorder.start()
+        # As on a host that has seen one, and is done with it.
+        await recorder.captured(crash(crasher("null_pointer"))[0])
+        return await asyncio.to_thread(held, start)
+    finally:
+        await asyncio.to_thread(recorder.close)
+        os.sync()
+
+
+@contextmanager
+def systemd_coredump(place: Path) -> Iterator[bool]:
+    """Put Debian's handler in place, as its units do on a host that runs systemd.
+
+    The kernel starts it with the core; it passes that on to a second one over a socket.
+    """
+    program = _unpacked(place)
+    if program is None:
+        yield False
+        return
+    path = Path("/run/systemd/coredump")
+    if path.exists():
+        raise RuntimeError(f"{path} exists: this host uses systemd-coredump itself")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = Path("/var/lib/systemd/coredump")
+    had = stored.exists()
+    stored.mkdir(parents=True, exist_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(path))
+        listening.listen(8)
+        thread = threading.Thread(target=_activate, args=(listening, program), daemon=True)
+        thread.start()
+        core_pattern.set_pattern(f"|{program} %P %u %g %s %t 9223372036854775808 %h")
+        Path("/proc/sys/kernel/core_pipe_limit").write_text("16")
+        try:
+            yield True
+        finally:
+            thread.join(60)
+            path.unlink()
+            for core in stored.glob("core.*"):
+                core.unlink()
+            if not had:
+                stored.rmdir()
+            os.sync()
+
+
+def _activate(listening: socket.socket, program: Path) -> None:
+    """Start the second one for the first connection, as systemd.socket(5) does."""
+    connection, _ = listening.accept()
+    command = f'exec 3<&{connection.fileno()}; export LISTEN_PID=$$; exec "{program}"'
+    subprocess.run(
+        ["/bin/bash", "-c", command],
+        env={"LISTEN_FDS": "1", "PATH": os.environ["PATH"]},
+        pass_fds=[connection.fileno()],
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    connection.close()
+
+
+def _unpacked(place: Path) -> Path | None:
+    """Return Debian's handler, unpacked and not installed: that would change core_pattern."""
+    program = place / "systemd/lib/systemd/systemd-coredump"
+    if not program.exists():
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": place}
+        subprocess.run(["apt-get", "download", "systemd-coredump"], check=False, **quiet)  # type: ignore[call-overload]
+        for package in place.glob("systemd-coredump_*.deb"):
+            subprocess.run(["dpkg", "-x", package, place / "systemd"], check=False)
+    return program if program.exists() else None
+
+
+if __name__ == "__main__":
+    main()
