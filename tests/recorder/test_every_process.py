@@ -1,0 +1,252 @@
+"""Whatever kind of process crashes is captured; a row of docs/capture.md for each test."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.recorder.test_capture import by_one_mechanism, capture, frames, gdb, recorder
+from tests.support.crashers import SOURCES, crasher
+from tests.support.recorder import RecorderService
+from tests.support.requirements import lacking, need_program
+
+__all__ = ["recorder"]  # the module's fixture
+
+NOBODY = 65534
+MIB = 1024 * 1024
+
+# No library at all, so that no 32-bit one is needed.
+_THIRTY_TWO_BITS = """
+static void crash_here(void) { *(volatile int *)0 = 1; }
+void _start(void) { crash_here(); }
+"""
+
+_TRACER = """
+import ctypes, os, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+child = os.fork()
+if not child:
+    libc.ptrace(0, 0, 0, 0)
+    os.execv(sys.argv[1], sys.argv[1:2])
+print(child, flush=True)
+while True:
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSTOPPED(status):
+        break
+    stopped = os.WSTOPSIG(status)
+    libc.ptrace(7, child, 0, 0 if stopped == signal.SIGTRAP else stopped)
+sys.exit(os.WTERMSIG(status))
+"""
+
+
+def build(program: Path, *options: str, source: str = "null_pointer") -> Path:
+    need_program("gcc")
+    subprocess.run(
+        ["gcc", "-g", "-O0", "-pthread", *options, "-o", program, SOURCES / f"{source}.c"],
+        check=True,
+    )
+    return program
+
+
+def top(recorder: RecorderService, pid: int) -> str | None:
+    """Return the function that the backtrace says it crashed in."""
+    return frames(recorder.file(pid, "backtrace").read_text())[0][2]
+
+
+@contextmanager
+def written(path: str, value: str) -> Iterator[None]:
+    """Set a file of /proc for a while."""
+    place = Path(path)
+    before = place.read_text()
+    place.write_text(value)
+    try:
+        yield
+    finally:
+        place.write_text(before)
+
+
+@by_one_mechanism
+@pytest.mark.parametrize(
+    "options", [("-static",), ("-no-pie",), ("-pie", "-fPIE"), ("-static-pie", "-fPIE")]
+)
+async def test_however_it_is_linked(
+    recorder: RecorderService, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    program = build(tmp_path / "program", *options)
+
+    pid, record = await capture(recorder, program)
+
+    assert not any(file.truncated for file in record.files.values())
+    assert top(recorder, pid) == "crash_here"
+    assert "crash_here" in gdb(program, recorder.file(pid, "core"), "bt")
+
+
+@by_one_mechanism
+async def test_stripped_program(recorder: RecorderService, tmp_path: Path) -> None:
+    program = build(tmp_path / "program", "-s", "-Wl,--build-id")
+
+    pid, record = await capture(recorder, program)
+
+    text = recorder.file(pid, "backtrace").read_text()
+    first = next(line for line in text.splitlines() if line.startswith("#0"))
+    assert record.state == "complete"
+    assert re.search(rf"in {re.escape(str(program))} \([0-9a-f]{{40}}\)", first)
+
+
+async def test_thirty_two_bits(recorder: RecorderService, tmp_path: Path) -> None:
+    source, program = tmp_path / "small.c", tmp_path / "small"
+    source.write_text(_THIRTY_TWO_BITS)
+    need_program("gcc")
+    options = ["-m32", "-nostdlib", "-static", "-ffreestanding", "-fno-pie", "-no-pie", "-g"]
+    subprocess.run(["gcc", *options, "-o", program, source], check=True)
+
+    pid, record = await capture(recorder, program)
+
+    core = recorder.file(pid, "core")
+    assert (record.signal_name, record.fault_address) == ("SIGSEGV", 0)
+    assert not record.files[core.name].truncated
+    assert core.read_bytes()[4] == 1  # ELFCLASS32
+    # drgn has no unwinder for i386; the core is for gdb.
+    assert "not supported for i386" in recorder.file(pid, "backtrace").read_text()
+    assert "crash_here" in gdb(program, core, "bt")
+
+
+async def test_a_thousand_threads(recorder: RecorderService) -> None:
+    pid, record = await capture(recorder, crasher("threads"), "1000", within=60)
+
+    text = recorder.file(pid, "backtrace").read_text()
+    assert not record.notes
+    assert top(recorder, pid) == "crash_here"
+    assert text.count("\n--- thread ") == 1001
+
+
+@by_one_mechanism
+async def test_core_limit_of_one_byte(recorder: RecorderService) -> None:
+    need_program("prlimit")
+
+    pid, record = await capture(recorder, "prlimit", "--core=1", crasher("null_pointer"))
+
+    assert not record.files[recorder.file(pid, "core").name].truncated
+
+
+@pytest.mark.parametrize("dumpable", ["0", "2"])
+async def test_setuid_program(recorder: RecorderService, tmp_path: Path, dumpable: str) -> None:
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:3]:
+        parent.chmod(parent.stat().st_mode | 0o055)
+    program = Path(shutil.copy(crasher("null_pointer"), tmp_path / "setuid"))
+    program.chmod(0o4755)
+
+    with written("/proc/sys/fs/suid_dumpable", dumpable):
+        process = subprocess.Popen([program], user=NOBODY, stderr=subprocess.DEVNULL)
+        assert process.wait(20) == -signal.SIGSEGV
+
+    if dumpable == "2":
+        record = await recorder.captured(process.pid)
+        core = recorder.file(process.pid, "core")
+        assert not record.files[core.name].truncated
+        assert (core.stat().st_uid, core.stat().st_mode & 0o077) == (0, 0)
+        return
+    # The kernel offers no core: the next crash is the proof that none was on its way.
+    await capture(recorder, crasher("null_pointer"))
+    assert not (recorder.spool / str(process.pid)).exists()
+
+
+@by_one_mechanism
+async def test_process_that_is_traced(recorder: RecorderService) -> None:
+    tracer = subprocess.Popen(
+        ["/usr/bin/python3", "-c", _TRACER, crasher("null_pointer")], stdout=subprocess.PIPE
+    )
+    assert tracer.stdout is not None
+    with tracer.stdout:
+        pid = int(tracer.stdout.readline())
+    assert tracer.wait(20) == signal.SIGSEGV
+
+    record = await recorder.captured(pid)
+
+    assert not record.files[recorder.file(pid, "core").name].truncated
+    assert top(recorder, pid) == "crash_here"
+
+
+@pytest.fixture
+def full_cgroup() -> Iterator[Path]:
+    """A memory cgroup that a heap of 64 MiB just fits in."""
+    root = Path("/sys/fs/cgroup/memory")
+    limit, procs = "memory.limit_in_bytes", "cgroup.procs"
+    if not root.is_dir():
+        root, limit = Path("/sys/fs/cgroup"), "memory.max"
+    place = root / f"crashbus-test-{os.getpid()}"
+    try:
+        place.mkdir()
+        (place / limit).write_text(str(66 * MIB))
+    except OSError as error:
+        lacking(f"needs a writable memory cgroup: {error}")
+    yield place / procs
+    place.rmdir()
+
+
+@by_one_mechanism
+async def test_process_at_the_limit_of_its_cgroup(
+    recorder: RecorderService, full_cgroup: Path
+) -> None:
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", f'echo $$ >{full_cgroup}; exec "{crasher("heap")}" 64'],
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGSEGV)
+    assert process.wait(20) == -signal.SIGSEGV
+
+    record = await recorder.captured(process.pid)
+
+    core = recorder.file(process.pid, "core")
+    assert not record.files[core.name].truncated
+    assert core.stat().st_size > 64 * MIB
+
+
+@by_one_mechanism
+async def test_process_in_a_chroot(recorder: RecorderService, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    build(root / "program", "-static")
+    before = sorted(root.rglob("*"))
+
+    pid, record = await capture(recorder, "chroot", root, "/program")
+
+    snapshot = json.loads(recorder.file(pid, "snapshot").read_bytes())
+    assert snapshot["Root"] == str(root)
+    assert record.process.executable is not None
+    assert top(recorder, pid) == "crash_here"
+    assert sorted(root.rglob("*")) == before  # nothing was written where it lived
+
+
+@by_one_mechanism
+async def test_process_in_namespaces_of_its_own(recorder: RecorderService) -> None:
+    need_program("unshare")
+    names = ("--user", "--map-root-user", "--pid", "--fork", "--mount", "--uts", "--ipc", "--net")
+    script = 'mount -t tmpfs none /tmp 2>/dev/null; exec 2>/dev/null; cd /; exec "$0"'
+    held = Path("/var/tmp") / f"crasher-{os.getpid()}"
+    shutil.copy(crasher("null_pointer"), held)
+    held.chmod(0o755)
+    spool = set(recorder.spool.iterdir())
+    try:
+        subprocess.run(["unshare", *names, "/bin/sh", "-c", script, held], timeout=20, check=False)
+        # unshare ends itself by the signal that its child died of, so there are two.
+        new = [int(path.name) for path in set(recorder.spool.iterdir()) - spool]
+        records = [await recorder.captured(pid) for pid in new]
+    finally:
+        held.unlink()
+
+    (record,) = [one for one in records if one.process.comm.startswith("crasher")]
+    assert record.process.ns_pid == 1 != record.process.pid
+    assert top(recorder, record.process.pid) == "crash_here"
+    assert not record.files[recorder.file(record.process.pid, "core").name].truncated
