@@ -97,7 +97,7 @@ def _from_memory(
     """Copy the process's pages; None where the kernel must be asked for them after all."""
     try:
         with core_pages.opened(pages.task) as (memory, pagemap):
-            touched = Touched(pages.maps, pagemap)
+            touched = Touched(pages.task, pages.maps, pagemap)
             if stacks_only or announced > (limit or LARGEST):
                 reduced = core_reduced.plan(
                     pages.head, core, touched, limit or LARGEST, stacks_only

@@ -7,7 +7,8 @@ time, to several threads at once. The result is the same, byte for byte. What th
 - A private page that was never touched is zeros. proc_pid_pagemap(5) tells which these are,
   and they are not read: that would make page tables for terabytes, and wait for whoever
   handles the faults of a userfaultfd(2).
-- Any other page may have its content in a file or in shared memory, and is read.
+- A page of a mapped file or of shared memory is read if it was touched or the file has data
+  there: to read a hole of a tmpfs would fill it, terabytes of it.
 - What cannot be read is zeros: guard pages, pages behind the end of a mapped file.
 - A mapping without read permission is read all the same, as by a debugger. A kernel can be
   told to refuse that (proc_mem.force_override), and then only its stream has the content.
@@ -15,6 +16,7 @@ time, to several threads at once. The result is the same, byte for byte. What th
 
 import errno
 import fcntl
+import heapq
 import os
 import struct
 import threading
@@ -28,7 +30,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from services.recorder import sparse
+from services.recorder import facts, sparse
 from services.recorder.core_head import Head, Load
 from services.recorder.hold import Hold
 
@@ -49,7 +51,10 @@ _PAGEMAP_SCAN = 0xC0606610
 _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 3, 1 << 4
 _REGIONS = 1024  # runs told at once
 
-_PRIVATE, _READABLE = 1, 2
+_PRIVATE, _READABLE, _FILE = 1, 2, 4
+
+
+_Runs = Iterator[tuple[int, int]]  # start and end
 
 
 class PagesUnreadable(Exception):
@@ -75,6 +80,7 @@ class _Mappings:
     def __init__(self, maps: bytes) -> None:
         self._starts = array("Q")
         self._ends = array("Q")
+        self._offsets = array("Q")
         self._kinds = bytearray()
         for line in maps.splitlines():
             parts = line.split(maxsplit=5)
@@ -83,15 +89,28 @@ class _Mappings:
             start, _, end = parts[0].partition(b"-")
             self._starts.append(int(start, 16))
             self._ends.append(int(end, 16))
+            self._offsets.append(int(parts[2], 16))
             self._kinds.append(
-                _PRIVATE * _is_private_memory(parts) | _READABLE * parts[1].startswith(b"r")
+                _PRIVATE * _is_private_memory(parts)
+                | _READABLE * parts[1].startswith(b"r")
+                | _FILE * (parts[4] != b"0")
             )
 
     def kind(self, load: Load) -> int:
+        return self._kinds[self._find(load)]
+
+    def file(self, load: Load) -> tuple[str, int]:
+        """Return a mapping's name in map_files, and where in its file the load begins."""
+        place = self._find(load)
+        start = self._starts[place]
+        name = f"{start:x}-{self._ends[place]:x}"
+        return name, self._offsets[place] + load.address - start
+
+    def _find(self, load: Load) -> int:
         place = bisect_right(self._starts, load.address) - 1
         if place < 0 or self._ends[place] < load.address + load.size:
             raise PagesUnreadable(f"no mapping is seen at {load.address:#x}")
-        return self._kinds[place]
+        return place
 
 
 def _is_private_memory(parts: list[bytes]) -> bool:
@@ -124,10 +143,12 @@ class Touched:
     """Finds what must be read of a process.
 
     Args:
+        task: a living thread of it, as a name in /proc.
         pagemap: its proc_pid_pagemap(5), open.
     """
 
-    def __init__(self, maps: bytes, pagemap: int) -> None:
+    def __init__(self, task: int, maps: bytes, pagemap: int) -> None:
+        self._task = task
         self._mappings = _Mappings(maps)
         self._pagemap = pagemap
         self._look = _scan if _kernel_scans() else _look_up
@@ -143,12 +164,30 @@ class Touched:
             if load.address + load.size > _MAX_OFFSET:
                 if kind & _READABLE:
                     raise PagesUnreadable("its vsyscall page can be read, but not from here")
-            elif kind & _PRIVATE:
-                end = load.address + load.size
-                for start, stop in self._look(self._pagemap, load.address, end):
+            elif kind & (_PRIVATE | _FILE):
+                runs = self._touched(load)
+                if kind & _FILE:
+                    runs = _united(runs, self._with_data(load))
+                for start, stop in runs:
                     yield Load(start, load.offset + start - load.address, stop - start)
             else:
                 yield load
+
+    def _touched(self, load: Load) -> _Runs:
+        return self._look(self._pagemap, load.address, load.address + load.size)
+
+    def _with_data(self, load: Load) -> _Runs:
+        """Give start and end address of each run of pages for which the mapped file has data."""
+        name, offset = self._mappings.file(load)
+        file = facts.open_mapping(self._task, name)
+        if file < 0:
+            yield load.address, load.address + load.size
+            return
+        try:
+            for start, end in _data(file, offset, offset + load.size):
+                yield load.address + start - offset, load.address + end - offset
+        finally:
+            os.close(file)
 
     def pieces(self, loads: Iterator[Load]) -> Iterator[Piece]:
         """Give the same in pieces to read at once."""
@@ -157,6 +196,38 @@ class Touched:
             for place in range(0, run.size, _BLOCK):
                 size = min(_BLOCK, run.size - place)
                 yield Piece(run.address + place, run.offset + place, size, readable)
+
+
+def _data(file: int, start: int, end: int) -> _Runs:
+    """Give the ranges of a file, in whole pages, that are no holes, lseek(2)."""
+    while start < end:
+        try:
+            found = os.lseek(file, start, os.SEEK_DATA)
+            stop = os.lseek(file, found, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # behind its end, or all holes from here on
+                return
+            found = stop = start
+        if not start <= found < stop:  # its filesystem cannot tell, or lies
+            found, stop = start, end
+        if found >= end:
+            return
+        yield found // PAGE * PAGE, min(-(-stop // PAGE) * PAGE, end)
+        start = -(-stop // PAGE) * PAGE
+
+
+def _united(one: _Runs, other: _Runs) -> _Runs:
+    """Give the ranges that are in either of two, each of which is in order."""
+    last: tuple[int, int] | None = None
+    for run in heapq.merge(one, other):
+        if last is not None and run[0] <= last[1]:
+            last = last[0], max(last[1], run[1])
+            continue
+        if last is not None:
+            yield last
+        last = run
+    if last is not None:
+        yield last
 
 
 @cache
@@ -170,7 +241,7 @@ def _kernel_scans() -> bool:
     return True
 
 
-def _scan(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+def _scan(pagemap: int, start: int, end: int) -> _Runs:
     """As `_look_up`, in no time for terabytes: Documentation/admin-guide/mm/pagemap.rst."""
     found = array("Q", bytes(3 * _ENTRY * _REGIONS))
     place, _ = found.buffer_info()
@@ -187,7 +258,7 @@ def _scan(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         start = _SCAN_ARG.unpack(request)[4]  # walk_end
 
 
-def _look_up(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+def _look_up(pagemap: int, start: int, end: int) -> _Runs:
     """Give start and end address of each run of pages that were touched."""
     for place in range(start, end, _SCANNED * PAGE):
         wanted = min(_SCANNED, (end - place) // PAGE)
@@ -203,7 +274,7 @@ def _look_up(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def opened(task: int) -> Iterator[tuple[int, int]]:
+def opened(task: int) -> _Runs:
     """Open memory and pagemap of a process.
 
     Raises:
@@ -266,7 +337,11 @@ class _Work:
         """Copy all pieces; return up to where the file is complete."""
         others = [threading.Thread(target=self._run, daemon=True) for _ in range(threads - 1)]
         for thread in others:
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # there may be no more threads: then it takes longer
+                others = [one for one in others if one.is_alive()]
+                break
         self._run()
         for thread in others:
             thread.join()

@@ -217,13 +217,14 @@ def _modules(task: int, maps: bytes, files: int) -> tuple[Module, ...]:
     """Open the mapped files themselves, which path, root and deletion cannot hide."""
     modules = []
     for path, start, end, mapping in parse_maps(maps):
-        opened = _open_mapping(task, mapping) if files > 0 else -1
+        opened = open_mapping(task, mapping) if files > 0 else -1
         files -= opened >= 0
         modules.append(Module(path, start, end, opened))
     return tuple(modules)
 
 
-def _open_mapping(task: int, mapping: str) -> int:
+def open_mapping(task: int, mapping: str) -> int:
+    """Open a mapped file by its name in proc_pid_map_files(5); -1 where that cannot be."""
     path = Path(f"/proc/{task}/map_files/{mapping}")
     try:
         # To open a device is to act on it: look first. What is mapped stays while it is held.

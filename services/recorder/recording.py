@@ -269,7 +269,7 @@ def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions) ->
     recording.core_size = copied.size
     recording.files[name] = CapturedFile(size=copied.size, truncated=fault is not None, note=fault)
     metrics.CORE_BYTES.inc(copied.size)
-    on.on_disk_full(copied.disk_full or (fault is not None and limit == room))
+    on.on_disk_full(copied.disk_full or (fault is not None and (head.size or 0) > room))
     if copied.fault:
         hold.let_go(copied.fault)
 

@@ -47,7 +47,7 @@ class Crash:
     def from_memory(self, core: int) -> int:
         assert self.head.size is not None
         with core_pages.opened(self.pid) as (memory, pagemap):
-            found = core_pages.Touched(self.maps, pagemap).pieces(self.head.loads())
+            found = core_pages.Touched(self.pid, self.maps, pagemap).pieces(self.head.loads())
             return core_pages.copy(self.hold, memory, found, core, self.head.size)
 
     def from_stream(self, path: Path) -> None:

@@ -24,6 +24,21 @@ ctypes.string_at(0)
 """
 
 
+# Holes of shared memory, and of a file in memory that is mapped privately: to read is to fill.
+SHARING = """
+import ctypes, mmap, os
+shared = mmap.mmap(-1, 1 << 40, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | 0x4000)
+file = os.memfd_create("holes")
+os.ftruncate(file, 1 << 40)
+for place in range(0, 1 << 40, 1 << 36):
+    shared[place : place + 8] = b"touched!"
+    os.pwrite(file, b"touched!", place)
+private = mmap.mmap(file, 1 << 40, flags=mmap.MAP_PRIVATE | 0x4000)
+private[(1 << 30) + 5 : (1 << 30) + 13] = b"changed!"
+ctypes.string_at(0)
+"""
+
+
 async def core_of(recorder: RecorderService, *command: str | Path) -> tuple[Path, str | None]:
     """Crash a program; return its core and what the record says is wrong with it."""
     await recorder.start()
@@ -115,6 +130,16 @@ async def test_reserved_memory_does_not_count(recorder_with: MakeRecorder) -> No
     assert note is None
     assert core.stat().st_size < 64 * MIB
     assert core.read_bytes().count(b"touched!") >= 60
+
+
+async def test_holes_of_shared_memory_are_not_filled(recorder_with: MakeRecorder) -> None:
+    core, note = await core_of(recorder_with(), "/usr/bin/python3", "-c", SHARING)
+
+    assert note is None
+    assert core.stat().st_size < 64 * MIB
+    content = core.read_bytes()
+    assert content.count(b"touched!") >= 32
+    assert content.count(b"changed!") >= 1
 
 
 @pytest.mark.parametrize("limit", [1, 3000, 60_000])
