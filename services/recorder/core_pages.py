@@ -236,7 +236,7 @@ def _kernel_scans() -> bool:
     with open("/proc/self/pagemap", "rb") as own:  # noqa: PTH123
         try:
             next(_scan(own.fileno(), 0, PAGE), None)
-        except OSError:
+        except PagesUnreadable:
             return False
     return True
 
@@ -252,7 +252,10 @@ def _scan(pagemap: int, start: int, end: int) -> _Runs:
                 _SCAN_ARG.size, 0, start, end, 0, place, _REGIONS, 0, 0, 0, touched, touched
             )
         )
-        count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, request)
+        try:
+            count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, request)
+        except OSError as error:
+            raise PagesUnreadable(f"pagemap: {error.strerror}") from error
         for first in range(0, 3 * count, 3):
             yield found[first], found[first + 1]
         start = _SCAN_ARG.unpack(request)[4]  # walk_end
@@ -331,6 +334,7 @@ class _Work:
         self._pieces = found
         self._lock = threading.Lock()
         self._end = size  # up to where nothing is missing
+        self._given = 0  # up to where pieces were given out
         self._error: Exception | None = None
 
     def done(self, threads: int) -> int:
@@ -365,13 +369,26 @@ class _Work:
         with self._lock:
             if self._error is not None:
                 return None
-            piece = next(self._pieces, None)
+            try:
+                piece = next(self._pieces, None)
+            except PagesUnreadable:
+                if not self._process_is_gone():
+                    raise
+                self._end = min(self._end, self._given)
+                return None
             if piece is None or piece.offset >= self._end:
                 return None
             if not self._hold.is_held:
                 self._end = piece.offset
                 return None
+            self._given = piece.offset + piece.size
             return piece
+
+    def _process_is_gone(self) -> bool:
+        try:
+            return not os.pread(self._memory, 1, PAGE)
+        except OSError:  # nothing is mapped there, but it lives
+            return False
 
     def _stop_at(self, offset: int) -> None:
         with self._lock:

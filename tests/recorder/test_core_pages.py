@@ -5,6 +5,7 @@ import resource
 import socket
 import subprocess
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,30 @@ def test_process_that_is_killed_meanwhile_ends_the_copy(
         crash.process.wait(20)
         with (tmp_path / "core").open("wb") as file, pytest.raises(PagesUnreadable):
             crash.from_memory(file.fileno())
+    finally:
+        crash.end()
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scan", "look-up"])
+def test_process_that_is_killed_while_its_pages_are_looked_up(
+    coredump_socket: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scan: bool
+) -> None:
+    monkeypatch.setattr(core_pages, "_kernel_scans", lambda: scan)
+    crash = Crash(coredump_socket, crasher("many_mappings"))
+    try:
+        with (
+            core_pages.opened(crash.pid) as (memory, pagemap),
+            (tmp_path / "core").open("wb") as file,
+        ):
+            found = core_pages.Touched(crash.pid, crash.maps, pagemap).pieces(crash.head.loads())
+            first = next(found)
+            crash.process.kill()
+            crash.process.wait(20)
+
+            end = core_pages.copy(
+                crash.hold, memory, chain([first], found), file.fileno(), crash.head.size or 0
+            )
+        assert 0 <= end < (crash.head.size or 0)
     finally:
         crash.end()
 
