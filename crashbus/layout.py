@@ -15,7 +15,7 @@ from crashbus import names
 SPOOL = "/tmp/appscope"  # noqa: S108 - AppScope's library writes here, so the place is given
 MANIFEST_NAME = "manifest.json"
 
-_CRASH_FILE = re.compile(r"(info|cfg|backtrace|snapshot|core|capture)_([0-9]{1,11})")
+_CRASH_FILE = re.compile(r"(info|cfg|backtrace|snapshot|core|capture)_([0-9]{1,11})(\.json)?")
 _YEAR_10000 = 253402300800  # Unix seconds; no later time can be written as a date
 
 
@@ -24,6 +24,7 @@ class Kind(StrEnum):
 
     INFO = "info"
     BACKTRACE = "backtrace"
+    BACKTRACE_JSON = "backtrace_json"  # the same for machines: backtrace_<epoch>.json
     SNAPSHOT = "snapshot"
     CFG = "cfg"
     CORE = "core"
@@ -31,11 +32,20 @@ class Kind(StrEnum):
     CAPTURE = "capture"  # the recorder's note to the collector; never shipped
 
 
-SHIPPING_ORDER = (Kind.INFO, Kind.BACKTRACE, Kind.SNAPSHOT, Kind.CFG, Kind.CORE)
+SHIPPING_ORDER = (
+    Kind.INFO,
+    Kind.BACKTRACE,
+    Kind.BACKTRACE_JSON,
+    Kind.SNAPSHOT,
+    Kind.CFG,
+    Kind.CORE,
+)
 
 
 def crash_file_name(kind: Kind, epoch: int) -> str:
     """Return the name of one crash file, such as ``core_1795388839``."""
+    if kind is Kind.BACKTRACE_JSON:
+        return f"{Kind.BACKTRACE}_{epoch}.json"
     return f"{kind}_{epoch}"
 
 
@@ -47,7 +57,10 @@ def parse_crash_file_name(name: str) -> tuple[Kind, int] | None:
     match = _CRASH_FILE.fullmatch(name)
     if match is None or int(match[2]) >= _YEAR_10000:
         return None
-    return Kind(match[1]), int(match[2])
+    kind = Kind(match[1])
+    if match[3]:
+        return (Kind.BACKTRACE_JSON, int(match[2])) if kind is Kind.BACKTRACE else None
+    return kind, int(match[2])
 
 
 def folder(host: str, crashed_at: float, process_name: str, crash_id: str) -> str:

@@ -121,6 +121,11 @@ def has_fault_address(signal_number: int, code: int) -> bool:
     return name(signal_number) in _FAULTS and 0 < code < 0x80
 
 
+def is_fault(signal_number: int, code: int) -> bool:
+    """Tell whether the instruction that the thread was at is what the kernel objected to."""
+    return name(signal_number) in _FAULTS and code > 0
+
+
 def has_sender(code: int) -> bool:
     """Tell whether siginfo holds the PID and UID of a sending process (SI_USER, QUEUE, TKILL)."""
     return code in (0, -1, -6)

@@ -15,7 +15,7 @@ import structlog
 from crashbus import destination as destinations
 from crashbus.bus import Bus, Delivery
 from crashbus.errors import BusFull, BusUnreachable
-from crashbus.layout import MANIFEST_NAME, Kind
+from crashbus.layout import MANIFEST_NAME, Kind, parse_crash_file_name
 from crashbus.messages import CrashFile, DeadLetter, Receipt, WorkItem
 from crashbus.names import token
 from services.collector import metrics
@@ -67,9 +67,10 @@ def work_items(crash: Crash, core: bool) -> list[WorkItem]:
 
 def _sets(sources: list[Source]) -> list[list[Source]]:
     """Group files by the set they belong to, each in name order."""
-    groups: dict[tuple[str, str], list[Source]] = {}
+    groups: dict[tuple[str, int], list[Source]] = {}
     for source in sorted(sources, key=lambda s: s.name):
-        groups.setdefault((source.directory, source.name.rpartition("_")[2]), []).append(source)
+        parsed = parse_crash_file_name(source.name)
+        groups.setdefault((source.directory, parsed[1] if parsed else 0), []).append(source)
     return list(groups.values())
 
 

@@ -1,7 +1,7 @@
 """What the unwinding worker is asked and what it answers: validated, because it handles what
 an attacker may have written."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -37,12 +37,18 @@ class Request(Part):
     Attributes:
         core: descriptor of the core.
         cpu_seconds: RLIMIT_CPU.
+        machine: e_machine of the core; 0: not known.
+        registers: the crashing thread's.
+        code: memory from the program counter on, as hexadecimal digits; None: was no fault.
         frames: the most to be returned for all threads together.
     """
 
     core: int
     modules: tuple[ModuleFile, ...] = ()
     cpu_seconds: int = Field(gt=0)
+    machine: int = 0
+    registers: dict[str, int] = Field(default_factory=dict)
+    code: str | None = None
     frames: int = Field(20_000, gt=0)
 
 
@@ -85,15 +91,43 @@ class LoadedModule(Part):
     build_id: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{0,128}$")] | None = None
 
 
+class Touched(Part):
+    """Memory that an instruction reads or writes.
+
+    Attributes:
+        size: bytes; 0 where the disassembler does not tell.
+    """
+
+    access: Literal["read", "write", "read and write"]
+    address: Address
+    size: int = Field(ge=0)
+
+
+class Instruction(Part):
+    """The instruction that faulted.
+
+    Attributes:
+        code: its bytes as hexadecimal digits; empty: there is no memory at its address.
+        text: assembly; None: these bytes are no instruction.
+    """
+
+    address: Address
+    code: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{0,64}$")] = ""
+    text: Text | None = None
+    touched: tuple[Touched, ...] = Field((), max_length=8)
+
+
 class Backtrace(Part):
     """All threads, the crashing one first.
 
     Attributes:
+        instruction: what the crashing thread was at, if it was a fault.
         fault: why there is none; then all else is empty.
     """
 
     threads: tuple[Thread, ...] = Field((), max_length=MAX_THREADS)
     modules: tuple[LoadedModule, ...] = ()
+    instruction: Instruction | None = None
     fault: Text | None = None
 
     def calls(self) -> tuple[Call, ...]:

@@ -7,10 +7,11 @@ among the first: fs/binfmt_elf.c, write_note_info(); elf(5).
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from crashbus import signals
+from services.recorder import registers
 
 MAX_PROGRAM_HEADERS = 16 * 1024 * 1024  # bytes; room for 290,000 mappings
 _NOTES_WANTED = 64 * 1024  # the two notes come within the first KiB
@@ -55,6 +56,7 @@ class _Elf:
 
     order: str
     wide: bool
+    machine: int = 0
 
     def header(self, raw: bytes) -> tuple[int, int, int, int]:
         """Return e_type, e_phoff, e_phentsize, e_phnum."""
@@ -88,6 +90,7 @@ class Head:
         raw: these bytes, which belong to the core file.
         size: of the whole core in bytes, as announced; None where it is not.
         tid: the crashing thread in its own PID namespace.
+        registers: of the crashing thread, as `registers.parse` names them.
         fault: what is wrong with the head, if anything.
         data: offset of the first piece of memory: everything before is headers and notes.
         notes: where all notes are in the file.
@@ -100,6 +103,7 @@ class Head:
     fault: str | None = None
     data: int = 0
     notes: Load = _NOTHING
+    registers: dict[str, int] = field(default_factory=dict)
     _elf: _Elf = _ELF64
     _table: tuple[int, int] = (0, 0)
 
@@ -118,6 +122,16 @@ class Head:
             kind, load = self._elf.segment(fields)
             memory = fields[6] if self._elf.wide else fields[5]
             yield raw, load if kind == _PT_LOAD else None, memory
+
+    @property
+    def machine(self) -> int:
+        """What it ran on: e_machine, elf(5)."""
+        return self._elf.machine
+
+    @property
+    def program_counter(self) -> int | None:
+        """Address of the instruction that the crashing thread was at."""
+        return registers.program_counter(self.machine, self.registers)
 
     @property
     def order(self) -> str:
@@ -175,10 +189,19 @@ def read(read_bytes: Read) -> Head:
         elf, table, count = _table(until)
         size, notes, data = _segments(elf, until(table + count), table)
         end = notes.offset + min(notes.size, _NOTES_WANTED)
-        cause, tid = _cause(elf, until(end)[notes.offset :])
+        told = _told(elf, until(end)[notes.offset :])
     except (_Bad, struct.error) as error:
         return Head(bytes(taken), size, fault=f"the core's head cannot be read: {error}")
-    return Head(bytes(taken), size, cause, tid, data=data, _elf=elf, _table=(table, table + count))
+    return Head(
+        bytes(taken),
+        size,
+        told.cause,
+        told.tid,
+        data=data,
+        registers=told.registers,
+        _elf=elf,
+        _table=(table, table + count),
+    )
 
 
 def _table(until: Read) -> tuple[_Elf, int, int]:
@@ -186,7 +209,9 @@ def _table(until: Read) -> tuple[_Elf, int, int]:
     ident = until(16)
     if ident[:4] != b"\x7fELF" or ident[4] not in (1, 2) or ident[5] not in (1, 2):
         raise _Bad("it is no ELF file")
-    elf = _Elf("<" if ident[5] == 1 else ">", ident[4] == 2)
+    order = "<" if ident[5] == 1 else ">"
+    (machine,) = struct.unpack_from(order + "H", until(20), 18)
+    elf = _Elf(order, ident[4] == 2, machine)
     kind, offset, entry, count = elf.header(until(elf.header_size))
     if kind != _ET_CORE or entry != elf.program_header.size:
         raise _Bad("it is no core")
@@ -220,17 +245,28 @@ def _segments(elf: _Elf, raw: bytes, table: int) -> tuple[int, Load, int]:
     return size, notes, data or size
 
 
-def _cause(elf: _Elf, notes: bytes) -> tuple[Cause | None, int | None]:
-    cause, tid = None, None
+@dataclass
+class _Told:
+    """What the notes say of the crashing thread."""
+
+    cause: Cause | None = None
+    tid: int | None = None
+    registers: dict[str, int] = field(default_factory=dict)
+
+
+def _told(elf: _Elf, notes: bytes) -> _Told:
+    told = _Told()
     for kind, body in _notes(elf.order, notes):
-        if kind == _NT_PRSTATUS and tid is None:
+        if kind == _NT_PRSTATUS and told.tid is None:
             # struct elf_siginfo, short pr_cursig, two longs of signal sets, pid_t pr_pid.
             (current,) = struct.unpack_from(elf.order + "h", body, 12)
-            (tid,) = struct.unpack_from(elf.order + "i", body, 32 if elf.wide else 24)
-            cause = cause or (Cause(current) if 0 < current <= 64 else None)
+            (told.tid,) = struct.unpack_from(elf.order + "i", body, 32 if elf.wide else 24)
+            told.cause = Cause(current) if 0 < current <= 64 else None
+            told.registers = registers.parse(elf.machine, elf.order, body)
         elif kind == _NT_SIGINFO:
-            return _siginfo(elf, body) or cause, tid
-    return cause, tid
+            told.cause = _siginfo(elf, body) or told.cause
+            break
+    return told
 
 
 def _notes(order: str, raw: bytes) -> Iterator[tuple[int, bytes]]:

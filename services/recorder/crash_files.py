@@ -15,10 +15,12 @@ from typing import Any
 from crashbus import signals
 from crashbus.fingerprint import frames
 from crashbus.messages import Container
-from services.recorder.backtrace import Backtrace, Frame, LoadedModule, Thread
+from services.recorder import resources
+from services.recorder.backtrace import Backtrace, Frame, Instruction, LoadedModule, Thread
 from services.recorder.core_head import Cause
 from services.recorder.facts import Facts
 
+_REGISTERS_IN_A_LINE = 4
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
     0x2028: "\\u2028",
     0x2029: "\\u2029",
@@ -45,11 +47,17 @@ def cfg(settings: Mapping[str, Any]) -> bytes:
     return json.dumps(settings, separators=(",", ":"), default=str).encode()
 
 
-def backtrace(cause: Cause, trace: Backtrace, thread_names: Mapping[int, str]) -> bytes:
+def backtrace(
+    cause: Cause,
+    trace: Backtrace,
+    thread_names: Mapping[int, str],
+    registers: Mapping[str, int] | None = None,
+) -> bytes:
     """Return the content of ``backtrace``.
 
-    The crashing thread comes first and looks as from AppScope; each other thread follows a
-    line ``--- thread <tid> <name>``. Behind ``symbol + offset`` there may stand, each after two
+    The crashing thread comes first and looks as from AppScope; what it was at follows
+    ``--- instruction``, its registers ``--- registers``, each other thread
+    ``--- thread <tid> <name>``. Behind ``symbol + offset`` there may stand, each after two
     spaces, ``inlined``, ``at <file>:<line>`` and ``in <module> (<build ID>)``.
     """
     lines = [
@@ -65,7 +73,31 @@ def backtrace(cause: Cause, trace: Backtrace, thread_names: Mapping[int, str]) -
             name = one_line(thread_names.get(thread.tid, ""))
             lines.append(f"--- thread {thread.tid} {name}".rstrip())
         lines.extend(_stack(thread, trace.modules))
+        if not position:
+            lines.extend(_state(trace.instruction, registers or {}))
+    if not trace.threads:
+        lines.extend(_state(trace.instruction, registers or {}))
     return ("\n".join(lines) + "\n").encode()
+
+
+def _state(instruction: Instruction | None, registers: Mapping[str, int]) -> Iterator[str]:
+    if instruction is not None:
+        yield "--- instruction"
+        yield f"{instruction.address:#x}: {_assembly(instruction)}"
+        for touched in instruction.touched:
+            size = f" {touched.size} bytes" if touched.size else ""
+            yield f"{touched.access}{size} at {touched.address:#x}"
+    if registers:
+        yield "--- registers"
+    pairs = [f"{name} {value:#x}" for name, value in registers.items()]
+    for start in range(0, len(pairs), _REGISTERS_IN_A_LINE):
+        yield "  ".join(pairs[start : start + _REGISTERS_IN_A_LINE])
+
+
+def _assembly(instruction: Instruction) -> str:
+    if not instruction.code:
+        return "there is no memory: a jump or return to a wrong address"
+    return f"{one_line(instruction.text or 'no instruction')}  ({instruction.code})"
 
 
 def _reason(cause: Cause) -> str:
@@ -153,8 +185,12 @@ def snapshot(
         "HoldMilliseconds": None if held_for is None else round(held_for * 1000, 3),
         "CoreSize": core_size,
         "Limits": facts.limits,
-        "Threads": [{"Tid": tid, "Name": name} for tid, name in sorted(facts.threads.items())],
+        "Threads": [
+            {"Tid": thread.tid, "NsTid": thread.ns_tid, "Name": thread.name}
+            for thread in facts.threads
+        ],
         "Modules": _modules(facts, trace),
+        **resources.describe(facts.resources),
         "Notes": facts.notes,
     }
     return json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")

@@ -5,8 +5,10 @@ Sources: proc_pid_environ(5), proc_pid_limits(5), proc_pid_maps(5), proc_pid_map
 
 import os
 import pwd
+import re
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,13 +16,18 @@ from crashbus import names
 from crashbus.messages import Process
 from services.common import process as processes
 from services.common import redact
+from services.recorder import resources
 from services.recorder.errors import CaptureFailed
+from services.recorder.resources import Resources
 
 MAX_ENVIRONMENT = 128 * 1024  # bytes kept; 2 MiB are possible, execve(2)
 MAX_THREADS = 4096
 MAX_MAPS = 8 * 1024 * 1024  # bytes read of the mappings: about 80,000
 MAX_MODULES = 1024
 _MAX_READ = 64 * 1024
+_LONGEST_INSTRUCTION = 15  # bytes, on x86
+_PAGE = 4096  # bytes; where pages are larger, these are within one
+_NS_TID = re.compile(rb"^NSpid:.*?(\d+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,27 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Task:
+    """A thread.
+
+    Attributes:
+        tid: in the initial PID namespace.
+        ns_tid: in its own, which is what its core shows.
+    """
+
+    tid: int
+    ns_tid: int
+    name: str
+
+
+@dataclass(frozen=True)
 class Facts:
     """A crashed process as it was.
 
     Attributes:
         raw_environment: up to `MAX_ENVIRONMENT` bytes, secrets and all: see `environment`.
         task: a thread that still has its memory, as a name in /proc.
+        resources: what it had in use.
         maps: its mappings, proc_pid_maps(5), up to `MAX_MAPS` bytes: drop them soon.
     """
 
@@ -55,17 +77,23 @@ class Facts:
     cwd: str | None
     root: str | None
     limits: dict[str, str]
-    threads: dict[int, str]
+    threads: tuple[Task, ...]
     modules: tuple[Module, ...]
     notes: tuple[str, ...] = field(default=())
     maps: bytes = field(default=b"", repr=False)
     task: int = 0
+    resources: Resources = field(default_factory=Resources, repr=False)
 
     @property
     def environment(self) -> tuple[str, ...]:
         """Its variables, secrets taken out: that takes longer than reading them."""
         entries = (names.text(entry) for entry in self.raw_environment.split(b"\0") if entry)
         return redact.environment(tuple(entries))
+
+    @property
+    def thread_names(self) -> dict[int, str]:
+        """Names of the threads by the IDs that the core shows."""
+        return {thread.ns_tid: thread.name for thread in self.threads}
 
     def close(self) -> None:
         """Close the modules' files."""
@@ -116,12 +144,28 @@ def read_rest(process: Process, module_files: int) -> Facts:
         cwd=_link(proc / "cwd"),
         root=_link(proc / "root"),
         limits=parse_limits(names.text(_read(proc / "limits"))),
-        threads=_threads(process.pid),
+        threads=_threads(process),
         modules=_modules(living, maps, module_files),
         notes=(f"environment cut to {MAX_ENVIRONMENT} bytes",) if cut else (),
         maps=maps,
         task=living,
+        resources=resources.read(living, process.cgroup),
     )
+
+
+def read_code(task: int, address: int) -> bytes:
+    """Read the longest instruction that may stand at an address; empty where nothing is."""
+    try:
+        memory = os.open(f"/proc/{task}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        for size in (_LONGEST_INSTRUCTION, -address % _PAGE):  # the next page may be missing
+            with suppress(OSError, OverflowError):
+                return os.pread(memory, size, address)
+        return b""
+    finally:
+        os.close(memory)
 
 
 def _living_task(pid: int) -> int:
@@ -154,11 +198,22 @@ def _environment(proc: Path) -> tuple[bytes, bool]:
     return raw[:MAX_ENVIRONMENT].rpartition(b"\0")[0], True
 
 
-def _threads(pid: int) -> dict[int, str]:
-    return {
-        task: names.text(_read(Path(f"/proc/{pid}/task/{task}/comm")).rstrip(b"\n"))
-        for task in _tasks(pid)
-    }
+def _threads(process: Process) -> tuple[Task, ...]:
+    other_namespace = process.ns_pid != process.pid
+    return tuple(
+        Task(
+            task,
+            _ns_tid(process.pid, task) if other_namespace else task,
+            names.text(_read(Path(f"/proc/{process.pid}/task/{task}/comm")).rstrip(b"\n")),
+        )
+        for task in _tasks(process.pid)
+    )
+
+
+def _ns_tid(pid: int, task: int) -> int:
+    """Return a thread's ID in its own PID namespace, the last of NSpid in proc_pid_status(5)."""
+    match = _NS_TID.search(_read(Path(f"/proc/{pid}/task/{task}/status")))
+    return int(match[1]) if match else task
 
 
 def _username(uid: int) -> str:

@@ -24,6 +24,7 @@ from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
 from services.recorder import (
     arrival,
+    backtrace_json,
     core_copy,
     core_head,
     crash_files,
@@ -86,7 +87,8 @@ class Recording:
     core_file: int = -1
     facts: Facts | None = None
     cause: Cause = field(default_factory=lambda: Cause(0))
-    tid: int | None = None
+    head: Head = field(default_factory=lambda: Head(b""))  # of its core, without the bytes
+    code: bytes | None = None  # at the program counter, if that is where it faulted
     fault: str | None = None  # what the fault address was
     held_for: float | None = None
     core_size: int = 0
@@ -181,7 +183,7 @@ def _fill(recording: Recording, hold: Hold, on: Conditions) -> None:
         recording.cause = head.cause
     if head.fault is not None:
         recording.notes.append(head.fault)
-    recording.tid = head.tid
+    recording.head = replace(head, raw=b"")
     _explain_fault(recording)
     recording.record = _with_cause(recording.record, recording.cause)
     _keep(recording)
@@ -192,11 +194,13 @@ def _fill(recording: Recording, hold: Hold, on: Conditions) -> None:
 
 
 def _explain_fault(recording: Recording) -> None:
-    """Look the fault address up in the mappings."""
-    known, address = recording.facts, recording.cause.fault_address
+    """Look the fault address up in the mappings, and the instruction in its memory."""
+    known, cause, at = recording.facts, recording.cause, recording.head.program_counter
     assert known is not None
-    if address is not None and known.maps:
-        recording.fault = fault_address.describe(known.maps, address)
+    if cause.fault_address is not None and known.maps:
+        recording.fault = fault_address.describe(known.maps, cause.fault_address)
+    if at is not None and signals.is_fault(cause.signal, cause.code or 0):
+        recording.code = facts.read_code(known.task, at)
 
 
 def _pages(recording: Recording, head: Head, on: Conditions) -> Pages | None:
@@ -307,11 +311,7 @@ def finish(recording: Recording, on: Conditions, backtrace_within: float) -> Non
         trace = _backtrace(recording, recording.facts, backtrace_within)
         if trace.fault:
             recording.notes.append(f"backtrace failed: {trace.fault}")
-        _write_file(
-            recording,
-            Kind.BACKTRACE,
-            crash_files.backtrace(recording.cause, trace, recording.facts.threads),
-        )
+        _write_backtrace(recording, recording.facts, trace)
         _write_file(recording, Kind.SNAPSHOT, _snapshot(recording, recording.facts, trace, on))
         recording.record = recording.record.model_copy(
             update={
@@ -327,6 +327,22 @@ def finish(recording: Recording, on: Conditions, backtrace_within: float) -> Non
     _say(recording)
 
 
+def _write_backtrace(recording: Recording, known: Facts, trace: Backtrace) -> None:
+    thread_names, registers = known.thread_names, recording.head.registers
+    text = crash_files.backtrace(recording.cause, trace, thread_names, registers)
+    _write_file(recording, Kind.BACKTRACE, text)
+    document = backtrace_json.content(
+        crash_id=recording.record.crash_id,
+        cause=recording.cause,
+        fault=recording.fault,
+        trace=trace,
+        fingerprint=_fingerprint(recording, trace),
+        thread_names=thread_names,
+        registers=registers,
+    )
+    _write_file(recording, Kind.BACKTRACE_JSON, document)
+
+
 def _fingerprint(recording: Recording, trace: Backtrace) -> str | None:
     process = recording.record.process
     program, name = process.executable or process.comm, recording.record.signal_name
@@ -336,7 +352,9 @@ def _fingerprint(recording: Recording, trace: Backtrace) -> str | None:
 def _backtrace(recording: Recording, known: Facts, within: float) -> Backtrace:
     if recording.core_file < 0:
         return Backtrace(fault="there is no core")
-    return unwinder.unwind(recording.core_file, known.modules, within)
+    return unwinder.unwind(
+        recording.core_file, known.modules, within, recording.head, recording.code
+    )
 
 
 def _snapshot(recording: Recording, known: Facts, trace: Backtrace, on: Conditions) -> bytes:
@@ -347,7 +365,7 @@ def _snapshot(recording: Recording, known: Facts, trace: Backtrace, on: Conditio
         host=on.host,
         facts=known,
         cause=recording.cause,
-        tid=recording.tid,
+        tid=recording.head.tid,
         fault=recording.fault,
         trace=trace,
         fingerprint=_fingerprint(recording, trace),

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import drgn
 
-from services.recorder import hardening
+from services.recorder import hardening, instruction
 from services.recorder.backtrace import (
     MAX_FRAMES,
     MAX_TEXT,
     MAX_THREADS,
     Backtrace,
     Frame,
+    Instruction,
     LoadedModule,
     ModuleFile,
     Request,
@@ -42,7 +43,14 @@ def main() -> None:
         trace = unwind(request)
     except Exception as error:  # noqa: BLE001 - whatever the core made drgn say is the answer
         trace = Backtrace(fault=_short(f"{type(error).__name__}: {error}"))
+    trace = trace.model_copy(update={"instruction": _instruction(request)})
     sys.stdout.write(trace.model_dump_json())
+
+
+def _instruction(request: Request) -> Instruction | None:
+    if request.code is None:
+        return None
+    return instruction.decode(request.machine, request.registers, bytes.fromhex(request.code))
 
 
 def give_up_rights(cpu_seconds: int) -> None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from services.recorder import metrics
 from services.recorder.backtrace import Backtrace, ModuleFile, Request
+from services.recorder.core_head import Head
 from services.recorder.facts import Module
 
 _COMMAND = (sys.executable, "-I", "-m", "services.recorder.unwind_worker")
@@ -20,12 +21,20 @@ _KILLED_WITHIN = 2.0  # seconds from SIGKILL to its end
 _NO_TIME = 0.2  # seconds; less is not worth a process
 
 
-def unwind(core: int, modules: tuple[Module, ...], within: float) -> Backtrace:
+def unwind(
+    core: int,
+    modules: tuple[Module, ...],
+    within: float,
+    head: Head | None = None,
+    code: bytes | None = None,
+) -> Backtrace:
     """Return the backtrace of a core; what goes wrong is told in it, never raised.
 
     Args:
         core: descriptor of the core file.
         within: seconds after which the worker is killed.
+        head: of the core, for its registers.
+        code: what the crashing thread's program counter pointed at, if it faulted there.
     """
     if within < _NO_TIME:
         return _failed("there was no time for it", "skipped")
@@ -35,23 +44,33 @@ def unwind(core: int, modules: tuple[Module, ...], within: float) -> Backtrace:
     except OSError as error:
         return _failed(f"the core cannot be opened: {error.strerror}", "failed")
     try:
-        return _unwind(readable, modules, within)
+        return _unwind(_request(readable, modules, within, head, code), within)
     finally:
         os.close(readable)
 
 
-def _unwind(core: int, modules: tuple[Module, ...], within: float) -> Backtrace:
-    files = [module for module in modules if module.file >= 0]
-    request = Request(
+def _request(
+    core: int, modules: tuple[Module, ...], within: float, head: Head | None, code: bytes | None
+) -> Request:
+    return Request(
         core=core,
         modules=tuple(
-            ModuleFile(path=m.path, start=m.start, end=m.end, file=m.file) for m in files
+            ModuleFile(path=m.path, start=m.start, end=m.end, file=m.file)
+            for m in modules
+            if m.file >= 0
         ),
         cpu_seconds=max(1, round(within)),
+        machine=head.machine if head else 0,
+        registers=head.registers if head else {},
+        code=None if code is None else code.hex(),
     )
+
+
+def _unwind(request: Request, within: float) -> Backtrace:
     began = time.monotonic()
     try:
-        answer, status = _run(request, (core, *(module.file for module in files)), within)
+        files = (module.file for module in request.modules)
+        answer, status = _run(request, (request.core, *files), within)
     except OSError as error:
         return _failed(f"no worker could be started: {error}", "failed")
     metrics.BACKTRACE_SECONDS.observe(time.monotonic() - began)

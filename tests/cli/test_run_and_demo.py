@@ -66,7 +66,7 @@ async def test_demo_shows_the_main_job_and_leaves_only_the_files(tmp_path: Path)
     text = output.decode()
     assert demo.returncode == 0, text
     assert "crash.signal." in text and '"signal_name": "SIGBUS"' in text
-    assert text.count("verified") == 6
+    assert text.count("verified") == 7
     assert "ngx_master_process_cycle" in text
     (manifest,) = (tmp_path / "out").rglob("manifest.json")
     names = {file.stored_name for file in Manifest.model_validate_json(manifest.read_bytes()).files}

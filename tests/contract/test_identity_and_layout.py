@@ -36,6 +36,10 @@ def test_unseen_processes_of_two_users_are_two_crashes() -> None:
         ("info_-1", None),
         ("info_1.zst", None),
         ("info_1\n", None),
+        ("backtrace_7.json", (Kind.BACKTRACE_JSON, 7)),
+        ("info_7.json", None),
+        ("core_7.json", None),
+        ("backtrace_7.json.json", None),
         ("manifest_1", None),
     ],
 )

@@ -45,7 +45,7 @@ class Pipeline:
             f"{self.core_receiver.url}?core=true",
         )
 
-    async def manifest_of(self, pid: int, files: int = 5, within: float = 40) -> Manifest:
+    async def manifest_of(self, pid: int, files: int = 6, within: float = 40) -> Manifest:
         """Return the manifest of a process's crash once it names so many files."""
 
         async def look() -> Manifest | None:

@@ -62,7 +62,7 @@ def check_received_lines(pipeline: Pipeline, manifest: Manifest) -> None:
     mine = [
         data
         for data in pipeline.core_receiver.received
-        if f'"crash_id":"{manifest.crash_id}"'.encode() in data
+        if data.startswith(f'{{"{core.name}"'.encode()) and manifest.crash_id.encode() in data
     ]
     source = (pipeline.spool / str(manifest.process.pid) / core.name).read_bytes()
     assert reassemble(mine[0].splitlines(), core.name) == source

@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from crashbus import identity, signals
 from crashbus.capture import CaptureRecord
+from crashbus.layout import Kind, crash_file_name
 from tests.support.core_pattern import core_pattern_kept
 from tests.support.crashers import FATAL, crasher
 from tests.support.recorder import FILES, RecorderService, crash
@@ -76,7 +77,7 @@ def gdb(program: Path | str, core: Path, *commands: str) -> str:
 
 def frames(backtrace: str) -> list[tuple[int, int, str | None]]:
     """Return number, address and symbol of the crashing thread's frames."""
-    stack = backtrace.split("--- backtrace\n")[1].split("--- thread")[0]
+    stack = backtrace.split("--- backtrace\n")[1].split("--- ")[0]
     found = []
     for line in stack.splitlines():
         match = _APPSCOPE_FRAME.fullmatch(line)
@@ -86,7 +87,7 @@ def frames(backtrace: str) -> list[tuple[int, int, str | None]]:
 
 
 @pytest.mark.parametrize("name", FATAL)
-async def test_a_crash_leaves_five_files_that_say_what_happened(
+async def test_a_crash_leaves_files_that_say_what_happened(
     recorder: RecorderService, name: str, tmp_path: Path
 ) -> None:
     program = crasher(name)
@@ -95,7 +96,8 @@ async def test_a_crash_leaves_five_files_that_say_what_happened(
     record = await recorder.captured(pid)
 
     assert signals.name(number) == FATAL[name] == record.signal_name
-    assert sorted(record.files) == sorted(f"{kind}_{int(record.crashed_at)}" for kind in FILES)
+    epoch = int(record.crashed_at)
+    assert sorted(record.files) == sorted(crash_file_name(Kind(kind), epoch) for kind in FILES)
     for file, described in record.files.items():
         path = recorder.spool / str(pid) / file
         assert path.stat().st_size == described.size > 0
@@ -133,7 +135,7 @@ async def test_snapshot_has_the_keys_of_appscope_and_the_cause(
     assert snapshot["ProcessArgs"].endswith("null_pointer an argument")
     assert snapshot["HoldMilliseconds"] > 0
     assert snapshot["Limits"]["Max open files"]
-    assert snapshot["Threads"] == [{"Tid": pid, "Name": "null_pointer"}]
+    assert snapshot["Threads"] == [{"Tid": pid, "NsTid": pid, "Name": "null_pointer"}]
     assert any(module["BuildId"] for module in snapshot["Modules"])
     assert snapshot["CrashId"] == record.crash_id
     assert record.crash_id == identity.crash_id(before, pid, record.process.start_ticks)
@@ -183,6 +185,90 @@ async def test_python_that_reads_address_zero(recorder: RecorderService) -> None
     assert f"= {top[1]:#x}" in gdb(python, recorder.file(pid, "core"), "p/x $pc")
     assert "libc.so" in text.splitlines()[3]
     assert any("_ctypes" in line for line in text.splitlines())
+
+
+async def test_fault_shows_instruction_and_registers(recorder: RecorderService) -> None:
+    program = crasher("null_pointer")
+
+    pid, _ = await capture(recorder, program)
+
+    core = recorder.file(pid, "core")
+    shown = gdb(program, core, "x/i $pc", "p/x $pc", "p/x $sp", "p/x $rax")
+    found = json.loads(recorder.file(pid, "backtrace_json").read_bytes())
+    pc, stack, accumulator = re.findall(r"= (0x[0-9a-f]+)", shown)[-3:]
+    registers, instruction = found["registers"], found["instruction"]
+    assert (registers["rip"], registers["rsp"], registers["rax"]) == (pc, stack, accumulator)
+    assert instruction["address"] == pc
+    assert instruction["text"].split()[0][:3] == "mov"
+    assert "mov" in shown
+    assert instruction["touched"] == [{"access": "write", "address": "0x0", "size": 4}]
+    text = recorder.file(pid, "backtrace").read_text()
+    assert f"--- instruction\n{pc}: {instruction['text']}  (" in text
+    assert "\nwrite 4 bytes at 0x0\n--- registers\n" in text
+    assert f"rip {pc}" in text
+
+
+@by_one_mechanism
+async def test_backtrace_for_programs_says_the_same(recorder: RecorderService) -> None:
+    pid, record = await capture(recorder, crasher("threads"))
+
+    found = json.loads(recorder.file(pid, "backtrace_json").read_bytes())
+    text = recorder.file(pid, "backtrace").read_text()
+    first = found["threads"][0]
+    assert [(n, int(f["pc"], 16), f["symbol"]) for n, f in enumerate(first["frames"])] == frames(
+        text
+    )
+    assert [thread["crashed"] for thread in found["threads"]] == [True] + [False] * (
+        len(found["threads"]) - 1
+    )
+    assert {f"{t['tid']} {t['name']}" for t in found["threads"][1:]} == set(
+        re.findall(r"(?m)^--- thread (.*)$", text)
+    )
+    assert (found["crash_id"], found["fingerprint"]) == (record.crash_id, record.fingerprint)
+    assert found["signal"]["name"] == "SIGSEGV"
+    module = found["modules"][first["frames"][0]["module"]]
+    assert module["path"] == str(crasher("threads"))
+    assert (first["frames"][0]["file"] or "").endswith("threads.c")
+
+
+@by_one_mechanism
+async def test_jump_to_nowhere_is_told(recorder: RecorderService, tmp_path: Path) -> None:
+    program = _compile(tmp_path / "jump", "int main(void) { ((void (*)(void))0x1230)(); }")
+
+    pid, _ = await capture(recorder, program)
+
+    text = recorder.file(pid, "backtrace").read_text()
+    assert "--- instruction\n0x1230: there is no memory: a jump or return to a wrong" in text
+
+
+@by_one_mechanism
+async def test_abort_has_no_faulting_instruction(recorder: RecorderService) -> None:
+    pid, _ = await capture(recorder, crasher("abort"))
+
+    text = recorder.file(pid, "backtrace").read_text()
+    assert "--- instruction" not in text
+    assert "--- registers" in text
+
+
+@by_one_mechanism
+async def test_snapshot_shows_what_was_in_use(recorder: RecorderService, tmp_path: Path) -> None:
+    opened = tmp_path / "open \n file"
+    script = """
+import ctypes, socket, sys
+kept = open(sys.argv[1], "w"), socket.create_server(("127.0.0.1", 0))
+ctypes.string_at(0)
+"""
+    pid, _ = await capture(recorder, "/usr/bin/python3", "-c", script, opened)
+
+    snapshot = json.loads(recorder.file(pid, "snapshot").read_bytes())
+    assert str(opened) in [file["Target"] for file in snapshot["OpenFiles"]]
+    (listening,) = [one for one in snapshot["Sockets"] if one["Protocol"] == "tcp"]
+    assert listening["State"] == "LISTEN"
+    assert listening["Local"].startswith("127.0.0.1:")
+    assert int(snapshot["Status"]["VmRSS"].split()[0]) > 1000
+    assert snapshot["Status"]["PPid"] == str(os.getpid())
+    assert int(snapshot["Memory"]["Rss"].split()[0]) > 1000
+    assert any(" / " in mount for mount in snapshot["Mounts"])
 
 
 async def test_every_thread_is_there(recorder: RecorderService) -> None:

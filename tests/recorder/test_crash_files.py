@@ -74,7 +74,7 @@ def test_info_has_no_end_of_its_last_line() -> None:
 
 def test_snapshot_of_a_process_of_which_little_is_known() -> None:
     process = Process(boot_id="b", pid=42, ns_pid=1, start_ticks=1, uid=0, gid=0, comm="x")
-    facts = Facts(process, "root", b"", None, None, {}, {}, (Module("/bin/x", 16, 32),))
+    facts = Facts(process, "root", b"", None, None, {}, (), (Module("/bin/x", 16, 32),))
 
     raw = crash_files.snapshot(
         version="1", crash_id="c", crashed_at=0.5, host="h", facts=facts, cause=Cause(0),

@@ -249,4 +249,8 @@ async def test_process_in_namespaces_of_its_own(recorder: RecorderService) -> No
     (record,) = [one for one in records if one.process.comm.startswith("crasher")]
     assert record.process.ns_pid == 1 != record.process.pid
     assert top(recorder, record.process.pid) == "crash_here"
+    (thread,) = json.loads(recorder.file(record.process.pid, "backtrace_json").read_bytes())[
+        "threads"
+    ]
+    assert (thread["tid"], thread["name"]) == (1, record.process.comm)
     assert not record.files[recorder.file(record.process.pid, "core").name].truncated

@@ -18,7 +18,7 @@ from tests.recorder.conftest import MakeRecorder
 from tests.support import core_pattern
 from tests.support.crashers import crasher
 from tests.support.nats import NatsServer
-from tests.support.recorder import RecorderService, crash
+from tests.support.recorder import FILES, RecorderService, crash
 from tests.support.requirements import need_program
 from tests.support.wait import until
 
@@ -205,7 +205,7 @@ async def test_storm_of_fifty_crashes_at_once_loses_none(
     records = [await recorder.captured(process.pid, 30) for process in processes]
 
     for record in records:
-        assert len(record.files) == 5
+        assert len(record.files) == len(FILES)
         assert not any(file.truncated for file in record.files.values())
     assert len({record.crash_id for record in records}) == 50
 
@@ -312,7 +312,7 @@ async def test_full_disk_costs_the_rest_of_the_core_and_nothing_else(
     assert core.truncated
     assert note in (core.note or "")
     assert 10 << 20 < core.size == recorder.file(pid, "core").stat().st_size
-    assert len(record.files) == 5
+    assert len(record.files) == len(FILES)
     assert json.loads(recorder.file(pid, "snapshot").read_bytes())["Pid"] == pid
     # The crash after it is captured as far as it goes, and the recorder is still there.
     second, _ = crash(*HOG, "100")

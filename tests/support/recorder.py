@@ -13,7 +13,7 @@ from crashbus.capture import CaptureRecord
 from tests.support.wait import until
 
 START_WITHIN = 20  # seconds; the machine may be busy
-FILES = ("info", "cfg", "backtrace", "snapshot", "core")
+FILES = ("info", "cfg", "backtrace", "backtrace_json", "snapshot", "core")
 
 
 class RecorderService:
@@ -118,7 +118,8 @@ class RecorderService:
 
     def file(self, pid: int, kind: str) -> Path:
         """Return the only file of a kind that a crash has."""
-        (path,) = (self.spool / str(pid)).glob(f"{kind}_*")
+        pattern = "backtrace_*.json" if kind == "backtrace_json" else f"{kind}_*[0-9]"
+        (path,) = (self.spool / str(pid)).glob(pattern)
         return path
 
 

@@ -1,0 +1,86 @@
+"""What a process had in use, from the real /proc and from tables made by hand."""
+
+import os
+import socket
+from pathlib import Path
+
+from services.recorder import resources
+from services.recorder.resources import Resources
+
+
+def test_open_files_and_sockets_of_this_process(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with (
+        path.open("w") as file,
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as datagrams,
+        socket.socket(socket.AF_UNIX) as local,
+    ):
+        datagrams.bind(("::1", 0))
+        local.bind(str(tmp_path / "local"))
+
+        shown = resources.describe(resources.read(os.getpid(), None))
+
+        by_descriptor = {one["Fd"]: one for one in shown["Sockets"]}
+        port, mine = server.getsockname()[1], client.getsockname()[1]
+        assert {"Fd": file.fileno(), "Target": str(path)} in shown["OpenFiles"]
+        assert by_descriptor[server.fileno()] == {
+            "Fd": server.fileno(),
+            "Protocol": "tcp",
+            "Local": f"127.0.0.1:{port}",
+            "Remote": "0.0.0.0:0",
+            "State": "LISTEN",
+        }
+        assert by_descriptor[client.fileno()]["Remote"] == f"127.0.0.1:{port}"
+        assert by_descriptor[client.fileno()]["Local"] == f"127.0.0.1:{mine}"
+        assert by_descriptor[client.fileno()]["State"] == "ESTABLISHED"
+        assert by_descriptor[datagrams.fileno()]["Local"] == f"[::1]:{datagrams.getsockname()[1]}"
+        assert by_descriptor[local.fileno()]["Path"] == str(tmp_path / "local")
+    assert shown["Status"]["Pid"] == str(os.getpid())
+
+
+def test_numbers_of_a_cgroup() -> None:
+    path = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
+    group = next(
+        (
+            one.parent
+            for one in Path("/sys/fs/cgroup").rglob("memory.current")
+            if one.parent != Path("/sys/fs/cgroup")
+        ),
+        None,
+    )
+    if group is not None:
+        path = f"/{group.relative_to('/sys/fs/cgroup')}"
+
+    shown = resources.describe(resources.read(os.getpid(), path))
+
+    expected = {"memory.current", "pids.current"} if group is not None else set()
+    assert expected <= set(shown["CgroupNumbers"])
+    assert resources.read(os.getpid(), "/../../../etc").cgroup == {}
+
+
+def test_secrets_are_taken_out() -> None:
+    found = Resources(
+        open_files={3: b"/var/run/login?password=hunter2&x=1"},
+        mounts=b"36 35 98:0 / /mnt rw - cifs //h/s rw,username=u,password=hunter2\n",
+    )
+
+    assert "hunter2" not in str(resources.describe(found))
+
+
+def test_cut_and_odd_tables_are_read_as_far_as_they_go() -> None:
+    row = b"   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 77 1\n"
+    found = Resources(
+        status=b"Name:\tx: y\nno field\nVmRSS:\t  12 kB\n",
+        open_files={3: b"socket:[77]", 4: b"\xff", 5: b"socket:[78]"},
+        tables={"tcp": b"heading\n" + row + row[:30], "unix": b"Num RefCount\n0: 00000002 0"},
+        oom_score_adj=b"",
+    )
+
+    shown = resources.describe(found)
+
+    assert shown["Status"] == {"Name": "x: y", "VmRSS": "12 kB"}
+    assert [one["Local"] for one in shown["Sockets"]] == ["127.0.0.1:8080"]
+    assert shown["OpenFiles"][1]["Target"] == "\\xff"
+    assert shown["OomScoreAdj"] is None
