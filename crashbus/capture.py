@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from crashbus import layout
 from crashbus.errors import CrashbusError
-from crashbus.messages import CrashId, FileName, Fingerprint, Host, Part, Process, Time
+from crashbus.messages import CrashId, FileName, Fingerprint, Host, Module, Part, Process, Time
 
 GROWTH = 8 * 1024  # bytes kept free in a record for what it is still to tell, on a full disk too
 MAX_SIZE = 4 * 1024 * 1024  # a record lists few files, but arguments may be long
@@ -49,6 +49,7 @@ class CaptureRecord(Part):
     fault_address: int | None = None
     fingerprint: Fingerprint | None = None
     files: dict[FileName, CapturedFile] = Field(default_factory=dict)
+    modules: tuple[Module, ...] = ()
     notes: tuple[str, ...] = ()
 
 

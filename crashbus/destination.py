@@ -17,6 +17,7 @@ from typing import Literal
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from crashbus.errors import CrashbusError
+from crashbus.layout import SHARED, Kind
 
 Scheme = Literal["s3", "tcp", "tls", "file"]
 
@@ -63,6 +64,12 @@ class Destination:
     def wants_core(self) -> bool:
         """Whether core dumps are to be sent there."""
         return not self.ships_together or self.options.get("core") == "true"
+
+    def wants(self, kind: Kind) -> bool:
+        """Tell whether files of this kind are to be delivered there."""
+        if kind is Kind.CORE:
+            return self.wants_core
+        return not (self.ships_together and (kind in SHARED or kind is Kind.MANIFEST))
 
 
 def parse(url: str) -> Destination:

@@ -3,7 +3,9 @@
 On the host the layout is AppScope's: ``/tmp/appscope/<pid>/<kind>_<epoch>``, one epoch for
 each set of files. At a destination a crash is a folder a human can find by host, day, time
 and process name, derived from the crash alone so that a second delivery writes the same
-objects: ``<host>/<YYYY-MM-DD>/<HHMMSS>-<process>-<crash ID>/``.
+objects: ``<host>/<YYYY-MM-DD>/<HHMMSS>-<process>-<crash ID>/``. Programs and libraries lie
+there once for each build ID, as debuginfod and gdb have them:
+``build-id/<xx>/<rest>/{executable,debuginfo}``.
 """
 
 import re
@@ -14,8 +16,10 @@ from crashbus import names
 
 SPOOL = "/tmp/appscope"  # noqa: S108 - AppScope's library writes here, so the place is given
 MANIFEST_NAME = "manifest.json"
+BINARIES = "build-id"  # directory for them, in the spool and at a destination
 
 _CRASH_FILE = re.compile(r"(info|cfg|backtrace|snapshot|core|capture)_([0-9]{1,11})(\.json)?")
+_BINARY = re.compile(r"(executable|debuginfo)_([0-9a-f]{4,128})_([0-9a-f]{16})")
 _YEAR_10000 = 253402300800  # Unix seconds; no later time can be written as a date
 
 
@@ -28,6 +32,8 @@ class Kind(StrEnum):
     SNAPSHOT = "snapshot"
     CFG = "cfg"
     CORE = "core"
+    EXECUTABLE = "executable"  # a program or library that was mapped
+    DEBUGINFO = "debuginfo"  # its separate debug information
     MANIFEST = "manifest"
     CAPTURE = "capture"  # the recorder's note to the collector; never shipped
 
@@ -39,7 +45,12 @@ SHIPPING_ORDER = (
     Kind.SNAPSHOT,
     Kind.CFG,
     Kind.CORE,
+    Kind.EXECUTABLE,
+    Kind.DEBUGINFO,
 )
+LARGE = frozenset({Kind.CORE, Kind.EXECUTABLE, Kind.DEBUGINFO})
+# Stored once for each build ID, not with the crash.
+SHARED = frozenset({Kind.EXECUTABLE, Kind.DEBUGINFO})
 
 
 def crash_file_name(kind: Kind, epoch: int) -> str:
@@ -61,6 +72,19 @@ def parse_crash_file_name(name: str) -> tuple[Kind, int] | None:
     if match[3]:
         return (Kind.BACKTRACE_JSON, int(match[2])) if kind is Kind.BACKTRACE else None
     return kind, int(match[2])
+
+
+def binary_name(kind: Kind, build_id: str, sha256: str) -> str:
+    """Return the name of a binary in the spool: of one build there may be several contents,
+    such as with and without symbols.
+    """
+    return f"{kind}_{build_id}_{sha256[:16]}"
+
+
+def binary_folder(name: str) -> str | None:
+    """Return the folder at a destination of a file with a binary's name; None for any other."""
+    match = _BINARY.fullmatch(name)
+    return match and f"{BINARIES}/{match[2][:2]}/{match[2][2:]}"
 
 
 def folder(host: str, crashed_at: float, process_name: str, crash_id: str) -> str:

@@ -9,6 +9,7 @@ reader skips; another major version is rejected as malformed.
 import hashlib
 import math
 import time as clock
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgpack
@@ -28,6 +29,7 @@ from crashbus.layout import Kind
 VERSION = "1.0"
 # Linux cuts a path at 4096 bytes, and a byte that is no UTF-8 takes four characters.
 MAX_PATH = 32 * 1024  # characters
+MAX_MODULES = 256  # told of one crash
 
 
 def _file_name(value: str) -> str:
@@ -45,6 +47,7 @@ def _finite(value: float) -> float:
 CrashId = Annotated[str, StringConstraints(pattern=r"^[0-9a-hjkmnp-tv-z]{16}$")]
 FileName = Annotated[str, StringConstraints(max_length=255), AfterValidator(_file_name)]
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
+BuildId = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){2,64}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Host = Annotated[str, StringConstraints(min_length=1, max_length=253)]
 Time = Annotated[float, AfterValidator(_finite), Field(description="Unix time in seconds")]
@@ -270,11 +273,53 @@ class CrashFile(Part):
     chunks: Count = Field(description="how many; 0 for an empty file")
     truncated: bool = Field(False, description="cut short; see note")
     note: str | None = Field(None, description="why it was cut short, or what else is odd")
+    stored_as: FileName | None = Field(
+        None, description="in a receipt: the object's name, where it is not the usual one"
+    )
 
     @property
     def stored_name(self) -> str:
-        """The object's name below the crash's folder."""
-        return f"{self.name}.zst" if self.encoding == "zstd" else self.name
+        """The object's name below its folder."""
+        if self.stored_as:
+            return self.stored_as
+        name = self.kind.value if self.kind in layout.SHARED else self.name
+        return f"{name}.zst" if self.encoding == "zstd" else name
+
+    @property
+    def beside_another(self) -> Self:
+        """The same file, under the name that it gets where another content of the same build
+        has the usual one.
+        """
+        return self.model_copy(update={"stored_as": f"{self.kind}-{self.sha256[:16]}"})
+
+
+class Binary(Part):
+    """A file that is kept of a module: the file itself, or its separate debug information."""
+
+    kind: Kind
+    size: Size
+    sha256: Sha256
+
+
+class Module(Part):
+    """A program or library that a crashed process had mapped as code."""
+
+    path: str = Field(max_length=4096, description="as the process saw it")
+    build_id: BuildId
+    kept: tuple[Binary, ...] = Field((), max_length=2)
+
+    def files(self) -> Iterator[CrashFile]:
+        """Give what is kept of it, as crash files."""
+        for one in self.kept:
+            yield CrashFile(
+                name=layout.binary_name(one.kind, self.build_id, one.sha256),
+                kind=one.kind,
+                size=one.size,
+                sha256=one.sha256,
+                encoding="identity",
+                stored_size=one.size,
+                chunks=0,
+            )
 
 
 class _Placed(CrashMessage):
@@ -287,6 +332,11 @@ class _Placed(CrashMessage):
     def folder(self) -> str:
         """The crash's folder below a destination's prefix."""
         return layout.folder(self.host, self.crashed_at, self.process_name, self.crash_id)
+
+    def folder_of(self, file: CrashFile) -> str:
+        """The folder of one of its files: what many crashes share does not lie with one."""
+        shared = layout.binary_folder(file.name) if file.kind in layout.SHARED else None
+        return shared or self.folder
 
 
 class WorkItem(_Placed):
@@ -321,6 +371,11 @@ class Manifest(_Placed):
         None, description="the same for crashes of the same bug, on all hosts and builds"
     )
     files: tuple[CrashFile, ...] = Field(max_length=1024)
+    modules: tuple[Module, ...] = Field(
+        (),
+        max_length=MAX_MODULES,
+        description="what it had mapped; these files came with this crash or an earlier one",
+    )
     destinations: tuple[Url, ...]
     notes: tuple[str, ...] = Field((), description="what is missing or odd, in words")
 

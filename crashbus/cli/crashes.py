@@ -9,7 +9,6 @@ from crashbus import DeadLetter, Manifest, Receipt, SignalEvent, destination
 from crashbus.cli.errors import Trouble
 from crashbus.cli.terminal import plain
 from crashbus.destination import DestinationError
-from crashbus.layout import Kind
 from crashbus.messages import CrashFile
 
 GATHERING = 120.0  # seconds from a deadly signal to the manifest, for the largest of cores
@@ -116,7 +115,7 @@ def _delivery(url: str, file: CrashFile) -> tuple[str, str, int, str]:
 def _wanted(url: str, file: CrashFile) -> bool:
     """Whether a destination takes this file; one that a newer Crashbus knows takes all."""
     try:
-        return file.kind is not Kind.CORE or destination.parse(url).wants_core
+        return destination.parse(url).wants(file.kind)
     except DestinationError:
         return True
 

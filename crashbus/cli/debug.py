@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from crashbus.cli import sysroot
 from crashbus.cli.download import is_whole, refuse_to_overwrite
 from crashbus.cli.errors import Trouble
 from crashbus.cli.get import CrashIdArgument, FromUrl, download, make_directory
@@ -28,7 +29,7 @@ def debug(
     ] = None,
     from_url: FromUrl = None,
 ) -> None:
-    """Fetch a crash's core dump and open it in gdb."""
+    """Fetch a crash's core dump with its binaries and open it in gdb, on any machine."""
     gdb = shutil.which("gdb")
     if gdb is None:
         raise Trouble("gdb is not installed here", "apt-get install gdb")
@@ -40,7 +41,12 @@ def debug(
         if not is_whole(path, core):
             refuse_to_overwrite(directory, [core])
             download(found, [core], directory)
-        command = [gdb, *(arguments or []), *_executable(found), f"--core={path}"]
+        binaries = sysroot.build(found, directory)
+        for text in binaries.missing:
+            _warn(text)
+        chosen = binaries.gdb_arguments if binaries.modules else _executable(found)
+        # Ours first: whoever gives the same setting means it.
+        command = [gdb, *chosen, *(arguments or []), f"--core={path}"]
         raise typer.Exit(_run(command))
 
 

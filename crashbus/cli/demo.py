@@ -29,7 +29,7 @@ from crashbus.cli.errors import Trouble
 from crashbus.cli.supervisor import SERVICES, free_port
 from crashbus.cli.terminal import console, plain, size, table
 from crashbus.errors import BusUnreachable
-from crashbus.layout import Kind
+from crashbus.layout import SHARED, Kind
 
 _START_WITHIN = 30.0  # seconds for all services to be healthy, on a slow machine
 _DELIVER_WITHIN = 60.0  # seconds from the crash to the last receipt
@@ -272,18 +272,20 @@ def _show_files(destination: Path, manifest: Manifest, receipts: list[Receipt]) 
     out.print("\nThe delivered files:", style="bold")
     shown = table("file", "size", "stored", "SHA-256 of the content", "")
     for receipt in receipts:
-        path = destination / manifest.folder / receipt.file.stored_name
-        same = _sha256(path) == receipt.file.sha256
-        shown.add_row(
-            plain(path.name),
-            size(receipt.file.size),
-            size(path.stat().st_size),
-            receipt.file.sha256,
-            "verified" if same else "DIFFERS",
-        )
-        if not same:
+        path = destination / manifest.folder_of(receipt.file) / receipt.file.stored_name
+        if _sha256(path) != receipt.file.sha256:
             raise Trouble(f"{path} is not what was captured", "please report this")
+        if receipt.file.kind not in SHARED:
+            row = (plain(path.name), size(receipt.file.size), size(path.stat().st_size))
+            shown.add_row(*row, receipt.file.sha256, "verified")
     out.print(shown)
+    binaries = [receipt.file for receipt in receipts if receipt.file.kind in SHARED]
+    total = size(sum(file.size for file in binaries))
+    out.print(
+        f"and below build-id/ {len(binaries)} programs, libraries and their debug information, "
+        f"{total}: verified",
+        soft_wrap=True,
+    )
 
 
 def _sha256(path: Path) -> str:

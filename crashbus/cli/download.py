@@ -65,9 +65,9 @@ def save(found: Found, file: CrashFile, directory: Path, on: OnBytes) -> Path:
     """
     target = directory / file.name
 
-    def write(copy: Copy) -> Path:
+    def write(copy: Copy, key: str) -> Path:
         try:
-            with closing(contents(copy, file)) as blocks:
+            with closing(contents(copy, key, file)) as blocks:
                 _write(target, blocks, on)
         except OSError as error:
             raise Trouble(
@@ -78,12 +78,14 @@ def save(found: Found, file: CrashFile, directory: Path, on: OnBytes) -> Path:
     return from_any_copy(found, file, write)
 
 
-def from_any_copy(found: Found, file: CrashFile, use: Callable[[Copy], T]) -> T:
-    """Return what `use` makes of the first copy that can be read and is not damaged."""
+def from_any_copy(found: Found, file: CrashFile, use: Callable[[Copy, str], T]) -> T:
+    """Return what `use` makes of the first copy, and key in it, that can be read and is not
+    damaged.
+    """
     errors = []
-    for copy in found.copies:
+    for copy, key in ((one, key) for one in found.copies for key in one.keys(file)):
         try:
-            return use(copy)
+            return use(copy, key)
         except (StoreError, DamagedFile) as error:
             errors.append(str(error))
     if not errors:
@@ -95,7 +97,7 @@ def from_any_copy(found: Found, file: CrashFile, use: Callable[[Copy], T]) -> T:
     raise Trouble(f"cannot get {file.name}: {'; '.join(errors)}", "see crashbus doctor")
 
 
-def contents(copy: Copy, file: CrashFile) -> Generator[bytes, None, None]:
+def contents(copy: Copy, key: str, file: CrashFile) -> Generator[bytes, None, None]:
     """Yield a crash file's own bytes in blocks of at most 256 KiB.
 
     Raises:
@@ -104,8 +106,8 @@ def contents(copy: Copy, file: CrashFile) -> Generator[bytes, None, None]:
             last block, and never after more bytes than were announced.
     """
     digest, size = hashlib.sha256(), 0
-    where = f"{copy.source.url}: {copy.key(file)}"
-    with copy.source.open(copy.key(file)) as stored:
+    where = f"{copy.source.url}: {key}"
+    with copy.source.open(key) as stored:
         for block in _file_bytes(stored, file, where):
             size += len(block)
             if size > file.size:

@@ -6,6 +6,7 @@ from crashbus.cli import store
 from crashbus.cli.bus import stored_crashes
 from crashbus.cli.crashes import Crash, choose
 from crashbus.cli.errors import Trouble
+from crashbus.layout import SHARED, binary_folder
 from crashbus.messages import CrashFile
 
 
@@ -16,9 +17,12 @@ class Copy:
     source: store.Store
     folder: str
 
-    def key(self, file: CrashFile) -> str:
-        """Return the file's key in the store."""
-        return f"{self.folder}/{file.stored_name}"
+    def keys(self, file: CrashFile) -> tuple[str, ...]:
+        """Return where the file may lie in the store: the usual place first."""
+        shared = binary_folder(file.name) if file.kind in SHARED else None
+        if shared is None:
+            return (f"{self.folder}/{file.stored_name}",)
+        return tuple(f"{shared}/{one.stored_name}" for one in (file, file.beside_another))
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ def _on_bus(given: str) -> Found:
 
 
 def files_of(found: Found, names: list[str]) -> list[CrashFile]:
-    """Return the files of a crash that are asked for by name or kind; all without names.
+    """Return the files of a crash that are asked for by name or kind; without names all but the
+    binaries that came with it.
 
     Raises:
         Trouble: there are none, or not these.
@@ -87,4 +92,6 @@ def files_of(found: Found, names: list[str]) -> list[CrashFile]:
         if not any(name in (file.name, file.kind) for file in files):
             known = ", ".join(file.name for file in files)
             raise Trouble(f"crash {crash.crash_id} has no file {name!r}", f"it has {known}")
-    return [file for file in files if not names or file.name in names or file.kind in names]
+    if not names:
+        return [file for file in files if file.kind not in SHARED]
+    return [file for file in files if file.name in names or file.kind in names]

@@ -16,7 +16,7 @@ SERVICES = {
 # One module of each package that a service's extra brings and others may lack.
 _NEEDS = {
     "detector": ("structlog",),
-    "recorder": ("structlog", "drgn", "elftools"),
+    "recorder": ("structlog", "drgn", "capstone"),
     "collector": ("structlog", "asyncinotify"),
     "shipper": ("structlog", "minio", "tenacity"),
 }

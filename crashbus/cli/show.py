@@ -66,9 +66,9 @@ def _backtraces(found: Found) -> Iterator[tuple[str, str]]:
 
 
 def _text(found: Found, file: CrashFile) -> str:
-    def read(copy: Copy) -> bytes:
+    def read(copy: Copy, key: str) -> bytes:
         data = bytearray()
-        for block in contents(copy, file):
+        for block in contents(copy, key, file):
             data += block[: _MAX_BACKTRACE - len(data)]
         return bytes(data)
 
@@ -150,7 +150,7 @@ def _print_files(found: Found) -> None:
 def _where(found: Found, file: CrashFile, receipts: list[Receipt]) -> list[str]:
     if receipts or found.crash.receipts:
         return [receipt.url for receipt in receipts] or ["not shipped yet"]
-    return [f"{copy.source.url}/{copy.key(file)}" for copy in found.copies]
+    return [f"{copy.source.url}/{copy.keys(file)[0]}" for copy in found.copies]
 
 
 def _print_failures(crash: Crash) -> None:

@@ -119,7 +119,12 @@ class Store(ABC):
         are asked for, so the newest few cost few requests.
         """
         hosts = [names.file_name(host.encode())] if host else self._folders("")
-        days = [(day, one) for one in hosts for day in self._folders(f"{one}/")]
+        days = [
+            (day, one)
+            for one in hosts
+            for day in self._folders(f"{one}/")
+            if one != layout.BINARIES or len(day) > len("xx")
+        ]
         for day in sorted({day for day, _ in days}, reverse=True):
             yield from self._of_day(day, [one for its_day, one in days if its_day == day])
 

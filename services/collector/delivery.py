@@ -15,7 +15,7 @@ import structlog
 from crashbus import destination as destinations
 from crashbus.bus import Bus, Delivery
 from crashbus.errors import BusFull, BusUnreachable
-from crashbus.layout import MANIFEST_NAME, Kind, parse_crash_file_name
+from crashbus.layout import LARGE, MANIFEST_NAME, Kind, parse_crash_file_name
 from crashbus.messages import CrashFile, DeadLetter, Receipt, WorkItem
 from crashbus.names import token
 from services.collector import metrics
@@ -33,10 +33,7 @@ TRY_AGAIN = 2.0  # seconds after a failure of the bus or of the disk
 
 def wants(destination: str, kind: Kind) -> bool:
     """Tell whether a file of this kind is to be delivered to this destination."""
-    parsed = destinations.parse(destination)
-    if kind is Kind.CORE:
-        return parsed.wants_core
-    return kind is not Kind.MANIFEST or not parsed.ships_together
+    return destinations.parse(destination).wants(kind)
 
 
 def waiting(crash: Crash, source: Source) -> tuple[str, ...]:
@@ -52,9 +49,9 @@ def work_items(crash: Crash, core: bool) -> list[WorkItem]:
     in name order, as AppScope's daemon sends them; all others get an item for each file.
 
     Args:
-        core: return the items of core dumps, or those of all other files.
+        core: return the items of core dumps and binaries, or those of all other files.
     """
-    sources = [s for s in crash.in_order() if s.file and (s.kind is Kind.CORE) is core]
+    sources = [s for s in crash.in_order() if s.file and (s.kind in LARGE) is core]
     items = []
     for place in crash.destinations:
         together = destinations.parse(place).ships_together and not core
@@ -170,7 +167,7 @@ class Deliverer:
 
     async def _work_on(self, crash: Crash, core: bool) -> None:
         await self._publish_missing(crash, core)
-        if not core and _has_core_to_send(crash):
+        if not core and _has_large_to_send(crash):
             self._enqueue(self._cores, crash.crash_id)
         # Both lanes may come to a crash's end at once.
         async with self._ends.setdefault(crash.crash_id, asyncio.Lock()):
@@ -182,7 +179,7 @@ class Deliverer:
         if crash.reported is not None:
             await self._catch_up(crash)
         for source in crash.in_order():
-            if (source.kind is Kind.CORE) is core and waiting(crash, source):
+            if (source.kind in LARGE) is core and waiting(crash, source):
                 await self._publish_source(crash, source)
         await self._offer(crash, work_items(crash, core))
 
@@ -401,8 +398,8 @@ def is_unfinished(crash: Crash) -> bool:
     return not any(s.failed for s in _all_sources(crash)) and crash.delivered_at is None
 
 
-def _has_core_to_send(crash: Crash) -> bool:
-    return any(s.kind is Kind.CORE and waiting(crash, s) for s in crash.sources.values())
+def _has_large_to_send(crash: Crash) -> bool:
+    return any(s.kind in LARGE and waiting(crash, s) for s in crash.sources.values())
 
 
 def _all_sources(crash: Crash) -> list[Source]:

@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from crashbus.bus import Bus
 from crashbus.capture import CaptureRecord, UnreadableRecord
 from crashbus.errors import BusUnreachable
 from crashbus.identity import crash_id, unknown_crash_id
-from crashbus.layout import Kind
-from crashbus.messages import Process, SignalEvent
+from crashbus.layout import BINARIES, Kind
+from crashbus.messages import Module, Process, SignalEvent
 from crashbus.names import token
 from services.collector import judge, metrics, processes, spool
 from services.collector.judge import RecordState, Verdict
@@ -347,6 +348,9 @@ class Gatherer:
         ]
         if not sources:
             return
+        if found.record and found.record.record:
+            crash.modules = found.record.record.modules
+            sources.extend(await asyncio.to_thread(self._binaries, crash.modules))
         crash.sources.update({source.name: source for source in sources})
         crash.delivered_at = None
         if found.verdict is Verdict.CUT_SHORT:
@@ -363,6 +367,21 @@ class Gatherer:
             files=len(crash.sources),
         )
         self._on_crash(crash)
+
+    def _binaries(self, modules: tuple[Module, ...]) -> list[Source]:
+        """Return the binaries of a crash that came with no earlier one."""
+        new: dict[str, Source] = {}
+        with (
+            suppress(FileNotFoundError),
+            spool.open_directory(str(self.root)) as root,
+            spool.open_directory(BINARIES, root) as directory,
+        ):
+            for module in modules:
+                for file in module.files():
+                    known = self._ledger.knows_file(BINARIES, file.name)
+                    if not known and spool.is_root_s(file.name, directory):
+                        new[file.name] = Source(directory=BINARIES, name=file.name, kind=file.kind)
+        return list(new.values())
 
     def _belongs(self, found: FoundSet, entry: Entry, crash: Crash) -> bool:
         """Tell whether a file is the crash's own; what is not is refused."""
@@ -421,7 +440,7 @@ class Gatherer:
             host=self._host,
             destinations=self._destinations,
             notes=list(record.notes),
-            **record.model_dump(exclude={"state", "files", "notes", "host"}),
+            **record.model_dump(exclude={"state", "files", "modules", "notes", "host"}),
         )
 
     async def _seen_by_detector(self, found: FoundSet) -> Process | None:

@@ -20,6 +20,7 @@ from crashbus.messages import (
     Fingerprint,
     Host,
     Manifest,
+    Module,
     Process,
     Time,
 )
@@ -43,7 +44,7 @@ class Source(BaseModel):
         renewed_for: the time of the dead letter that was the last reason for it.
     """
 
-    directory: str = Field(pattern=r"^[0-9]{1,10}$")
+    directory: str = Field(pattern=r"^([0-9]{1,10}|build-id)$")
     name: FileName
     kind: Kind
     note: str | None = None
@@ -79,6 +80,7 @@ class Crash(BaseModel):
     destinations: tuple[str, ...] = ()
     notes: list[str] = Field(default_factory=list)
     sources: dict[str, Source] = Field(default_factory=dict)
+    modules: tuple[Module, ...] = ()
     offered: set[str] = Field(default_factory=set)  # subjects of work items ever published
     revision: int = 0
     reported_at: float = 0.0
@@ -109,6 +111,7 @@ class Crash(BaseModel):
             fault_address=self.fault_address,
             fingerprint=self.fingerprint,
             files=tuple(s.file for s in self.in_order() if s.file is not None),
+            modules=self.modules,
             destinations=self.destinations,
             notes=tuple(self.notes),
         )

@@ -13,7 +13,7 @@ import structlog
 from crashbus.bus import Bus
 from crashbus.chunks import Chunk, Encoder, chunk_size
 from crashbus.errors import BusFull, BusUnreachable, CrashbusError
-from crashbus.layout import Kind
+from crashbus.layout import LARGE, Kind
 from crashbus.messages import CrashFile, Encoding
 from services.collector import metrics, spool
 from services.collector.ledger import Source
@@ -23,7 +23,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 IN_FLIGHT = 8  # chunks sent and not yet confirmed; with 1 MiB each this fills a local bus
 TRY_AGAIN = 1.0  # seconds between tries while the bus is away or has no room
-MAX_SMALL = 16 * 1024 * 1024  # bytes of any file but a core dump; AppScope's have kilobytes
+MAX_SMALL = 16 * 1024 * 1024  # bytes of any file that is not large; AppScope's have kilobytes
 MESSAGE_OVERHEAD = 512  # bytes of subject and headers that the bus stores with each chunk
 FULL_PATIENCE = 30.0  # seconds to wait for room before our own half file makes room for others
 
@@ -94,7 +94,7 @@ class Publisher:
             encoding = "zstd"
         encoder = Encoder(chunk_size(self.bus.max_payload), encoding, self.level or 1)
         stream = _Stream(self.bus, crash_id, source.name)
-        limit = self.limit if source.kind is Kind.CORE else min(self.limit, MAX_SMALL)
+        limit = self.limit if source.kind in LARGE else min(self.limit, MAX_SMALL)
         wanted, room = min(size, limit), await self.bus.chunk_store_bytes()
         try:
             while encoder.size < wanted:

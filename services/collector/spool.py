@@ -91,6 +91,15 @@ def open_file(name: str, directory: int) -> int:
     return descriptor
 
 
+def is_root_s(name: str, directory: int) -> bool:
+    """Tell whether a file is there that root made, and no one else can have changed."""
+    try:
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return _fault(status) is None and status.st_uid == 0
+
+
 def _fault(status: os.stat_result) -> str | None:
     if not stat.S_ISREG(status.st_mode):
         return "not_a_regular_file"

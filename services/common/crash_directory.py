@@ -83,6 +83,38 @@ def open_crash(path: Path, pid: int, epoch: int) -> tuple[int, int]:
         os.close(spool)
 
 
+def own_directory(name: str, spool: int) -> int:
+    """Return a descriptor of a directory in the spool, made ours if it is not.
+
+    Raises:
+        OSError: it cannot be had.
+    """
+    return _own_directory(name, spool)
+
+
+def has_file(name: str, directory: int) -> bool:
+    """Tell whether a file is there that we made."""
+    return _is_our_file(name, directory)
+
+
+def hidden_file(kind: layout.Kind, directory: int) -> tuple[str, int]:
+    """Make a file that nobody looks at until `name_file`; return its name and descriptor."""
+    name = f".{kind}.{secrets.token_hex(8)}"
+    return name, _new_file(name, directory)
+
+
+def name_file(hidden: str, name: str, directory: int) -> None:
+    """Give a hidden file its name, unless a file of ours has it already.
+
+    Raises:
+        OSError: it cannot have it.
+    """
+    if _is_our_file(name, directory):
+        os.unlink(hidden, dir_fd=directory)
+    else:
+        _take_place(name, hidden, directory)
+
+
 def create_file(directory: int, kind: layout.Kind, epoch: int) -> int:
     """Make a crash file and return its descriptor.
 

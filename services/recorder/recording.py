@@ -19,7 +19,7 @@ from crashbus import capture, fingerprint, signals
 from crashbus.capture import CapturedFile, CaptureRecord
 from crashbus.identity import crash_id
 from crashbus.layout import Kind, crash_file_name
-from crashbus.messages import Process
+from crashbus.messages import Module, Process
 from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
 from services.recorder import (
@@ -34,6 +34,7 @@ from services.recorder import (
     unwinder,
 )
 from services.recorder.backtrace import Backtrace
+from services.recorder.binaries import Binaries
 from services.recorder.core_head import Cause, Head
 from services.recorder.core_pages import Pages
 from services.recorder.errors import CaptureFailed
@@ -67,6 +68,7 @@ class Conditions:
     stacks_only: bool
     only_stream: bool  # read no memory but what the kernel sends
     disk_reserve: float  # percent
+    binaries: Binaries
     configuration: Mapping[str, Any]
     module_files: Callable[[], int]
     on_disk_full: Callable[[bool], None]
@@ -234,16 +236,18 @@ def _with_cause(record: CaptureRecord, cause: Cause) -> CaptureRecord:
     )
 
 
-def _keep(recording: Recording) -> None:
+def _keep(recording: Recording) -> bool:
     """Bring the record on disk up to date; a full disk must not keep the process held."""
     try:
         capture.write(recording.record_file, recording.record)
+        return True
     except OSError as error:
         log.error(
             "the capture record could not be written",
             crash_id=recording.record.crash_id,
             error=error.strerror,
         )
+        return False
 
 
 def _write_early(recording: Recording, on: Conditions) -> None:
@@ -313,18 +317,36 @@ def finish(recording: Recording, on: Conditions, backtrace_within: float) -> Non
             recording.notes.append(f"backtrace failed: {trace.fault}")
         _write_backtrace(recording, recording.facts, trace)
         _write_file(recording, Kind.SNAPSHOT, _snapshot(recording, recording.facts, trace, on))
-        recording.record = recording.record.model_copy(
-            update={
-                "state": "complete",
-                "fingerprint": _fingerprint(recording, trace),
-                "files": recording.files,
-                "notes": tuple(recording.notes),
-            }
-        )
-        _keep(recording)
+        _complete(recording, trace, _binaries(recording, recording.facts, on))
     finally:
         recording.close()
     _say(recording)
+
+
+def _binaries(recording: Recording, known: Facts, on: Conditions) -> tuple[Module, ...]:
+    if recording.core_file < 0:
+        return ()
+    try:
+        return on.binaries.keep(known.modules)
+    except OSError as error:
+        recording.notes.append(f"its binaries are not kept: {error.strerror}")
+        return ()
+
+
+def _complete(recording: Recording, trace: Backtrace, modules: tuple[Module, ...]) -> None:
+    """Complete the record; on a full disk without the modules, which are the most of it."""
+    recording.record = recording.record.model_copy(
+        update={
+            "state": "complete",
+            "fingerprint": _fingerprint(recording, trace),
+            "files": recording.files,
+            "modules": modules,
+            "notes": tuple(recording.notes),
+        }
+    )
+    if not _keep(recording) and modules:
+        recording.record = recording.record.model_copy(update={"modules": ()})
+        _keep(recording)
 
 
 def _write_backtrace(recording: Recording, known: Facts, trace: Backtrace) -> None:

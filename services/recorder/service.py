@@ -21,6 +21,7 @@ from crashbus.identity import boot_id, crash_id, start_ticks
 from services.common.health import Health
 from services.common.service import Runtime, finish
 from services.recorder import arrival, core_pattern, hardening, mechanism, metrics, recording
+from services.recorder.binaries import Binaries
 from services.recorder.dead_letters import DeadLetters
 from services.recorder.errors import CaptureFailed, RecorderError
 from services.recorder.hold import Hold, end_those_let_go
@@ -98,6 +99,9 @@ class Recorder:
             stacks_only=settings.core == "stacks",
             only_stream=settings.core_source == "stream",
             disk_reserve=settings.disk_reserve,
+            binaries=Binaries(
+                runtime.bus_settings.spool, settings.max_binary_bytes, settings.disk_reserve
+            ),
             configuration=_configuration(runtime, settings, self._plan),
             module_files=self._module_files_left,
             on_disk_full=self._on_disk_full,

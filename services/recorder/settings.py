@@ -45,6 +45,12 @@ class RecorderSettings(Settings):
         description="bytes that a core may have; a larger one is laid out anew with touched "
         "pages alone, stacks first, the largest mappings left out; 0: as large as it is",
     )
+    max_binary_bytes: int = Field(
+        1024**3,
+        ge=0,
+        description="bytes of a program or library that is kept with its core, once for each "
+        "build ID, so that the core opens anywhere; 0: keep none",
+    )
     disk_reserve: float = Field(
         5,
         ge=0,

@@ -13,6 +13,7 @@ from crashbus import names
 from crashbus.bus import Bus
 from crashbus.bus import Delivery as Taken
 from crashbus.errors import BusFull, BusUnreachable
+from crashbus.layout import SHARED
 from crashbus.messages import Attempt, CrashFile, DeadLetter, Receipt, WorkItem
 from services.shipper import metrics, policy
 from services.shipper.destinations.base import Deliverer
@@ -53,6 +54,7 @@ class Tries:
     Attributes:
         before: tries that ended before this shipper had the item, at least.
         settled: names of files that were made dead letters while others were waited for.
+        placed: files that several crashes share, with the names that they got there.
         unfit: for each file and reason, when it first failed like this, and how often it did.
     """
 
@@ -60,6 +62,7 @@ class Tries:
     made: int = 0
     history: list[Attempt] = field(default_factory=list)
     settled: set[str] = field(default_factory=set)
+    placed: dict[str, CrashFile] = field(default_factory=dict)
     unfit: dict[tuple[str, str], tuple[float, int]] = field(default_factory=dict)
 
     @property
@@ -200,7 +203,7 @@ class Courier:
     ) -> None:
         tries.made += 1
         try:
-            await self._deliver(item, files, place.deliverer)
+            await self._deliver_new(item, files, place.deliverer, tries)
         except Failure as failure:
             tries.failed(failure)
             metrics.FAILURES.labels(place.url, failure.reason).inc()
@@ -214,11 +217,27 @@ class Courier:
         stored = sum(file.stored_size for file in files)
         metrics.BYTES_OUT.labels(place.url).inc(stored)
 
+    async def _deliver_new(
+        self, item: WorkItem, files: Sequence[CrashFile], deliverer: Deliverer, tries: Tries
+    ) -> None:
+        """Deliver what does not lie there already: what several crashes share may."""
+        own = [file for file in files if file.kind not in SHARED]
+        if own:
+            await self._deliver(item, own, deliverer)
+        for file in files:
+            if file.kind in SHARED:
+                placed, is_there = await _placed(item, file, deliverer)
+                tries.placed[file.name] = placed
+                if is_there:
+                    log.info("lies there already", url=deliverer.url_of(item.folder_of(file), file))
+                else:
+                    await self._deliver(item, [placed], deliverer)
+
     async def _deliver(
         self, item: WorkItem, files: Sequence[CrashFile], deliverer: Deliverer
     ) -> None:
         for file in files:
-            if len(deliverer.url_of(item.folder, file)) > MAX_URL:
+            if len(deliverer.url_of(item.folder_of(file), file)) > MAX_URL:
                 mend = "shorten the destination's path or the host's name"
                 raise Unfit(file, "name_too_long", f"its URL exceeds {MAX_URL} characters", mend)
         loop, stall = asyncio.get_running_loop(), self._settings.stall
@@ -233,7 +252,7 @@ class Courier:
                     )
                     for file in files
                 ]
-                await deliverer.deliver(item.folder, sources)
+                await deliverer.deliver(item.folder_of(files[0]), sources)
         except TimeoutError as error:
             raise Passing(
                 "stalled", f"nothing moved for {stall:g} s", "see why the destination is slow"
@@ -252,13 +271,13 @@ class Courier:
     async def _publish_receipts(
         self, item: WorkItem, files: Sequence[CrashFile], place: Place, tries: Tries
     ) -> None:
-        for file in files:
+        for file in (tries.placed.get(one.name, one) for one in files):
             receipt = Receipt(
                 host=item.host,
                 crash_id=item.crash_id,
                 file=file,
                 destination=item.destination,
-                url=place.deliverer.url_of(item.folder, file),
+                url=place.deliverer.url_of(item.folder_of(file), file),
                 attempts=tries.total,
                 shipper=self._name,
             )
@@ -353,6 +372,19 @@ class Courier:
             await asyncio.sleep(self._settings.ack_wait / 3)
             with suppress(BusUnreachable):
                 await taken.working()
+
+
+async def _placed(item: WorkItem, file: CrashFile, deliverer: Deliverer) -> tuple[CrashFile, bool]:
+    """Return a shared file under the name that it is to have, and whether it lies there.
+
+    Of one build ID there may be several contents (stripped or not, or a forged one), and none
+    may take another's place: the first has the usual name.
+    """
+    for named in (file, file.beside_another):
+        found = await deliverer.sha256_of(item.folder_of(named), named.stored_name)
+        if found in (None, named.sha256):
+            return named, found is not None
+    return file.beside_another, False
 
 
 def _key(item: WorkItem) -> tuple[str, ...]:

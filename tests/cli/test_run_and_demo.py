@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from crashbus import Manifest, Receipt, connect
-from crashbus.layout import Kind
+from crashbus.layout import SHARED, Kind
 from tests.support import core_pattern
 from tests.support.core_pattern import core_pattern_kept
 from tests.support.crashers import crasher
@@ -66,10 +66,15 @@ async def test_demo_shows_the_main_job_and_leaves_only_the_files(tmp_path: Path)
     text = output.decode()
     assert demo.returncode == 0, text
     assert "crash.signal." in text and '"signal_name": "SIGBUS"' in text
-    assert text.count("verified") == 7
+    assert text.count("verified") == 8
     assert "ngx_master_process_cycle" in text
     (manifest,) = (tmp_path / "out").rglob("manifest.json")
-    names = {file.stored_name for file in Manifest.model_validate_json(manifest.read_bytes()).files}
+    files = Manifest.model_validate_json(manifest.read_bytes()).files
+    names = {file.stored_name for file in files if file.kind not in SHARED}
+    binaries = {file.stored_name for file in files if file.kind in SHARED}
+    assert {path.name for path in (tmp_path / "out" / "build-id").rglob("*") if path.is_file()} == (
+        binaries
+    )
     assert {path.name for path in manifest.parent.iterdir()} == names | {"manifest.json"}
     assert await until(lambda: not processes_of(str(tmp_path)))
 

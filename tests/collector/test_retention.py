@@ -1,10 +1,12 @@
 """Retention: what is removed, and what must stay."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from crashbus.layout import Kind
+from crashbus.layout import BINARIES, Kind
 from crashbus.messages import Process
 from services.collector import retention
 from services.collector.ledger import Crash, Ledger, Source
@@ -55,3 +57,39 @@ async def test_file_of_another_crash_in_the_directory_stays(tmp_path: Path, ledg
     await retention._remove_crash(str(tmp_path / "spool"), ledger, crash)
     assert other.read_text() == "another's"
     assert not (tmp_path / "spool" / "7" / "info_1").exists()
+
+
+async def test_binary_goes_with_the_crash_it_came_with(tmp_path: Path, ledger: Ledger) -> None:
+    (crash,) = ledger.expired(keep=0)
+    name = f"executable_{'ab' * 20}_{'0' * 16}"
+    directory = tmp_path / "spool" / BINARIES
+    directory.mkdir()
+    (directory / name).write_text("delivered")
+    (directory / "another").write_text("not delivered")
+    crash.sources[name] = Source(directory=BINARIES, name=name, kind=Kind.EXECUTABLE)
+    await ledger.save(crash)
+
+    await retention._remove_crash(str(tmp_path / "spool"), ledger, crash)
+
+    assert [path.name for path in directory.iterdir()] == ["another"]
+    assert not ledger.knows_file(BINARIES, name)
+
+
+async def test_only_old_binaries_of_no_crash_are_strays(tmp_path: Path, ledger: Ledger) -> None:
+    (crash,) = ledger.expired(keep=0)
+    directory = tmp_path / "spool" / BINARIES
+    directory.mkdir()
+    old = time.time() - retention.STRAY_AFTER - 10
+    for name in ("known", "new", "stray", ".hidden", "link"):
+        path = directory / name
+        path.symlink_to("/etc/passwd") if name == "link" else path.write_text(name)
+        if name != "new":
+            os.utime(path, (old, old), follow_symlinks=False)
+    crash.sources["known"] = Source(directory=BINARIES, name="known", kind=Kind.EXECUTABLE)
+    await ledger.save(crash)
+
+    retention._remove_strays(str(tmp_path / "spool"), ledger)
+
+    assert sorted(path.name for path in directory.iterdir()) == ["known", "new"]
+    assert Path("/etc/passwd").exists()
+    retention._remove_strays(str(tmp_path / "nowhere"), ledger)

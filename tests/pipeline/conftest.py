@@ -62,12 +62,13 @@ class Pipeline:
     async def delivered(self, manifest: Manifest, within: float = 40) -> list[Receipt]:
         """Return the receipts of a crash once each destination has all it wants."""
         names = {file.name for file in manifest.files}
-        small = {file.name for file in manifest.files if file.kind is not layout.Kind.CORE}
+        small = {file.name for file in manifest.files if file.kind not in layout.LARGE}
+        not_shared = {file.name for file in manifest.files if file.kind not in layout.SHARED}
         wanted = {
             self.destinations[0]: names | {layout.MANIFEST_NAME},
             self.destinations[1]: small,
             self.destinations[2]: names | {layout.MANIFEST_NAME},
-            self.destinations[3]: names,
+            self.destinations[3]: not_shared,
         }
 
         async def look() -> list[Receipt] | None:
@@ -90,10 +91,10 @@ class Pipeline:
 
     def stored(self, manifest: Manifest, file: CrashFile) -> dict[str, bytes]:
         """Return what lies at S3 and in the directory, as it is stored."""
-        key = f"crashes/{manifest.folder}/{file.stored_name}"
+        place = f"{manifest.folder_of(file)}/{file.stored_name}"
         return {
-            "s3": self.s3.read(self.bucket, key),
-            "file": (self.directory / manifest.folder / file.stored_name).read_bytes(),
+            "s3": self.s3.read(self.bucket, f"crashes/{place}"),
+            "file": (self.directory / place).read_bytes(),
         }
 
     def logs(self) -> str:

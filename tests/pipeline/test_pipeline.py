@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import zstandard
 
 from crashbus import layout
-from crashbus.layout import Kind
+from crashbus.layout import BINARIES, LARGE, SHARED, Kind
 from crashbus.messages import Manifest
 from tests.pipeline.conftest import Pipeline, top_frames
 from tests.support.crashers import FATAL, SOURCES, crasher
@@ -44,7 +45,8 @@ async def run_to_its_end(*command: str | Path) -> int:
 def check_everywhere_equal(pipeline: Pipeline, manifest: Manifest) -> None:
     """At each destination lie the bytes of the source, by their SHA-256."""
     for file in manifest.files:
-        source = (pipeline.spool / str(manifest.process.pid) / file.name).read_bytes()
+        directory = BINARIES if file.kind in SHARED else str(manifest.process.pid)
+        source = (pipeline.spool / directory / file.name).read_bytes()
         assert hashlib.sha256(source).hexdigest() == file.sha256
         for place, stored in pipeline.stored(manifest, file).items():
             assert content(stored, file.encoding) == source, (place, file.name)
@@ -53,7 +55,7 @@ def check_everywhere_equal(pipeline: Pipeline, manifest: Manifest) -> None:
 def check_received_lines(pipeline: Pipeline, manifest: Manifest) -> None:
     """Over TCP came one line for each small file, in name order, on one connection; the core
     came only where it is asked for, in frames that make it up again."""
-    names = sorted(f.name for f in manifest.files if f.kind is not Kind.CORE)
+    names = sorted(f.name for f in manifest.files if f.kind not in LARGE)
     for receiver in (pipeline.receiver, pipeline.core_receiver):
         mine = [data for data in receiver.received if is_of(data, names, manifest)]
         assert len(mine) == 1
@@ -92,7 +94,7 @@ async def test_every_kind_of_crash_is_delivered_everywhere(
     manifest = await pipeline.manifest_of(pid)
     await pipeline.delivered(manifest)
 
-    assert {file.kind for file in manifest.files} == set(layout.SHIPPING_ORDER)
+    assert {file.kind for file in manifest.files} - SHARED == set(layout.SHIPPING_ORDER) - SHARED
     assert manifest.fingerprint is not None
     assert manifest.signal_name == signal_name
     assert not any(file.truncated for file in manifest.files)
@@ -117,8 +119,81 @@ async def test_manifest_at_the_destination_names_every_file_there(pipeline: Pipe
     assert written == manifest
     assert {path.name for path in folder.iterdir()} == {
         "manifest.json",
-        *(file.stored_name for file in manifest.files),
+        *(file.stored_name for file in manifest.files if file.kind not in SHARED),
     }
+
+
+async def test_binaries_lie_at_each_destination_once_for_each_build(pipeline: Pipeline) -> None:
+    program = Path(shutil.copy(crasher("abort"), pipeline.spool.parent / "once"))
+    first, second = [await run_to_its_end(program) for _ in range(2)]
+
+    manifests = [await pipeline.manifest_of(pid) for pid in (first, second)]
+    for manifest in manifests:
+        await pipeline.delivered(manifest)
+
+    modules = [{module.path: module for module in manifest.modules} for manifest in manifests]
+    assert modules[0] == modules[1]
+    (kept,) = modules[0][str(program)].files()
+    assert any("libc.so" in path for path in modules[0])
+    came = [file for manifest in manifests for file in manifest.files if file.kind in SHARED]
+    assert len({file.name for file in came}) == len(came), "shipped twice"
+    build_id = modules[0][str(program)].build_id
+    place = f"build-id/{build_id[:2]}/{build_id[2:]}/executable"
+    assert (pipeline.directory / place).read_bytes() == program.read_bytes()
+    assert pipeline.s3.read(pipeline.bucket, f"crashes/{place}") == program.read_bytes()
+    assert hashlib.sha256(program.read_bytes()).hexdigest() == kept.sha256
+
+
+@pytest.mark.parametrize("scheme", ["s3", "file"])
+async def test_core_opens_where_none_of_its_binaries_are(
+    pipeline: Pipeline, tmp_path: Path, scheme: str
+) -> None:
+    need_program("gdb")
+    library, program = tmp_path / f"libown-{scheme}.so.1.2+3", tmp_path / f"victim-{scheme}"
+    _gcc(
+        f"__attribute__((noinline)) int deep_{scheme}(int *p) {{ return *p; }}",
+        *("-shared", "-fPIC", f"-Wl,-soname,libown-{scheme}.so.1", "-o", library),
+    )
+    alias = tmp_path / f"libown-{scheme}.so.1"
+    alias.symlink_to(library.name)
+    _gcc(
+        f"int deep_{scheme}(int *); int caller(void) {{ return deep_{scheme}(0); }}"
+        "int main(void) { return caller(); }",
+        *("-o", program, alias, f"-Wl,-rpath,{tmp_path}"),
+    )
+    pid = await run_to_its_end(program)
+    manifest = await pipeline.manifest_of(pid)
+    await pipeline.delivered(manifest)
+    for path in (library, program, alias):
+        path.unlink()
+
+    url = next(url for url in pipeline.destinations if url.startswith(scheme))
+    debug = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "crashbus", "debug", manifest.crash_id, "--from", url),
+        *("--", "-batch", "-nx", "-ex", "bt", "-ex", "info sharedlibrary"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=os.environ
+        | {"CRASHBUS_NATS_URL": "nats://127.0.0.1:1", "DEBUGINFOD_URLS": ""}
+        | pipeline.s3.settings(),
+    )
+    out, err = (text.decode() for text in await asyncio.wait_for(debug.communicate(), 60))
+
+    assert debug.returncode == 0, err
+    assert re.search(rf"#0 .*deep_{scheme} \(p=0x0\) at ", out), out + err
+    assert re.search(r"#1 .*caller \(\) at ", out)
+    assert re.search(r"#2 .*main \(\) at ", out)
+    assert re.search(rf"Yes.* .*libown-{scheme}", out)
+    assert "is missing" not in err
+
+
+def _gcc(source: str, *options: str | Path) -> None:
+    need_program("gcc")
+    subprocess.run(
+        ["gcc", "-g", "-O0", "-x", "c", "-", "-x", "none", *options],
+        input=source.encode(),
+        check=True,
+    )
 
 
 async def test_python_that_reads_address_zero_is_delivered(

@@ -1,5 +1,6 @@
 """Delivery to a directory."""
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import zstandard
 
 from crashbus import Bus
 from crashbus.destination import parse
+from crashbus.layout import Kind, binary_name
 from services.shipper.destinations.file import TEMPORARY, Upload
 from tests.shipper.conftest import (
     MIB,
@@ -62,6 +64,57 @@ async def test_files_arrive_whole_under_their_names(
             assert file.read() == CONTENTS[receipt.file.name]
         assert path.stat().st_size == receipt.file.stored_size
         assert path.stat().st_mode & 0o7 == 0, "core dumps are not for everyone"
+
+
+async def test_binary_is_delivered_once_and_never_replaced_by_another(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    url = tmp_path.as_uri()
+    folder = tmp_path / "build-id" / "ab" / ("ab" * 19)
+    contents = [b"the first", b"of the same build, stripped", b"the first"]
+    receipts = []
+    async with shipping([url]):
+        for content in contents:
+            name = binary_name(Kind.EXECUTABLE, "ab" * 20, hashlib.sha256(content).hexdigest())
+            sent = await send(bus, {name: content}, encoding="identity")
+            await bus.publish(sent.item(url))
+            receipts += await receipts_of(bus, sent, 1)
+            first = (folder / "executable").stat().st_mtime_ns
+        await nothing_left(bus)
+
+    other = f"executable-{hashlib.sha256(contents[1]).hexdigest()[:16]}"
+    assert files_below(folder) == ["executable", other]
+    assert (folder / "executable").read_bytes() == contents[0]
+    assert (folder / "executable").stat().st_mtime_ns == first, "it was written again"
+    assert (folder / other).read_bytes() == contents[1]
+    assert [receipt.url.rpartition("/")[2] for receipt in receipts] == [
+        *("executable", other, "executable")
+    ]
+
+
+@pytest.mark.parametrize("obstacle", ["link", "fifo", "directory"])
+async def test_what_lies_where_a_binary_should_is_left_alone(
+    bus: Bus, shipping: Running, tmp_path: Path, obstacle: str
+) -> None:
+    place = tmp_path / "build-id" / "ab" / ("ab" * 19) / "executable"
+    place.parent.mkdir(parents=True)
+    target = tmp_path / "target"
+    target.write_text("precious")
+    {
+        "link": lambda: place.symlink_to(target),
+        "fifo": lambda: os.mkfifo(place),
+        "directory": place.mkdir,
+    }[obstacle]()
+    name = binary_name(Kind.EXECUTABLE, "ab" * 20, hashlib.sha256(b"x").hexdigest())
+    sent = await send(bus, {name: b"x"}, encoding="identity")
+    await bus.publish(sent.item(tmp_path.as_uri()))
+
+    async with shipping([tmp_path.as_uri()]):
+        (receipt,) = await receipts_of(bus, sent, 1)
+
+    assert receipt.file.stored_name.startswith("executable-")
+    assert (place.parent / receipt.file.stored_name).read_bytes() == b"x"
+    assert target.read_text() == "precious"
 
 
 async def test_delivering_again_replaces_what_is_there(

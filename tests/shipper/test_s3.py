@@ -8,6 +8,7 @@ import pytest
 import zstandard
 
 from crashbus import Bus
+from crashbus.layout import Kind, binary_name
 from services.shipper.settings import ShipperSettings
 from tests.shipper.conftest import (
     MIB,
@@ -53,6 +54,28 @@ def original(s3: S3Server, bucket: str, key: str) -> bytes:
 def key_of(sent: Sent, name: str, prefix: str = "") -> str:
     file = next(one for one in sent.files if one.name == name)
     return f"{prefix}{sent.folder}/{file.stored_name}"
+
+
+async def test_binary_is_uploaded_once_and_never_replaced_by_another(
+    bus: Bus, s3: S3Server, shipping: Running
+) -> None:
+    bucket = s3.make_bucket()
+    url = f"s3://{bucket}/prefix"
+    contents = [b"the first", b"of the same build, stripped", b"the first"]
+    keys = []
+    async with shipping([url], s3_settings(s3)):
+        for content in contents:
+            name = binary_name(Kind.EXECUTABLE, "ab" * 20, hashlib.sha256(content).hexdigest())
+            sent = await send(bus, {name: content}, encoding="identity")
+            await bus.publish(sent.item(url))
+            (receipt,) = await receipts_of(bus, sent, 1)
+            keys.append(receipt.url.removeprefix(f"s3://{bucket}/"))
+        await nothing_left(bus)
+
+    folder = f"prefix/build-id/ab/{'ab' * 19}"
+    other = f"executable-{hashlib.sha256(contents[1]).hexdigest()[:16]}"
+    assert keys == [f"{folder}/executable", f"{folder}/{other}", f"{folder}/executable"]
+    assert [s3.read(bucket, key) for key in keys] == contents
 
 
 async def test_small_and_large_files_arrive_bit_for_bit(

@@ -41,6 +41,15 @@ class Deliverer(ABC):
             BusUnreachable: the source did not answer.
         """
 
+    async def sha256_of(self, folder: str, name: str) -> str | None:
+        """Return what lies under a name: its SHA-256, empty where that is not known; None for
+        nothing. Asked of what several crashes share.
+
+        Raises:
+            Failure: it cannot be told.
+        """
+        return None
+
     @abstractmethod
     def url_of(self, folder: str, file: CrashFile) -> str:
         """Return where a delivered file lies."""

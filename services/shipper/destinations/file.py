@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
@@ -72,6 +73,11 @@ class FileDeliverer(Deliverer):
             await run_whole(upload.complete, source.file.stored_name)
         finally:
             await run_whole(upload.close)
+
+    async def sha256_of(self, folder: str, name: str) -> str | None:
+        place = Path(self.destination.path) / folder / name
+        with _as_failure(str(place)):
+            return await run_whole(_sha256_at, self.destination.path, folder, name)
 
     def _check_names(self, folder: str, file: CrashFile) -> None:
         for step in (*folder.split("/"), file.stored_name):
@@ -177,6 +183,26 @@ def _remove_abandoned(directory: int) -> None:
                     os.unlink(name, dir_fd=directory)
                 finally:
                     os.close(file)
+
+
+def _sha256_at(base: str, folder: str, name: str) -> str | None:
+    """Return the hash of a file below `base`; empty for what is no regular file."""
+    try:
+        directory = _make_directories(base, folder)
+        try:
+            file = os.open(name, _OPEN_FOUND, dir_fd=directory)
+        finally:
+            os.close(directory)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return ""
+        raise
+    try:
+        return _sha256(file) if stat.S_ISREG(os.fstat(file).st_mode) else ""
+    finally:
+        os.close(file)
 
 
 def _sha256(file: int) -> str:

@@ -85,6 +85,21 @@ class S3Deliverer(Deliverer):
         except (Failure, TimeoutError) as failure:
             log.warning("could not abort an upload, the next delivery will", error=str(failure))
 
+    async def sha256_of(self, folder: str, name: str) -> str | None:
+        key = "/".join(filter(None, (self.destination.prefix, folder, name)))
+        return await run_whole(self._sha256_of, key, patience=PATIENCE)
+
+    def _sha256_of(self, key: str) -> str | None:
+        bucket = self.destination.bucket
+        try:
+            with as_failure(f"s3://{bucket}/{key}"):
+                return self._api.stat(bucket, key).headers.get(META_SHA256, "")
+        except Failure as failure:
+            # Who may not list a bucket is refused what is not there, AWS's HeadObject.
+            if failure.reason in ("object_vanished", "no_such_bucket", "access_denied"):
+                return None
+            raise
+
     def _upload(self, folder: str, file: CrashFile) -> "Upload":
         key = self._key(folder, file)
         if len(key.encode()) > MAX_KEY:

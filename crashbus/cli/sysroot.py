@@ -1,0 +1,162 @@
+"""A system root made of a crash's own binaries, so that gdb shows names on any machine.
+
+::
+
+    sysroot/usr/bin/program              each file where the process had it
+    lib/libfoo.so.1                      libraries by the names that other binaries know them by
+    debug/.build-id/<xx>/<rest>.debug    debug information
+
+https://sourceware.org/gdb/current/onlinedocs/gdb.html/Files.html
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from elftools.elf.dynamic import DynamicSegment
+from elftools.elf.elffile import ELFFile
+
+from crashbus import elf
+from crashbus.cli.download import is_whole, save
+from crashbus.cli.errors import Trouble
+from crashbus.cli.lookup import Found
+from crashbus.cli.terminal import plain
+from crashbus.layout import Kind
+from crashbus.messages import CrashFile, Module
+
+_DELETED = " (deleted)"  # proc_pid_maps(5)
+
+
+@dataclass
+class Sysroot:
+    """What was built.
+
+    Attributes:
+        modules: how many binaries are in it.
+        missing: what could not be had, in words.
+    """
+
+    directory: Path
+    executable: Path | None = None
+    modules: int = 0
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def gdb_arguments(self) -> list[str]:
+        """What makes gdb use it, and no binary of this machine."""
+        settings = {
+            "sysroot": self.directory / "sysroot",
+            "solib-search-path": self.directory / "lib",
+            "debug-file-directory": f"{self.directory / 'debug'}:/usr/lib/debug",
+        }
+        arguments = [part for k, v in settings.items() for part in ("-iex", f"set {k} {v}")]
+        return [*arguments, *([f"--se={self.executable}"] if self.executable else [])]
+
+
+def build(found: Found, directory: Path) -> Sysroot:
+    """Fetch the binaries of a crash into a directory; what cannot be had is told."""
+    manifest = found.crash.manifest
+    made = Sysroot(directory.resolve())
+    for module in manifest.modules if manifest else ():
+        try:
+            place = _place(module, made.directory / "sysroot")
+            binary = _binary(found, module, made.directory / "binaries")
+            _link(binary, place)
+            for name in (place.name, _soname(binary)):
+                if name:
+                    _link(binary, made.directory / "lib" / name)
+        except (Trouble, OSError) as error:
+            made.missing.append(plain(f"{module.path} is missing: {error}"))
+            continue
+        made.modules += 1
+        if manifest and _plain_path(module.path) == _plain_path(manifest.process.executable or ""):
+            made.executable = place
+        made.missing.extend(_add_debuginfo(found, module, made.directory))
+    return made
+
+
+def _plain_path(path: str) -> str:
+    return path.removesuffix(_DELETED)
+
+
+def _place(module: Module, root: Path) -> Path:
+    """Return where a module goes; its path was written by whoever crashed."""
+    path = PurePosixPath(_plain_path(module.path))
+    steps = path.parts[1:]
+    if not path.is_absolute() or not steps or not all(map(_is_step, steps)):
+        raise Trouble("it cannot be placed below a directory", "open it by hand, by its build ID")
+    return root.joinpath(*steps)
+
+
+def _is_step(name: str) -> bool:
+    """Tell whether a name leads one step down a tree, and nowhere else."""
+    return name not in ("", ".", "..") and "/" not in name and name.isprintable()
+
+
+def _build_id(path: Path) -> str | None:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return None
+    try:
+        return elf.build_id(file) if stat.S_ISREG(os.fstat(file).st_mode) else None
+    finally:
+        os.close(file)
+
+
+def _binary(found: Found, module: Module, directory: Path) -> Path:
+    """Return the module's file: this machine's own if it is of the same build, else fetched."""
+    own = Path(_plain_path(module.path))
+    if _build_id(own) == module.build_id:
+        return own
+    for file_ in module.files():
+        if file_.kind is Kind.EXECUTABLE:
+            return _fetch(found, file_, directory)
+    raise Trouble("the crash's host did not keep it", "set CRASHBUS_RECORDER_MAX_BINARY_BYTES")
+
+
+def _fetch(found: Found, file: CrashFile, directory: Path) -> Path:
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = directory / file.name
+    return path if is_whole(path, file) else save(found, file, directory, lambda _: None)
+
+
+def _add_debuginfo(found: Found, module: Module, directory: Path) -> Iterator[str]:
+    for file in module.files():
+        if file.kind is Kind.DEBUGINFO:
+            folder = directory / "debug" / ".build-id" / module.build_id[:2]
+            try:
+                fetched = _fetch(found, file, directory / "binaries")
+                _link(fetched, folder / f"{module.build_id[2:]}.debug")
+            except (Trouble, OSError) as error:
+                yield plain(f"debug information of {module.path} is missing: {error}")
+
+
+def _link(binary: Path, place: Path) -> None:
+    """Give a binary a further name; of two that want the same, the first has it.
+
+    A hard link where that can be, because gdb shows what a symbolic one leads to.
+    """
+    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        place.hardlink_to(binary)
+    except FileExistsError:
+        pass
+    except OSError:  # this machine's own, on another file system
+        place.symlink_to(binary)
+
+
+def _soname(path: Path) -> str | None:
+    """Return DT_SONAME of a library, elf(5), if it can be a file's name."""
+    try:
+        with path.open("rb") as file:
+            for segment in ELFFile(file).iter_segments("PT_DYNAMIC"):
+                assert isinstance(segment, DynamicSegment)
+                for tag in segment.iter_tags("DT_SONAME"):
+                    name = str(getattr(tag, "soname", ""))
+                    return name if _is_step(name) else None
+    except Exception:  # noqa: BLE001 - a hostile file makes the library raise anything
+        return None
+    return None

@@ -1,0 +1,71 @@
+"""The build ID of an ELF file, as the linker wrote it: elf(5), NT_GNU_BUILD_ID.
+
+Files may be hostile: what is read is bounded, and a file that is not right has no build ID.
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+
+_MAX_HEADERS = 128  # program headers; binaries have about a dozen
+_MAX_NOTES = 64 * 1024  # bytes of one note segment
+_PT_NOTE, _NT_GNU_BUILD_ID = 4, 3
+_MIN_ID, _MAX_ID = 2, 64  # bytes
+
+
+def build_id(file: int) -> str | None:
+    """Return a file's build ID as hexadecimal digits; None where it has none.
+
+    Args:
+        file: descriptor; its position stays as it is.
+    """
+    try:
+        return _build_id(file)
+    except (struct.error, OSError, OverflowError):
+        return None
+
+
+def _build_id(file: int) -> str | None:
+    ident = os.pread(file, 64, 0)
+    if (
+        len(ident) < 64
+        or ident[:4] != b"\x7fELF"
+        or ident[4] not in (1, 2)
+        or ident[5] not in (1, 2)
+    ):
+        return None
+    wide, order = ident[4] == 2, "<" if ident[5] == 1 else ">"
+    (table,) = struct.unpack_from(order + ("Q" if wide else "I"), ident, 32 if wide else 28)
+    size, count = struct.unpack_from(order + "HH", ident, 54 if wide else 42)
+    if size != (56 if wide else 32):
+        return None
+    for number in range(min(count, _MAX_HEADERS)):
+        header = os.pread(file, size, table + number * size)
+        kind, offset, length = _segment(header, order, wide)
+        if kind == _PT_NOTE:
+            notes = os.pread(file, min(length, _MAX_NOTES), offset)
+            found = next(_build_ids(notes, order), None)
+            if found:
+                return found
+    return None
+
+
+def _segment(header: bytes, order: str, wide: bool) -> tuple[int, int, int]:
+    """Return p_type, p_offset and p_filesz."""
+    if wide:
+        kind, _, offset, _, _, length = struct.unpack_from(order + "IIQQQQ", header)
+    else:
+        kind, offset, _, _, length = struct.unpack_from(order + "IIIII", header)
+    return kind, offset, length
+
+
+def _build_ids(notes: bytes, order: str) -> Iterator[str]:
+    place = 0
+    while place + 12 <= len(notes):
+        name, size, kind = struct.unpack_from(order + "III", notes, place)
+        start = place + 12 + (name + 3) // 4 * 4
+        body = notes[start : start + size]
+        is_gnu = notes[place + 12 : place + 12 + name] == b"GNU\0"
+        if is_gnu and kind == _NT_GNU_BUILD_ID and _MIN_ID <= len(body) == size <= _MAX_ID:
+            yield body.hex()
+        place = start + (size + 3) // 4 * 4

@@ -1,0 +1,162 @@
+"""The programs and libraries of a crashed process, kept so that its core opens anywhere.
+
+Each is copied to ``<spool>/build-id`` once for each build ID and content; the collector ships
+it from there, once for each destination. Debug information of this host, where it has some, is
+kept beside it.
+"""
+
+import ctypes
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from crashbus import elf, layout
+from crashbus.layout import Kind
+from crashbus.messages import MAX_MODULES, Binary, Module
+from services.common import crash_directory
+from services.common.crash_directory import SpoolUnusable
+from services.recorder import metrics
+from services.recorder.facts import Module as MappedModule
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+_DEBUG_DIRECTORY = Path("/usr/lib/debug/.build-id")
+_BLOCK = 1024 * 1024
+_MAX_PATH = 1024  # characters told of a path
+_MAX_REMEMBERED = 10_000  # files whose hash is known
+
+# File systems of which a read ends: with FUSE or over a network another process decides that.
+# include/uapi/linux/magic.h; statfs(2).
+_LOCAL = {
+    0xEF53,  # ext2, ext3, ext4
+    0x58465342,  # XFS
+    0x9123683E,  # Btrfs
+    0x794C7630,  # overlayfs
+    0x01021994,  # tmpfs
+    0x2FC12FC1,  # ZFS
+    0xF2F52010,  # F2FS
+    0x73717368,  # SquashFS
+    0xE0F5E1E2,  # EROFS
+    0xCA451A4E,  # bcachefs
+}
+
+
+class Binaries:
+    """Keeps binaries in the spool; used by several threads.
+
+    Args:
+        max_bytes: of one file; larger ones are left where they are, 0: keep none.
+        reserve: percent of the spool's disk to leave free.
+    """
+
+    def __init__(self, spool: Path, max_bytes: int, reserve: float) -> None:
+        self._spool = spool
+        self._max_bytes = max_bytes
+        self._reserve = reserve
+        self._known: dict[tuple[int, ...], Binary] = {}  # by what fstat(2) says of a file
+
+    def keep(self, modules: tuple[MappedModule, ...]) -> tuple[Module, ...]:
+        """Return what the modules are, each kept if that can be."""
+        found = list(self._identified(modules))[:MAX_MODULES]
+        if not self._max_bytes or not found:
+            return tuple(module for module, _ in found)
+        try:
+            spool = crash_directory.open_spool(self._spool)
+        except SpoolUnusable as error:
+            log.warning("binaries are not kept", error=str(error))
+            return tuple(module for module, _ in found)
+        try:
+            directory = crash_directory.own_directory(layout.BINARIES, spool)
+        finally:
+            os.close(spool)
+        try:
+            return tuple(self._keep(module, file, directory) for module, file in found)
+        finally:
+            os.close(directory)
+
+    def _identified(self, modules: tuple[MappedModule, ...]) -> Iterator[tuple[Module, int]]:
+        for module in modules:
+            build_id = elf.build_id(module.file) if module.file >= 0 else None
+            if build_id is not None:
+                yield Module(path=module.path[:_MAX_PATH], build_id=build_id), module.file
+
+    def _keep(self, module: Module, file: int, directory: int) -> Module:
+        kept = [self._kept(Kind.EXECUTABLE, module, file, directory)]
+        with suppress(OSError):
+            place = _DEBUG_DIRECTORY / module.build_id[:2] / f"{module.build_id[2:]}.debug"
+            debug = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                kept.append(self._kept(Kind.DEBUGINFO, module, debug, directory))
+            finally:
+                os.close(debug)
+        return module.model_copy(update={"kept": tuple(one for one in kept if one)})
+
+    def _kept(self, kind: Kind, module: Module, file: int, directory: int) -> Binary | None:
+        try:
+            return self._stored(kind, module.build_id, file, directory)
+        except OSError as error:
+            log.warning("a binary is not kept", path=module.path, error=error.strerror)
+            return None
+
+    def _stored(self, kind: Kind, build_id: str, file: int, directory: int) -> Binary | None:
+        status = os.fstat(file)
+        disk = os.fstatvfs(directory)
+        room = (disk.f_bavail - disk.f_blocks * self._reserve / 100) * disk.f_frsize
+        regular = stat.S_ISREG(status.st_mode) and _file_system(file) in _LOCAL
+        if not regular or status.st_size > self._max_bytes:
+            return None
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        known = self._known.get(key)
+        if known:
+            name = layout.binary_name(kind, build_id, known.sha256)
+            if crash_directory.has_file(name, directory):
+                return known
+        if status.st_size > room:
+            return None
+        binary = _copy(kind, build_id, file, status.st_size, directory)
+        if len(self._known) >= _MAX_REMEMBERED:
+            self._known.clear()
+        self._known[key] = binary
+        return binary
+
+
+def _copy(kind: Kind, build_id: str, file: int, size: int, directory: int) -> Binary:
+    """Copy a file under the name that its content gives it."""
+    hidden, copy = crash_directory.hidden_file(kind, directory)
+    digest, done = hashlib.sha256(), 0
+    try:
+        # Not beyond the size at the start: it may grow for as long as we read.
+        while done < size and (block := os.pread(file, min(_BLOCK, size - done), done)):
+            digest.update(block)
+            _write(copy, block)
+            done += len(block)
+        name = layout.binary_name(kind, build_id, digest.hexdigest())
+        crash_directory.name_file(hidden, name, directory)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(hidden, dir_fd=directory)
+        raise
+    finally:
+        os.close(copy)
+    metrics.BINARIES.inc()
+    return Binary(kind=kind, size=done, sha256=digest.hexdigest())
+
+
+def _write(file: int, block: bytes) -> None:
+    view = memoryview(block)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def _file_system(file: int) -> int:
+    """Return what kind of file system a file lies on: f_type of statfs(2)."""
+    # struct statfs begins with f_type, a long; it is smaller than this in every ABI.
+    buffer = (ctypes.c_long * 64)()
+    if ctypes.CDLL(None, use_errno=True).fstatfs(file, buffer):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return int(buffer[0]) & 0xFFFFFFFF

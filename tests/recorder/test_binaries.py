@@ -1,0 +1,172 @@
+"""Programs and libraries are kept once, whole, whatever lies in the way."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from crashbus import elf, layout
+from crashbus.messages import Module
+from services.recorder.binaries import Binaries
+from services.recorder.facts import Module as MappedModule
+from tests.support.crashers import crasher
+from tests.support.requirements import need_program, need_root
+
+GIB = 1024**3
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Path:
+    need_root()
+    return tmp_path / "spool"
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    return Path(shutil.copy(crasher("null_pointer"), tmp_path / "program"))
+
+
+@pytest.fixture
+def mapped(program: Path) -> Iterator[MappedModule]:
+    with program.open("rb") as file:
+        yield MappedModule(str(program), 0, 4096, file.fileno())
+
+
+def kept_by(binaries: Binaries, mapped: MappedModule) -> Module:
+    (module,) = binaries.keep((mapped,))
+    return module
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_program_is_kept_once_under_its_build_id(
+    spool: Path, program: Path, mapped: MappedModule
+) -> None:
+    binaries = Binaries(spool, GIB, 0)
+
+    module = kept_by(binaries, mapped)
+
+    with program.open("rb") as file:
+        assert module.build_id == elf.build_id(file.fileno())
+    (file_,) = module.files()
+    (path,) = (spool / layout.BINARIES).iterdir()
+    assert path.name == file_.name
+    assert (file_.size, file_.sha256) == (program.stat().st_size, sha256(program))
+    assert path.read_bytes() == program.read_bytes()
+    assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (0, 0o600)
+    written = path.stat().st_mtime_ns
+    assert kept_by(binaries, mapped) == kept_by(Binaries(spool, GIB, 0), mapped) == module
+    assert path.stat().st_mtime_ns == written
+    assert len(list((spool / layout.BINARIES).iterdir())) == 1
+
+
+def test_what_was_removed_is_kept_again(spool: Path, mapped: MappedModule) -> None:
+    binaries = Binaries(spool, GIB, 0)
+    kept_by(binaries, mapped)
+    (path,) = (spool / layout.BINARIES).iterdir()
+    path.unlink()
+
+    kept_by(binaries, mapped)
+
+    assert path.exists()
+
+
+def test_stripped_program_is_kept_beside_the_other(
+    spool: Path, program: Path, mapped: MappedModule, tmp_path: Path
+) -> None:
+    need_program("strip")
+    subprocess.run(["strip", "-o", tmp_path / "stripped", program], check=True)
+    binaries = Binaries(spool, GIB, 0)
+    with (tmp_path / "stripped").open("rb") as file:
+        stripped = kept_by(binaries, MappedModule("/stripped", 0, 1, file.fileno()))
+
+    whole = kept_by(binaries, mapped)
+
+    assert whole.build_id == stripped.build_id
+    assert len(list((spool / layout.BINARIES).iterdir())) == 2
+
+
+@pytest.mark.parametrize("obstacle", ["file", "link", "fifo", "directory", "hard link"])
+def test_what_another_user_put_in_its_place_is_put_aside(
+    spool: Path, program: Path, mapped: MappedModule, obstacle: str, tmp_path: Path
+) -> None:
+    module = kept_by(Binaries(spool, GIB, 0), mapped)
+    (file,) = module.files()
+    place = spool / layout.BINARIES / file.name
+    place.unlink()
+    target = tmp_path / "target"
+    target.write_text("precious")
+    if obstacle == "file":
+        place.write_text("forged")
+        os.chown(place, 65534, 65534)
+    elif obstacle == "link":
+        place.symlink_to(target)
+    elif obstacle == "fifo":
+        os.mkfifo(place)
+    elif obstacle == "directory":
+        place.mkdir()
+    else:
+        place.hardlink_to(target)
+
+    assert kept_by(Binaries(spool, GIB, 0), mapped) == module
+
+    assert not place.is_symlink()
+    assert place.read_bytes() == program.read_bytes()
+    assert target.read_text() == "precious"
+
+
+def test_directory_in_the_spool_that_is_another_s_is_taken_over(
+    spool: Path, mapped: MappedModule
+) -> None:
+    (spool / layout.BINARIES).mkdir(parents=True)
+    os.chown(spool / layout.BINARIES, 65534, 65534)
+
+    assert kept_by(Binaries(spool, GIB, 0), mapped).kept
+    assert (spool / layout.BINARIES).stat().st_uid == 0
+
+
+@pytest.mark.parametrize(("max_bytes", "reserve"), [(0, 0), (1000, 0), (GIB, 100)])
+def test_limits(spool: Path, mapped: MappedModule, max_bytes: int, reserve: float) -> None:
+    module = kept_by(Binaries(spool, max_bytes, reserve), mapped)
+
+    assert module.build_id
+    assert module.kept == ()
+    directory = spool / layout.BINARIES
+    assert not directory.exists() or not list(directory.iterdir())
+
+
+def test_file_of_which_a_read_may_not_end_is_not_read(spool: Path) -> None:
+    # /proc stands for all file systems that are not local ones.
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        with Path(f"/proc/{process.pid}/maps").open("rb") as maps:
+            mapped = MappedModule("/x", 0, 1, maps.fileno())
+            module = Module(path="/x", build_id="ab" * 20)
+            binaries = Binaries(spool, GIB, 0)
+            spool.mkdir()
+            directory = os.open(spool, os.O_RDONLY)
+            try:
+                assert binaries._keep(module, mapped.file, directory).kept == ()
+            finally:
+                os.close(directory)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_full_disk_leaves_nothing_behind(
+    spool: Path, mapped: MappedModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("services.recorder.binaries._write", full)
+
+    assert kept_by(Binaries(spool, GIB, 0), mapped).kept == ()
+    assert list((spool / layout.BINARIES).iterdir()) == []
