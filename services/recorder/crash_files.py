@@ -96,7 +96,7 @@ def _state(instruction: Instruction | None, registers: Mapping[str, int]) -> Ite
 
 def _assembly(instruction: Instruction) -> str:
     if not instruction.code:
-        return "there is no memory: a jump or return to a wrong address"
+        return "there is no code: a jump or return to a wrong address"
     return f"{one_line(instruction.text or 'no instruction')}  ({instruction.code})"
 
 

@@ -8,8 +8,7 @@ import pwd
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from crashbus import names
@@ -26,7 +25,6 @@ MAX_MAPS = 8 * 1024 * 1024  # bytes read of the mappings: about 80,000
 MAX_MODULES = 1024
 _MAX_READ = 64 * 1024
 _LONGEST_INSTRUCTION = 15  # bytes, on x86
-_PAGE = 4096  # bytes; where pages are larger, these are within one
 _NS_TID = re.compile(rb"^NSpid:.*?(\d+)$", re.MULTILINE)
 
 
@@ -127,12 +125,8 @@ def read_identity(pid: int, boot_id: str) -> Process:
     return process
 
 
-def read_rest(process: Process, module_files: int) -> Facts:
-    """Read everything else; what cannot be read is left out.
-
-    Args:
-        module_files: how many descriptors may be opened for modules.
-    """
+def read_rest(process: Process) -> Facts:
+    """Read everything else but the modules; what cannot be read is left out."""
     living = _living_task(process.pid)
     proc = Path(f"/proc/{living}")
     environment, cut = _environment(proc)
@@ -145,7 +139,7 @@ def read_rest(process: Process, module_files: int) -> Facts:
         root=_link(proc / "root"),
         limits=parse_limits(names.text(_read(proc / "limits"))),
         threads=_threads(process),
-        modules=_modules(living, maps, module_files),
+        modules=(),
         notes=(f"environment cut to {MAX_ENVIRONMENT} bytes",) if cut else (),
         maps=maps,
         task=living,
@@ -153,19 +147,34 @@ def read_rest(process: Process, module_files: int) -> Facts:
     )
 
 
-def read_code(task: int, address: int) -> bytes:
-    """Read the longest instruction that may stand at an address; empty where nothing is."""
+def read_code(task: int, address: int, maps: bytes) -> bytes:
+    """Read the longest instruction that may stand at an address; empty where no code is.
+
+    Args:
+        maps: its mappings. Elsewhere than in code nothing is read: it may lie on a file system
+            that does not answer.
+    """
+    end = _end_of_code(maps, address)
     try:
         memory = os.open(f"/proc/{task}/mem", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return b""
     try:
-        for size in (_LONGEST_INSTRUCTION, -address % _PAGE):  # the next page may be missing
-            with suppress(OSError, OverflowError):
-                return os.pread(memory, size, address)
+        return os.pread(memory, min(_LONGEST_INSTRUCTION, end - address), address)
+    except OSError:
         return b""
     finally:
         os.close(memory)
+
+
+def _end_of_code(maps: bytes, address: int) -> int:
+    """Return where the executable mapping at an address ends; the address if there is none."""
+    for line in maps.splitlines():
+        bounds, _, rest = line.partition(b" ")
+        low, _, high = bounds.partition(b"-")
+        if rest[2:3] == b"x" and int(low, 16) <= address < int(high, 16):
+            return int(high, 16)
+    return address
 
 
 def _living_task(pid: int) -> int:
@@ -268,14 +277,20 @@ def parse_maps(raw: bytes) -> list[tuple[str, int, int, str]]:
     ][:MAX_MODULES]
 
 
-def _modules(task: int, maps: bytes, files: int) -> tuple[Module, ...]:
-    """Open the mapped files themselves, which path, root and deletion cannot hide."""
+def with_modules(facts: Facts, files: int) -> Facts:
+    """Add the modules, and open the files themselves, which path, root and deletion cannot hide.
+
+    The last to be done: a file system that does not answer keeps us here.
+
+    Args:
+        files: how many descriptors may be opened.
+    """
     modules = []
-    for path, start, end, mapping in parse_maps(maps):
-        opened = open_mapping(task, mapping) if files > 0 else -1
+    for path, start, end, mapping in parse_maps(facts.maps):
+        opened = open_mapping(facts.task, mapping) if files > 0 else -1
         files -= opened >= 0
         modules.append(Module(path, start, end, opened))
-    return tuple(modules)
+    return replace(facts, modules=tuple(modules))
 
 
 def open_mapping(task: int, mapping: str) -> int:

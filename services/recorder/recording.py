@@ -1,9 +1,9 @@
 """One crash, from its arrival to its files.
 
 The order is what matters. While the process is held: who it is, a locked capture record (so
-that from now on everyone sees that files will come), the rest of /proc, then the core. Then
-it is let go. Backtrace and snapshot follow without it, and the record, complete, is unlocked
-last.
+that from now on everyone sees that files will come), the rest of /proc, why it died, its
+binaries, then the core. Then it is let go. Backtrace and snapshot follow without it, and the
+record, complete, is unlocked last.
 """
 
 import os
@@ -178,7 +178,7 @@ def _no_record(path: Path, error: OSError) -> CaptureFailed:
 
 
 def _fill(recording: Recording, hold: Hold, on: Conditions) -> None:
-    recording.facts = facts.read_rest(recording.record.process, on.module_files())
+    recording.facts = facts.read_rest(recording.record.process)
     recording.notes.extend(recording.facts.notes)
     head = _read_head(hold)
     if head.cause is not None:
@@ -190,6 +190,7 @@ def _fill(recording: Recording, hold: Hold, on: Conditions) -> None:
     recording.record = _with_cause(recording.record, recording.cause)
     _keep(recording)
     _write_early(recording, on)
+    recording.facts = facts.with_modules(recording.facts, on.module_files())
     _write_core(recording, hold, head, on)
     hold.let_go()
     recording.held_for = hold.held_for
@@ -202,7 +203,7 @@ def _explain_fault(recording: Recording) -> None:
     if cause.fault_address is not None and known.maps:
         recording.fault = fault_address.describe(known.maps, cause.fault_address)
     if at is not None and signals.is_fault(cause.signal, cause.code or 0):
-        recording.code = facts.read_code(known.task, at)
+        recording.code = facts.read_code(known.task, at, known.maps)
 
 
 def _pages(recording: Recording, head: Head, on: Conditions) -> Pages | None:

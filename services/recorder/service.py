@@ -8,9 +8,7 @@ import asyncio
 import os
 import queue
 import shutil
-import threading
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from services.recorder.mechanism import Mechanism, Plan
 from services.recorder.recording import MODULE_FILES, Conditions, Recording
 from services.recorder.settings import RecorderSettings
 from services.recorder.watchdog import Watchdog
+from services.recorder.workers import Workers
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -39,6 +38,8 @@ STOP_WITHIN = 8.0  # seconds for what is in hand; the service is ended after 9
 _TELL_WITHIN = 0.5  # seconds for the last dead letters
 _UNWIND_UNTIL = 6.0  # seconds of these in which backtraces may still run
 _IDLE_CHECK = 0.02  # seconds between two looks whether all is done, when stopping
+_STANDS_STILL_AFTER = 2.0  # seconds until a capture gets a stand-in
+_COPIED_WITHIN = 30.0  # seconds for what follows a backtrace: the binaries of a new build
 _LOOK_EVERY = 1.0  # seconds between two looks at what is held
 
 
@@ -82,8 +83,13 @@ class Recorder:
         self._module_files = descriptors // 2
         self._arrivals: queue.Queue[Hold] = queue.Queue(min(ACCEPTED, descriptors // 8))
         self._unfinished: queue.Queue[Recording] = queue.Queue(UNFINISHED)
-        self._in_work: set[Hold] = set()  # one for each capture thread at most
         self._unwind_until: float | None = None  # monotonic seconds; set when stopping
+        self._captures = Workers(
+            "capture", settings.captures, self._arrivals, self._capture_one, _no_progress
+        )
+        self._finishers = Workers(
+            "finish", settings.backtraces, self._unfinished, self._finish_one, self._takes_too_long
+        )
         self._listener = Listener(settings.socket, self._arrivals, settings.stall_deadline)
         self._plan = _plan(settings, self._listener.path, self._state)
         self._watchdog = Watchdog(
@@ -109,10 +115,8 @@ class Recorder:
 
     def start(self) -> None:
         """Listen, then have the kernel send crashes here."""
-        for number in range(self._settings.captures):
-            _start(f"capture-{number}", self._capture_for_ever)
-        for number in range(self._settings.backtraces):
-            _start(f"finish-{number}", self._finish_for_ever)
+        self._captures.start()
+        self._finishers.start()
         self._listener.start()
         if self._plan.mechanism is Mechanism.PIPE:
             _install_helper(self._settings.helper, _helper_place(self._state))
@@ -127,11 +131,13 @@ class Recorder:
             self._watchdog.beat()
             self._check_watchdog()
             self._let_go_of_stalled()
+            self._captures.replace_stuck()
+            self._finishers.replace_stuck()
             end_those_let_go()
             await asyncio.to_thread(self._give_up_waiting)
             self._check_core_pattern()
             metrics.HELD.labels("waiting").set(self._arrivals.qsize())
-            metrics.HELD.labels("capturing").set(len(self._in_work))
+            metrics.HELD.labels("capturing").set(len(self._captures.in_work()))
             metrics.BACKTRACES_WAITING.set(self._unfinished.qsize())
 
     def stop(self, within: float) -> None:
@@ -145,7 +151,7 @@ class Recorder:
         # Last, for a crash that read core_pattern just before it was put back.
         self._listener.stop(max(0.1, end - time.monotonic()))
         self._wait_until_idle(end)
-        for hold in (*self._in_work.copy(), *self._waiting()):
+        for hold in (*self._captures.in_work(), *self._waiting()):
             hold.let_go("it was stopped")
 
     def stop_watchdog(self) -> None:
@@ -182,23 +188,18 @@ class Recorder:
         with self._arrivals.mutex:
             return list(self._arrivals.queue)
 
-    def _capture_for_ever(self) -> None:
-        while True:
-            hold = self._arrivals.get()
-            hold.last_progress = time.monotonic()  # it was not idle, it waited
-            self._in_work.add(hold)
-            try:
-                self._capture(hold)
-            except CaptureFailed as failure:
-                metrics.CAPTURES.labels("failed").inc()
-                self._letters.add(failure)
-            except Exception as error:  # noqa: BLE001 - one crash must not end the others' thread
-                metrics.CAPTURES.labels("failed").inc()
-                self._letters.add(_unexpected(error))
-            finally:
-                hold.close()
-                self._in_work.discard(hold)
-                self._arrivals.task_done()
+    def _capture_one(self, hold: Hold) -> None:
+        hold.last_progress = time.monotonic()  # it was not idle, it waited
+        try:
+            self._capture(hold)
+        except CaptureFailed as failure:
+            metrics.CAPTURES.labels("failed").inc()
+            self._letters.add(failure)
+        except Exception as error:  # noqa: BLE001 - one crash must not end the others' thread
+            metrics.CAPTURES.labels("failed").inc()
+            self._letters.add(_unexpected(error))
+        finally:
+            hold.close()
 
     def _capture(self, hold: Hold) -> None:
         captured = recording.capture_crash(hold, self._conditions)
@@ -207,16 +208,15 @@ class Recorder:
         except queue.Full:
             recording.finish(captured, self._conditions, 0)
 
-    def _finish_for_ever(self) -> None:
-        while True:
-            captured = self._unfinished.get()
-            try:
-                recording.finish(captured, self._conditions, self._backtrace_within())
-            except Exception as error:  # noqa: BLE001 - as above; its record shows it cut short
-                metrics.CAPTURES.labels("failed").inc()
-                self._letters.add(_unexpected(error))
-            finally:
-                self._unfinished.task_done()
+    def _finish_one(self, captured: Recording) -> None:
+        try:
+            recording.finish(captured, self._conditions, self._backtrace_within())
+        except Exception as error:  # noqa: BLE001 - as above; its record shows it cut short
+            metrics.CAPTURES.labels("failed").inc()
+            self._letters.add(_unexpected(error))
+
+    def _takes_too_long(self, _: Recording, since: float) -> bool:
+        return time.monotonic() - since > self._settings.backtrace_deadline + _COPIED_WITHIN
 
     def _backtrace_within(self) -> float:
         deadline = self._settings.backtrace_deadline
@@ -225,7 +225,7 @@ class Recorder:
         return min(deadline, self._unwind_until - time.monotonic())
 
     def _module_files_left(self) -> int:
-        in_flight = len(self._in_work) + self._unfinished.unfinished_tasks
+        in_flight = len(self._captures.in_work()) + self._unfinished.unfinished_tasks
         return MODULE_FILES if in_flight * MODULE_FILES < self._module_files else 0
 
     def _on_disk_full(self, full: bool) -> None:
@@ -241,7 +241,7 @@ class Recorder:
         more memory than anybody could read.
         """
         now, patience = time.monotonic(), self._settings.stall_deadline + _LOOK_EVERY
-        for hold in (one for one in self._in_work.copy() if one.is_held):
+        for hold in (one for one in self._captures.in_work() if one.is_held):
             if now - hold.last_progress > patience:
                 _let_go(hold, f"its capture stood still for {patience:.0f} s")
             elif hold.age > self._settings.hold_deadline:
@@ -310,9 +310,8 @@ def _let_go(hold: Hold, because: str) -> None:
     log.error("let a process go", because=because)
 
 
-def _start(name: str, target: Callable[[], None]) -> None:
-    # Daemons: a thread that hangs in a dead disk must not keep the service from ending.
-    threading.Thread(target=target, name=name, daemon=True).start()
+def _no_progress(hold: Hold, _: float) -> bool:
+    return time.monotonic() - hold.last_progress > _STANDS_STILL_AFTER
 
 
 def _plan(settings: RecorderSettings, socket: Path, state: Path) -> Plan:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from crashbus.layout import Kind
+from crashbus.layout import Kind, crash_file_name
 from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
 from tests.support.requirements import need_root
@@ -98,7 +98,8 @@ def test_what_stands_in_the_place_of_a_directory_is_put_aside(
 
 
 @pytest.mark.parametrize(
-    "name", [*(f"{kind}_{EPOCH}" for kind in Kind if kind != "manifest"), f".capture_{EPOCH}"]
+    "name",
+    [*(crash_file_name(kind, EPOCH) for kind in Kind if kind != "manifest"), f".capture_{EPOCH}"],
 )
 def test_epoch_whose_name_is_taken_is_passed_over(root: Path, name: str) -> None:
     open_crash(root)

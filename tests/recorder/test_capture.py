@@ -238,7 +238,7 @@ async def test_jump_to_nowhere_is_told(recorder: RecorderService, tmp_path: Path
     pid, _ = await capture(recorder, program)
 
     text = recorder.file(pid, "backtrace").read_text()
-    assert "--- instruction\n0x1230: there is no memory: a jump or return to a wrong" in text
+    assert "--- instruction\n0x1230: there is no code: a jump or return to a wrong" in text
 
 
 @by_one_mechanism

@@ -17,9 +17,10 @@ from crashbus import Bus, DeadLetter, capture, identity
 from tests.recorder.conftest import MakeRecorder
 from tests.support import core_pattern
 from tests.support.crashers import crasher
+from tests.support.fuse import StandingStill
 from tests.support.nats import NatsServer
 from tests.support.recorder import FILES, RecorderService, crash
-from tests.support.requirements import need_program
+from tests.support.requirements import need_program, need_root
 from tests.support.wait import until
 
 _HOG = """
@@ -525,3 +526,35 @@ async def test_unusable_settings_are_told_in_a_line(recorder_with: MakeRecorder)
     assert recorder.process.wait(20) == 2
     assert "CRASHBUS_RECORDER_MECHANISM" in recorder.log
     assert "Traceback" not in recorder.log
+
+
+async def test_file_system_that_does_not_answer_holds_up_only_its_own_crashes(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    need_root()
+    recorder = recorder_with(recorder_captures=2, recorder_stall_deadline=6)
+    await recorder.start()
+    with StandingStill(tmp_path / "fuse", crasher("waiting")) as file_system:
+        hung = [subprocess.Popen([file_system.program], stdout=subprocess.PIPE) for _ in range(4)]
+        for process in hung:
+            assert process.stdout is not None
+            process.stdout.readline()
+        file_system.stand_still()
+        for process in hung:
+            process.send_signal(signal.SIGSEGV)
+
+        pid, _ = await asyncio.to_thread(crash, crasher("null_pointer"))
+
+        assert (await recorder.captured(pid)).state == "complete"
+        assert all(process.poll() is None for process in hung), "nothing stood still"
+        # They are let go in their time, and told.
+        for process in hung:
+            assert await asyncio.to_thread(process.wait, 30) == -signal.SIGSEGV
+        assert recorder.log.count("let a process go") == 4
+    # Their threads are free again, and what could be read is there.
+    for process in hung:
+        process.communicate()
+        record = await recorder.captured(process.pid)
+        assert record.signal_name == "SIGSEGV"
+        assert any(file.truncated for file in record.files.values())
+    assert recorder.stop() == 0
