@@ -16,10 +16,11 @@ from crashbus.errors import BusFull, BusUnreachable
 from crashbus.identity import crash_id
 from crashbus.messages import DeadLetter, Manifest, SignalEvent
 from crashbus.names import token
-from services.collector import metrics, processes
+from services.collector import metrics, oom, processes
 from services.collector.appscope import Containers
 from services.collector.gather import Gatherer
 from services.collector.ledger import Crash, Ledger
+from services.common.crash_directory import SpoolUnusable
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -49,6 +50,7 @@ class Deaths:
         self._ledger = ledger
         self._gatherer = gatherer
         self._containers = Containers(gatherer.root, host, bus, state / "watched")
+        self._oom_kills: dict[str, oom.Seen] = {}  # by event
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def run(self) -> None:
@@ -102,12 +104,17 @@ class Deaths:
             await self._containers.watch(event)
         if not event.fatal:
             return True
+        if event.disposition == "oom_kill" and event.event_id not in self._oom_kills:
+            self._oom_kills[event.event_id] = await asyncio.to_thread(oom.look, event)
         try:
             await asyncio.wait_for(processes.gone(process.pid, process.start_ticks), PATIENCE)
         except TimeoutError:
             return time.time() - event.time > GIVE_UP
         if not await self._gatherer.look(str(process.pid)):
             raise OSError(f"the directory of process {process.pid} could not be looked at")
+        seen = self._oom_kills.pop(event.event_id, None)
+        if seen is not None and not self._has_files_of(event):
+            await self._keep_oom_kill(seen)
         if self._has_files_of(event) or self._gatherer.is_being_captured(event.crash_id):
             return True
         # Its files may have been delivered and removed long ago: the event came late.
@@ -115,6 +122,13 @@ class Deaths:
         if not await self._bus.holds(Manifest, subject):
             await self._tell(event)
         return True
+
+    async def _keep_oom_kill(self, seen: oom.Seen) -> None:
+        try:
+            await asyncio.to_thread(oom.write, seen, self._gatherer.root)
+        except SpoolUnusable as error:
+            raise OSError(f"{error}; {error.mend}") from error
+        await self._gatherer.look(str(seen.event.process.pid))
 
     def _has_files_of(self, event: SignalEvent) -> bool:
         """Tell whether the ledger has files of this very signal, not of one recovered from."""

@@ -15,7 +15,7 @@ from typing import Any
 from crashbus import signals
 from crashbus.fingerprint import frames
 from crashbus.messages import Container
-from services.recorder import resources
+from services.common import resources
 from services.recorder.backtrace import Backtrace, Frame, Instruction, LoadedModule, Thread
 from services.recorder.core_head import Cause
 from services.recorder.facts import Facts

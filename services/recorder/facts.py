@@ -14,10 +14,9 @@ from pathlib import Path
 from crashbus import names
 from crashbus.messages import Process
 from services.common import process as processes
-from services.common import redact
-from services.recorder import resources
+from services.common import redact, resources
+from services.common.resources import Resources
 from services.recorder.errors import CaptureFailed
-from services.recorder.resources import Resources
 
 MAX_ENVIRONMENT = 128 * 1024  # bytes kept; 2 MiB are possible, execve(2)
 MAX_THREADS = 4096

@@ -7,9 +7,10 @@ on the bus and how it takes receipts.
 import asyncio
 from dataclasses import dataclass, field
 
-from crashbus import Bus, DeadLetter, Receipt, WorkItem
+from crashbus import Bus, DeadLetter, Receipt, SignalEvent, WorkItem, crash_id, identity
 from crashbus.chunks import Verifier
 from crashbus.errors import DamagedFile
+from crashbus.messages import Process
 from tests.support.wait import until
 
 
@@ -81,3 +82,23 @@ class StandInShipper:
 
     def start(self) -> "asyncio.Task[None]":
         return asyncio.create_task(self.run())
+
+
+def signal_event(pid: int, disposition: str = "default") -> SignalEvent:
+    """Return what the detector would say of a living process that takes a signal."""
+    boot, start = identity.boot_id(), identity.start_ticks(pid)
+    return SignalEvent(
+        host="test-host",
+        crash_id=crash_id(boot, pid, start),
+        event_id=f"{pid}-{start}",
+        monotonic_ns=1,
+        process=Process(
+            boot_id=boot, pid=pid, ns_pid=pid, start_ticks=start, uid=0, gid=0, comm="x"
+        ),
+        tid=pid,
+        signal=11,
+        signal_name="SIGSEGV",
+        code=1,
+        code_meaning="address not mapped to object",
+        disposition=disposition,  # type: ignore[arg-type]
+    )

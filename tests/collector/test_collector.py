@@ -14,10 +14,10 @@ import pytest
 from nats.js.api import StreamConfig
 from nats.js.errors import NotFoundError
 
-from crashbus import DeadLetter, Manifest, SignalEvent, crash_id, identity, streams
+from crashbus import DeadLetter, Manifest, crash_id, identity, streams
 from crashbus.errors import BusUnreachable
-from crashbus.messages import Process
 from tests.collector.conftest import FILE, TCP, Setup
+from tests.collector.stand_in import signal_event
 from tests.support.crashers import crasher
 from tests.support.wait import until
 
@@ -127,25 +127,6 @@ async def test_event_names_the_process_when_it_was_gone_before_anyone_looked(
     (manifest,) = await reports(setup)
     assert manifest.crash_id == event.crash_id
     assert manifest.process == event.process
-
-
-def signal_event(pid: int, disposition: str = "default") -> SignalEvent:
-    boot, start = identity.boot_id(), identity.start_ticks(pid)
-    return SignalEvent(
-        host="test-host",
-        crash_id=crash_id(boot, pid, start),
-        event_id=f"{pid}-{start}",
-        monotonic_ns=1,
-        process=Process(
-            boot_id=boot, pid=pid, ns_pid=pid, start_ticks=start, uid=0, gid=0, comm="x"
-        ),
-        tid=pid,
-        signal=11,
-        signal_name="SIGSEGV",
-        code=1,
-        code_meaning="address not mapped to object",
-        disposition=disposition,  # type: ignore[arg-type]
-    )
 
 
 async def deaths_in_hand(setup: Setup, count: int) -> bool:

@@ -20,9 +20,10 @@ from services.common.process import read_process
 from services.detector import offsets
 from services.detector.btf import Btf
 from services.detector.program import BTF_FILE
-from tests.detector.watching import HOST, Victim, Watch
+from tests.detector.watching import HOST, Watch
+from tests.support.cgroup import limit, memory_cgroup
 from tests.support.crashers import FATAL, crasher
-from tests.support.requirements import lacking
+from tests.support.victim import Victim
 from tests.support.wait import until
 
 THREADS = """
@@ -358,31 +359,6 @@ async def test_oom_kill(watch: Watch, tmp_path: Path) -> None:
     assert rss is not None
     assert total is not None
     assert 24 * 1024 < rss <= 32 * 1024 < total
-
-
-@contextmanager
-def memory_cgroup(name: str) -> Iterator[Path]:
-    """Make a cgroup with the memory controller, and remove it."""
-    v1 = Path("/sys/fs/cgroup/memory")
-    base = (v1 if v1.is_dir() else Path("/sys/fs/cgroup")) / f"crashbus-test-{os.getpid()}"
-    made = [base.joinpath(*Path(name).parts[:n]) for n in range(len(Path(name).parts) + 1)]
-    try:
-        for one in made:
-            one.mkdir()
-            if base.parent != v1:
-                (one.parent / "cgroup.subtree_control").write_text("+memory")
-    except OSError as error:
-        lacking(f"needs a memory cgroup of its own: {error}")
-    try:
-        yield made[-1]
-    finally:
-        for one in reversed(made):
-            one.rmdir()
-
-
-def limit(group: Path, size: int) -> None:
-    v1 = group / "memory.limit_in_bytes"
-    (v1 if v1.exists() else group / "memory.max").write_text(str(size))
 
 
 @contextmanager

@@ -15,10 +15,10 @@ import pytest
 
 from crashbus import Bus, SignalEvent, connect
 from crashbus.messages import EventsLost
-from tests.detector.watching import Victim
 from tests.support.crashers import crasher
 from tests.support.nats import NatsServer, free_port
 from tests.support.requirements import need_btf, need_program, need_root
+from tests.support.victim import Victim
 from tests.support.wait import until
 
 

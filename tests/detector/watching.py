@@ -1,13 +1,10 @@
-"""A detector of a test's own, and victims whose start is known before they crash."""
+"""A detector of a test's own."""
 
-import os
-import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from crashbus import Message, SignalEvent, identity
+from crashbus import Message, SignalEvent
 from crashbus.messages import EventsLost, SignalCount
 from services.common.outbox import Outbox
 from services.detector.detector import Detector
@@ -57,29 +54,3 @@ class Watch:
         event = await until(found, within=10)
         assert event is not None
         return event
-
-
-class Victim:
-    """A process that is stopped before its program begins, until `go`."""
-
-    def __init__(self, program: Path | bytes, *arguments: str | bytes, **options: Any) -> None:
-        shell = ["sh", "-c", 'kill -STOP $$; exec "$@"', "sh"]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, **options}
-        self.process = subprocess.Popen([*shell, program, *arguments], **options)
-        self.pid = self.process.pid
-        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
-        self.start_ticks = identity.start_ticks(self.pid)
-
-    def go(self) -> "Victim":
-        os.kill(self.pid, signal.SIGCONT)
-        return self
-
-    def kill(self, number: int) -> None:
-        """Send a signal once the program has said a line."""
-        assert self.process.stdout is not None
-        self.process.stdout.readline()
-        os.kill(self.pid, number)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()

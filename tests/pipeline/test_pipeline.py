@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from crashbus import layout
+from crashbus import DeadLetter, layout
 from crashbus.layout import BINARIES, LARGE, SHARED, Kind
 from crashbus.messages import Manifest
 from tests.pipeline.conftest import Pipeline, top_frames
+from tests.support.cgroup import limit, memory_cgroup
 from tests.support.crashers import FATAL, SOURCES, crasher
 from tests.support.nats import free_port
 from tests.support.requirements import need_program
 from tests.support.tcp import reassemble
+from tests.support.victim import Victim
 from tests.support.wait import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -194,6 +196,30 @@ def _gcc(source: str, *options: str | Path) -> None:
         input=source.encode(),
         check=True,
     )
+
+
+async def test_process_that_the_oom_killer_chose_leaves_what_can_be_known(
+    pipeline: Pipeline,
+) -> None:
+    with memory_cgroup("pipeline") as group:
+        limit(group, 64 * 1024**2)
+        victim = Victim(crasher("memory_hog"))
+        (group / "cgroup.procs").write_text(str(victim.pid))
+        await asyncio.to_thread(victim.go().process.communicate, timeout=30)
+        manifest = await pipeline.manifest_of(victim.pid, files=2)
+        await pipeline.delivered(manifest)
+
+    assert victim.process.returncode == -signal.SIGKILL
+    assert "killed by the OOM killer" in manifest.notes[0]
+    assert "constraint=CONSTRAINT_MEMCG" in manifest.notes[0]
+    check_everywhere_equal(pipeline, manifest)
+    (file,) = [file for file in manifest.files if file.kind is Kind.SNAPSHOT]
+    snapshot = json.loads(pipeline.stored(manifest, file)["s3"])
+    assert snapshot["Oom"]["Chosen"]["anon_rss_kib"] > 32 * 1024
+    assert f"illed process {victim.pid} " in snapshot["Oom"]["KernelLog"][-1]
+    assert str(64 * 1024**2) in snapshot["CgroupNumbers"].values()
+    letters = await pipeline.bus.stored(DeadLetter)
+    assert not [letter for letter in letters if letter.crash_id == manifest.crash_id]
 
 
 async def test_python_that_reads_address_zero_is_delivered(

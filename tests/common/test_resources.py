@@ -4,8 +4,9 @@ import os
 import socket
 from pathlib import Path
 
-from services.recorder import resources
-from services.recorder.resources import Resources
+from services.common import resources
+from services.common.resources import Resources
+from tests.support.cgroup import cgroup_path, limit, memory_cgroup
 
 
 def test_open_files_and_sockets_of_this_process(tmp_path: Path) -> None:
@@ -41,22 +42,14 @@ def test_open_files_and_sockets_of_this_process(tmp_path: Path) -> None:
 
 
 def test_numbers_of_a_cgroup() -> None:
-    path = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
-    group = next(
-        (
-            one.parent
-            for one in Path("/sys/fs/cgroup").rglob("memory.current")
-            if one.parent != Path("/sys/fs/cgroup")
-        ),
-        None,
-    )
-    if group is not None:
-        path = f"/{group.relative_to('/sys/fs/cgroup')}"
+    with memory_cgroup("numbers") as group:
+        limit(group, 32 * 1024**2)
+        path = cgroup_path(group)
 
-    shown = resources.describe(resources.read(os.getpid(), path))
+        shown = resources.describe(resources.read(os.getpid(), path))
 
-    expected = {"memory.current", "pids.current"} if group is not None else set()
-    assert expected <= set(shown["CgroupNumbers"])
+    numbers = shown["CgroupNumbers"]
+    assert str(32 * 1024**2) in (numbers.get("memory.max"), numbers.get("memory.limit_in_bytes"))
     assert resources.read(os.getpid(), "/../../../etc").cgroup == {}
 
 

@@ -2,7 +2,8 @@
 
 It is read raw while the process is held, which is short, and parsed when nobody waits any more.
 Sources: proc_pid_status(5), proc_pid_smaps_rollup (Documentation/filesystems/proc.rst),
-proc_pid_fd(5), proc_pid_net(5), proc_pid_mountinfo(5), Documentation/admin-guide/cgroup-v2.rst.
+proc_pid_fd(5), proc_pid_net(5), proc_pid_mountinfo(5), Documentation/admin-guide/cgroup-v1/ and
+cgroup-v2.rst.
 """
 
 import os
@@ -25,10 +26,21 @@ _ROLLUP_UP_TO = 256 * 1024  # KiB resident; beyond, the kernel's walk would be a
 
 _NET = ("tcp", "tcp6", "udp", "udp6", "unix")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
-_CGROUP_FILES = (
-    *("memory.current", "memory.peak", "memory.max", "memory.high", "memory.swap.current"),
-    *("memory.events", "pids.current", "pids.max", "cpu.max"),
-)
+# Version 2, then the controllers of version 1.
+_CGROUP_FILES = {
+    **dict.fromkeys(
+        ("", "unified"),
+        (
+            *("memory.current", "memory.peak", "memory.max", "memory.high", "memory.swap.current"),
+            *("memory.events", "memory.oom.group", "pids.current", "pids.max", "cpu.max"),
+        ),
+    ),
+    "memory": (
+        *("memory.usage_in_bytes", "memory.max_usage_in_bytes", "memory.limit_in_bytes"),
+        *("memory.memsw.limit_in_bytes", "memory.failcnt", "memory.oom_control"),
+    ),
+    "pids": ("pids.current", "pids.max"),
+}
 # include/net/tcp_states.h, from 1 on
 _TCP_STATES = (
     *("ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE"),
@@ -97,14 +109,18 @@ def _open_files(directory: Path) -> tuple[dict[int, bytes], bool]:
 
 
 def _cgroup(path: str | None) -> dict[str, bytes]:
-    """Read the numbers of a cgroup, version 2.
+    """Read the numbers of a cgroup, of version 1 or 2.
 
     Its path is the kernel's, but names of cgroups are chosen by whoever may make them.
     """
     if not path or ".." in path.split("/"):
         return {}
-    directory = _CGROUP_ROOT / path.lstrip("/")
-    return {name: raw for name in _CGROUP_FILES if (raw := _read(directory / name))}
+    return {
+        name: raw
+        for hierarchy, files in _CGROUP_FILES.items()
+        for name in files
+        if (raw := _read(_CGROUP_ROOT / hierarchy / path.lstrip("/") / name))
+    }
 
 
 def _resident(status: bytes) -> int:

@@ -1,0 +1,197 @@
+"""OOM kills: the kernel dumps no core for them, so what can still be read is the bundle.
+
+The victim is looked at as soon as the detector's event comes, which is often before it is gone;
+what the kernel said of its choice stays in its log, the limits stay with the cgroup.
+"""
+
+import json
+import os
+import platform
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from crashbus import capture, layout, names
+from crashbus.capture import CapturedFile, CaptureRecord
+from crashbus.layout import Kind
+from crashbus.messages import SignalEvent
+from services.collector import processes
+from services.common import crash_directory, redact, resources
+from services.common.resources import Resources
+
+KERNEL_LOG = Path("/dev/kmsg")
+_LINES = 400  # of the kernel's log kept: it may list every process of the host
+_MAX_RECORD = 8192  # bytes, Documentation/ABI/testing/dev-kmsg
+_AROUND = 10.0  # seconds between the kernel's choice and the lines about it
+# oom_kill_process() and dump_oom_victim(), mm/oom_kill.c
+_CONSTRAINT = re.compile(r"oom-kill:(constraint=\S+)")
+_BEGIN, _END = "invoked oom-killer", re.compile(r"[Kk]illed process (\d+) ")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found of one OOM kill.
+
+    Attributes:
+        kernel_log: the lines about it, from "invoked oom-killer" on.
+    """
+
+    event: SignalEvent
+    resources: Resources
+    kernel_log: tuple[str, ...]
+
+
+def look(event: SignalEvent) -> Seen:
+    """Read what is there now; what is gone already is left out."""
+    process = event.process
+    is_there = processes.is_alive(process.pid, process.start_ticks)
+    found = resources.read(process.pid, process.cgroup)
+    if not is_there:  # its PID may be another's by now
+        found = Resources(cgroup=found.cgroup)
+    return Seen(event, found, kernel_log(process.pid, event.monotonic_ns / 1e9))
+
+
+def kernel_log(pid: int, at: float) -> tuple[str, ...]:
+    """Return what the kernel's log says about one kill.
+
+    Args:
+        at: seconds of CLOCK_MONOTONIC at which it was chosen.
+    """
+    kept: list[str] = []
+    for when, line in _kernel_lines():
+        if abs(when - at) > _AROUND:
+            continue
+        if _BEGIN in line:
+            kept.clear()
+        kept.append(line)
+        match = _END.search(line)
+        if match and int(match[1]) == pid:
+            return tuple(kept[: _LINES // 2] + kept[-_LINES // 2 :] if len(kept) > _LINES else kept)
+    return ()
+
+
+def _kernel_lines() -> list[tuple[float, str]]:
+    """Read the log: time in seconds and text of each line that the kernel itself wrote.
+
+    ``<priority and facility>,<sequence>,<microseconds>,<flags>;<text>``, dev-kmsg.
+    """
+    found: list[tuple[float, str]] = []
+    try:
+        log = os.open(KERNEL_LOG, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return []
+    try:
+        while True:
+            try:
+                record = os.read(log, _MAX_RECORD)
+            except BrokenPipeError:
+                continue  # the oldest were overwritten meanwhile
+            except OSError:
+                return found
+            head, _, text = record.partition(b";")
+            fields = head.split(b",")
+            # Whoever writes to the log from outside the kernel has another facility, syslog(3).
+            if len(fields) >= 3 and int(fields[0]) >> 3 == 0:
+                found.append((int(fields[2]) / 1e6, names.text(text.partition(b"\n")[0])))
+    finally:
+        os.close(log)
+
+
+def write(seen: Seen, root: Path) -> None:
+    """Write the bundle to the spool, under a capture record; the process must be gone.
+
+    Raises:
+        OSError: there is no room.
+        SpoolUnusable: the spool cannot be had.
+    """
+    event = seen.event
+    directory, epoch = crash_directory.open_crash(root, event.process.pid, int(event.time))
+    try:
+        descriptor = capture.create(directory, epoch, _record(seen, "writing", {}))
+        try:
+            contents = {Kind.INFO: _info(event, epoch), Kind.SNAPSHOT: _snapshot(seen)}
+            captured = {
+                layout.crash_file_name(kind, epoch): _write(directory, kind, epoch, content)
+                for kind, content in contents.items()
+            }
+            capture.write(descriptor, _record(seen, "complete", captured))
+        finally:
+            os.close(descriptor)
+    finally:
+        os.close(directory)
+
+
+def _write(directory: int, kind: Kind, epoch: int, content: bytes) -> CapturedFile:
+    with os.fdopen(crash_directory.create_file(directory, kind, epoch), "wb") as file:
+        file.write(content)
+    return CapturedFile(size=len(content))
+
+
+def _record(seen: Seen, state: str, files: dict[str, CapturedFile]) -> CaptureRecord:
+    event = seen.event
+    return CaptureRecord.model_validate(
+        {
+            "state": state,
+            "crash_id": event.crash_id,
+            "host": event.host,
+            "crashed_at": event.time,
+            "process": event.process,
+            "signal": event.signal,
+            "signal_name": event.signal_name,
+            "code": event.code,
+            "code_meaning": event.code_meaning,
+            "files": files,
+            "notes": (why(seen),),
+        }
+    )
+
+
+def why(seen: Seen) -> str:
+    """Say in words that and why the kernel chose this process."""
+    text = "killed by the OOM killer, for which the kernel dumps no core"
+    match = _CONSTRAINT.search("\n".join(seen.kernel_log))
+    return f"{text}: {redact.text(match[1])[:1000]}" if match else text
+
+
+def _info(event: SignalEvent, epoch: int) -> bytes:
+    name = names.printable(event.process.comm)
+    pid = event.process.pid
+    return f"Unix Time: {epoch} sec\nPID: {pid}\nProcess name: {name}".encode()
+
+
+def _snapshot(seen: Seen) -> bytes:
+    """Return ``snapshot``: the keys of the recorder's, as far as they can be told."""
+    event, kernel = seen.event, platform.uname()
+    process, oom = event.process, event.oom
+    content: dict[str, Any] = {
+        "Time": datetime.fromtimestamp(event.time, UTC).isoformat().replace("+00:00", "Z"),
+        "Arch": kernel.machine,
+        "Kernel": kernel.release,
+        "SignalNumber": event.signal,
+        "ProcessName": process.comm,
+        "ProcessArgs": " ".join(process.command_line),
+        "Pid": process.pid,
+        "Uid": process.uid,
+        "Gid": process.gid,
+        "Hostname": event.host,
+        "CrashId": event.crash_id,
+        "SignalName": event.signal_name,
+        "Oom": {
+            "Chosen": oom.model_dump() if oom else None,
+            "Why": why(seen),
+            "KernelLog": [redact.text(line) for line in seen.kernel_log],
+        },
+        "NsPid": process.ns_pid,
+        "Executable": process.executable,
+        "Arguments": process.command_line,
+        "Cgroup": process.cgroup,
+        "Container": process.container
+        and {
+            "Id": process.container.id,
+            "Runtime": process.container.runtime,
+        },
+        **resources.describe(seen.resources),
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")

@@ -1,0 +1,39 @@
+"""Cgroups of a test's own, of version 1 or 2."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.requirements import lacking
+
+
+@contextmanager
+def memory_cgroup(name: str) -> Iterator[Path]:
+    """Make a cgroup with the memory controller, and remove it."""
+    v1 = Path("/sys/fs/cgroup/memory")
+    base = (v1 if v1.is_dir() else Path("/sys/fs/cgroup")) / f"crashbus-test-{os.getpid()}"
+    made = [base.joinpath(*Path(name).parts[:n]) for n in range(len(Path(name).parts) + 1)]
+    try:
+        for one in made:
+            one.mkdir()
+            if base.parent != v1:
+                (one.parent / "cgroup.subtree_control").write_text("+memory")
+    except OSError as error:
+        lacking(f"needs a memory cgroup of its own: {error}")
+    try:
+        yield made[-1]
+    finally:
+        for one in reversed(made):
+            one.rmdir()
+
+
+def limit(group: Path, size: int) -> None:
+    v1 = group / "memory.limit_in_bytes"
+    (v1 if v1.exists() else group / "memory.max").write_text(str(size))
+
+
+def cgroup_path(group: Path) -> str:
+    """Return a cgroup's path as /proc/<pid>/cgroup shows it."""
+    v1 = Path("/sys/fs/cgroup/memory")
+    return f"/{group.relative_to(v1 if v1.is_dir() else '/sys/fs/cgroup')}"

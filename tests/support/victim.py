@@ -1,0 +1,35 @@
+"""A process that waits before its program begins."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from crashbus import identity
+
+
+class Victim:
+    """A process that is stopped before its program begins, until `go`."""
+
+    def __init__(self, program: Path | bytes, *arguments: str | bytes, **options: Any) -> None:
+        shell = ["sh", "-c", 'kill -STOP $$; exec "$@"', "sh"]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, **options}
+        self.process = subprocess.Popen([*shell, program, *arguments], **options)
+        self.pid = self.process.pid
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+        self.start_ticks = identity.start_ticks(self.pid)
+
+    def go(self) -> "Victim":
+        os.kill(self.pid, signal.SIGCONT)
+        return self
+
+    def kill(self, number: int) -> None:
+        """Send a signal once the program has said a line."""
+        assert self.process.stdout is not None
+        self.process.stdout.readline()
+        os.kill(self.pid, number)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
