@@ -88,7 +88,11 @@ _BY_SIGNAL: dict[str, dict[int, str]] = {
 
 
 def name(number: int) -> str:
-    """Return a signal's name, such as SIGSEGV or SIGRTMIN+3; SIG<number> for an unknown one."""
+    """Return a signal's name, such as SIGSEGV or SIGRTMIN+3; SIG<number> for an unknown one,
+    none for 0.
+    """
+    if not number:
+        return "none"
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -15,6 +15,7 @@ from crashbus.cli.ls import ls
 from crashbus.cli.run import run
 from crashbus.cli.schema import schema
 from crashbus.cli.show import show
+from crashbus.cli.snapshot import snapshot
 from crashbus.cli.tail import tail
 from crashbus.cli.terminal import plain, show_warnings
 from crashbus.errors import CrashbusError
@@ -79,7 +80,7 @@ def _register_service(name: str, summary: str) -> None:
         services.become(name, ctx.args)
 
 
-for command in (run, demo, tail, ls, show, get, debug, doctor, schema):
+for command in (run, demo, tail, ls, show, get, debug, snapshot, doctor, schema):
     app.command()(command)
 for service_name, service_summary in services.SERVICES.items():
     _register_service(service_name, service_summary)

@@ -22,8 +22,8 @@ _NEEDS = {
 }
 
 
-def become(service: str, arguments: Sequence[str]) -> NoReturn:
-    """Replace this process by a service."""
+def need(service: str) -> None:
+    """End with a word about it if a service's packages are not installed."""
     lacking = [module for module in _NEEDS[service] if find_spec(module) is None]
     if lacking:
         sys.stderr.write(
@@ -31,6 +31,11 @@ def become(service: str, arguments: Sequence[str]) -> NoReturn:
             f"pip install 'crashbus[{service}]'\n"
         )
         sys.exit(1)
+
+
+def become(service: str, arguments: Sequence[str]) -> NoReturn:
+    """Replace this process by a service."""
+    need(service)
     sys.stdout.flush()
     command = [sys.executable, "-m", f"services.{service}", *arguments]
     os.execv(command[0], command)  # noqa: S606 - it is to take our place

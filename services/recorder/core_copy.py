@@ -57,7 +57,8 @@ def copy(
         limit: bytes that it may have; 0: any number.
         pages: the process's own. Without them a core over the limit is cut at its end, else
             it is laid out anew, `core_reduced`.
-        stacks_only: keep the threads' stacks alone, where there are pages.
+        stacks_only: keep only the threads' stacks and what is needed to read them, where there
+            are pages.
     """
     try:
         size = sparse.write(core, head[: limit or None], 0)
@@ -121,7 +122,7 @@ def _from_memory(
 
 def _left_out(reduced: Reduced, limit: int, stacks_only: bool) -> str | None:
     if stacks_only:
-        return "only the stacks were kept (CRASHBUS_RECORDER_CORE)"
+        return "only the stacks were kept, as it was asked for"
     if not reduced.missing:
         return None  # what is not there was never touched
     return (

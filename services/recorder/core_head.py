@@ -198,6 +198,7 @@ def read(read_bytes: Read) -> Head:
         told.cause,
         told.tid,
         data=data,
+        notes=notes,
         registers=told.registers,
         _elf=elf,
         _table=(table, table + count),

@@ -18,6 +18,9 @@ from services.recorder.core_head import Head, Load
 from services.recorder.core_pages import PAGE, PagesUnreadable, Touched
 
 STACK = 256 * 1024  # bytes kept of each stack, from its stack pointer on
+# Bytes of a mapping that is kept with stacks alone: without the pages that tell where libraries
+# are (ELF headers, the loader's list of them) there are only addresses.
+SMALL = 64 * 1024
 _RED_ZONE = 128  # bytes below the stack pointer that a function may use, x86-64 psABI
 MAX_SEGMENTS = 30_000  # a table without extended numbering has 65,534 entries
 _NEAR = 64 * 1024  # bytes between two runs of pages for which a further entry does not pay
@@ -61,7 +64,8 @@ def plan(head: Head, core: int, touched: Touched, limit: int, stacks_only: bool)
         raise PagesUnreadable(f"its notes leave no room within {limit} bytes")
     stacks = list(_stacks(head, core, touched))
     if stacks_only:
-        chosen, missing = _first_of(iter(stacks), room), 0
+        small = (load for load in head.loads() if load.size <= SMALL)
+        chosen, missing = _first_of(_chain(stacks, touched.runs(small)), room), 0
     else:
         total = sum(load.size for load in touched.runs(head.loads()))
         everything = _joined(touched.runs(head.loads()))

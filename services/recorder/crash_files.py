@@ -101,6 +101,8 @@ def _assembly(instruction: Instruction) -> str:
 
 
 def _reason(cause: Cause) -> str:
+    if not cause.signal:
+        return "Snapshot of a living process"
     if cause.code is None:
         return "Unknown Error"
     meaning = signals.code_meaning(cause.signal, cause.code)

@@ -10,18 +10,20 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import structlog
 
 from crashbus import capture, fingerprint, signals
 from crashbus.capture import CapturedFile, CaptureRecord
-from crashbus.identity import crash_id
+from crashbus.identity import boot_id, crash_id
 from crashbus.layout import Kind, crash_file_name
 from crashbus.messages import Module, Process
 from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
+from services.common.settings import BusSettings
 from services.recorder import (
     arrival,
     backtrace_json,
@@ -41,6 +43,7 @@ from services.recorder.errors import CaptureFailed
 from services.recorder.facts import Facts
 from services.recorder.hold import Hold, Stalled
 from services.recorder.mechanism import Mechanism
+from services.recorder.settings import RecorderSettings
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -72,6 +75,33 @@ class Conditions:
     configuration: Mapping[str, Any]
     module_files: Callable[[], int]
     on_disk_full: Callable[[bool], None]
+
+    @classmethod
+    def of(
+        cls,
+        shared: BusSettings,
+        settings: RecorderSettings,
+        configuration: Mapping[str, Any],
+        mechanism: Mechanism = Mechanism.SOCKET,
+        module_files: Callable[[], int] = lambda: MODULE_FILES,
+        on_disk_full: Callable[[bool], None] = lambda _: None,
+    ) -> Self:
+        """Return what the settings say."""
+        return cls(
+            mechanism=mechanism,
+            host=shared.host,
+            boot_id=boot_id(),
+            spool=shared.spool,
+            version=version("crashbus"),
+            max_core_bytes=settings.max_core_bytes,
+            stacks_only=settings.core == "stacks",
+            only_stream=settings.core_source == "stream",
+            disk_reserve=settings.disk_reserve,
+            binaries=Binaries(shared.spool, settings.max_binary_bytes, settings.disk_reserve),
+            configuration=configuration,
+            module_files=module_files,
+            on_disk_full=on_disk_full,
+        )
 
 
 @dataclass
@@ -116,14 +146,15 @@ def capture_crash(hold: Hold, on: Conditions) -> Recording:
         arrived = arrival.receive(on.mechanism, hold)
         hold.belongs_to(arrived.pid)
         process = facts.read_identity(arrived.pid, on.boot_id)
-        return _capture_process(process, arrived.signal, hold, on)
+        return capture_process(process, arrived.signal, hold, on)
     finally:
         hold.close()
         if hold.held_for is not None:
             metrics.HOLD_SECONDS.observe(hold.held_for)
 
 
-def _capture_process(process: Process, signal: int, hold: Hold, on: Conditions) -> Recording:
+def capture_process(process: Process, signal: int, hold: Hold, on: Conditions) -> Recording:
+    """Do all that needs a process that is held, then let it go; see `capture_crash`."""
     name = crash_id(process.boot_id, process.pid, process.start_ticks)
     try:
         recording = _begin(name, process, signal, hold.arrived_at, on)

@@ -9,17 +9,15 @@ import os
 import queue
 import shutil
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from crashbus.identity import boot_id, crash_id, start_ticks
+from crashbus.identity import crash_id, start_ticks
 from services.common.health import Health
 from services.common.service import Runtime, finish
 from services.recorder import arrival, core_pattern, hardening, mechanism, metrics, recording
-from services.recorder.binaries import Binaries
 from services.recorder.dead_letters import DeadLetters
 from services.recorder.errors import CaptureFailed, RecorderError
 from services.recorder.hold import Hold, end_those_let_go
@@ -95,22 +93,13 @@ class Recorder:
         self._watchdog = Watchdog(
             self._state, settings.watchdog_deadline, runtime.bus_settings.log_format
         )
-        self._conditions = Conditions(
-            mechanism=self._plan.mechanism,
-            host=runtime.host,
-            boot_id=boot_id(),
-            spool=runtime.bus_settings.spool,
-            version=version("crashbus"),
-            max_core_bytes=settings.max_core_bytes,
-            stacks_only=settings.core == "stacks",
-            only_stream=settings.core_source == "stream",
-            disk_reserve=settings.disk_reserve,
-            binaries=Binaries(
-                runtime.bus_settings.spool, settings.max_binary_bytes, settings.disk_reserve
-            ),
-            configuration=_configuration(runtime, settings, self._plan),
-            module_files=self._module_files_left,
-            on_disk_full=self._on_disk_full,
+        self._conditions = Conditions.of(
+            runtime.bus_settings,
+            settings,
+            _configuration(runtime, settings, self._plan),
+            self._plan.mechanism,
+            self._module_files_left,
+            self._on_disk_full,
         )
 
     def start(self) -> None:

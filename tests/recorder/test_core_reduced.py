@@ -122,6 +122,10 @@ async def test_stacks_alone_are_enough_for_every_backtrace(recorder_with: MakeRe
     backtrace = recorder.file(pid, "backtrace").read_text()
     assert "crash_here" in backtrace
     assert backtrace.count("--- thread") >= 2
+    waiting = backtrace.split("--- thread")[-1]
+    assert "libc.so" in waiting, "frames in libraries have no names"
+    assert "start_thread" in waiting
+    assert "main" in shown, "the stacks are not there"
 
 
 async def test_reserved_memory_does_not_count(recorder_with: MakeRecorder) -> None:

@@ -1,0 +1,66 @@
+"""``crashbus snapshot``: the crash files of a process that lives, and goes on living."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from crashbus.cli.errors import Trouble
+from crashbus.cli.services import need
+from crashbus.cli.terminal import console, plain
+from crashbus.identity import boot_id
+
+
+def snapshot(
+    pid: Annotated[int, typer.Argument(metavar="PID", help="A process of this host.", min=1)],
+    core: Annotated[
+        bool, typer.Option("--core", help="With all of its memory: it is held for longer.")
+    ] = False,
+) -> None:
+    """Take backtrace, snapshot, info and configuration of a living process.
+
+    It is held for some milliseconds. The files go where those of crashes go.
+    """
+    if os.geteuid() != 0:
+        raise Trouble("only root may look into any process", "run it with sudo")
+    need("recorder")
+    # Only here: nobody else needs what the recorder needs.
+    from services.common import log
+    from services.common.settings import BusSettings
+    from services.recorder import core_pattern, facts, recording
+    from services.recorder.errors import CaptureFailed
+    from services.recorder.live import LiveHold
+    from services.recorder.settings import RecorderSettings
+
+    log.configure("warning", "text", "snapshot")
+    shared = BusSettings.load()
+    settings = RecorderSettings.load().model_copy(update={"core": "full" if core else "stacks"})
+    configuration = {
+        "recorder": settings.model_dump(mode="json"),
+        "snapshot_of": pid,
+        "core_pattern": core_pattern.current(),
+    }
+    on = recording.Conditions.of(shared, settings, configuration)
+    if pid == os.getpid():
+        raise Trouble("that is this command itself", "name another process")
+    try:
+        process = facts.read_identity(pid, boot_id())
+        hold = LiveHold(pid)
+        try:
+            taken = recording.capture_process(process, 0, hold, on)
+        finally:
+            hold.close()
+    except CaptureFailed as failure:
+        raise Trouble(str(failure), failure.mend) from None
+    taken.notes.append("a snapshot of a living process, by crashbus snapshot")
+    recording.finish(taken, on, settings.backtrace_deadline)
+    held = (hold.held_for or 0) * 1000
+    console().print(
+        plain(
+            f"{process.comm}[{pid}] was held for {held:.0f} ms; crash {taken.record.crash_id}: "
+            f"{shared.spool / str(pid)}, *_{taken.epoch}*\n"
+            f"The collector delivers it: crashbus show {taken.record.crash_id}",
+            lines=True,
+        ),
+        soft_wrap=True,
+    )

@@ -1,0 +1,287 @@
+"""A living process, held for a moment so that it can be looked at like one that crashed.
+
+Its threads are stopped with ptrace(2), PTRACE_SEIZE, which nothing in it notices, and the head of
+a core is made of what is seen, in the form in which the kernel writes it (fs/binfmt_elf.c), so
+that all else is done as for a crash.
+"""
+
+import ctypes
+import os
+import platform
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from services.recorder.errors import CaptureFailed
+from services.recorder.hold import Hold
+from services.recorder.registers import AARCH64, X86_64
+
+_MACHINES = {"x86_64": X86_64, "aarch64": AARCH64}
+_REGISTERS = {X86_64: 216, AARCH64: 272}  # bytes of pr_reg
+_STOP_WITHIN = 2.0  # seconds for all threads to stop; one in an uninterruptible sleep does not
+_LOOK_AGAIN = 0.0005  # seconds
+_PAGE = 4096
+
+_PTRACE_DETACH, _GETREGSET, _SEIZE, _INTERRUPT = 17, 0x4204, 0x4206, 0x4207
+_EVENT_STOP = 128
+_WALL = 0x40000000
+_NT_PRSTATUS, _NT_PRFPREG, _NT_AUXV, _NT_FILE = 1, 2, 6, 0x46494C45
+_PT_LOAD, _PT_NOTE = 1, 4
+_FLAGS = ((4, "r"), (2, "w"), (1, "x"))  # p_flags
+_ET_CORE = 4
+_MAX_HEADERS = 0xFFFE
+_MAX_SMAPS = 64 * 1024 * 1024  # bytes
+
+
+class _Mapping(NamedTuple):
+    start: int
+    end: int
+    access: str
+    offset: int
+    device: bytes
+    path: bytes
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
+class LiveHold(Hold):
+    """A hold on a living process; letting go lets it run on.
+
+    Make it, and let go, in one thread: ptrace(2) knows only that one.
+
+    Raises:
+        CaptureFailed: there is no such process, or it cannot be stopped.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._stopped: dict[int, int] = {}  # thread to the signal that waits for it
+        changed = _changed_mappings(pid)  # long to read: before it is held
+        content = os.memfd_create("core head", os.MFD_CLOEXEC)
+        super().__init__(content, patience=1.0)
+        try:
+            self._stop_threads()
+            head = _head(pid, tuple(self._stopped), changed)
+            os.write(content, head)
+            os.lseek(content, 0, os.SEEK_SET)
+        except BaseException:
+            self.close()
+            raise
+
+    def belongs_to(self, pid: int) -> None:
+        """Nothing: it must not be ended."""
+
+    def let_go(self, because: str | None = None) -> None:
+        """Let the process run on."""
+        for thread, number in self._stopped.items():
+            with suppress(OSError):  # it was killed meanwhile
+                _ptrace(_PTRACE_DETACH, thread, 0, number)
+        self._stopped = {}
+        super().let_go(because)
+
+    def _stop_threads(self) -> None:
+        """Stop all threads; those that are started meanwhile too."""
+        end = time.monotonic() + _STOP_WITHIN
+        waiting: set[int] = set()
+        while time.monotonic() < end:
+            new = _threads(self._pid) - self._stopped.keys() - waiting
+            for thread in new:
+                if self._seize(thread):
+                    waiting.add(thread)
+            waiting -= {thread for thread in waiting if self._has_stopped(thread)}
+            if not new and not waiting:
+                break
+            if not new:
+                time.sleep(_LOOK_AGAIN)
+        if not self._stopped:
+            raise CaptureFailed(
+                "process_gone", f"no thread of process {self._pid} stops", "see its state in ps"
+            )
+
+    def _seize(self, thread: int) -> bool:
+        try:
+            _ptrace(_SEIZE, thread, 0, 0)
+            _ptrace(_INTERRUPT, thread, 0, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError as error:
+            raise CaptureFailed(
+                "not_permitted",
+                f"process {self._pid} cannot be stopped: {error.strerror}",
+                "be root, end the debugger that traces it, and see whether it is a kernel thread",
+            ) from error
+        return True
+
+    def _has_stopped(self, thread: int) -> bool:
+        """Tell whether a thread needs no more waiting for: it stopped, or ended."""
+        try:
+            found, status = os.waitpid(thread, _WALL | os.WNOHANG)
+        except ChildProcessError:
+            return True
+        if not found:
+            return False
+        if os.WIFSTOPPED(status):
+            is_ours = status >> 16 == _EVENT_STOP
+            # A signal that was on its way is delivered when it runs on.
+            self._stopped[thread] = 0 if is_ours else os.WSTOPSIG(status)
+        return True
+
+
+def _threads(pid: int) -> set[int]:
+    try:
+        found = {int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()}
+    except OSError:
+        found = set()
+    if not found:
+        raise CaptureFailed("process_gone", f"there is no process {pid}", "see ps for its PID")
+    return found
+
+
+def _ptrace(request: int, pid: int, address: int, data: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    libc.ptrace.restype = ctypes.c_long
+    if libc.ptrace(request, pid, address, data) == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+def _register_set(thread: int, kind: int) -> bytes:
+    room = ctypes.create_string_buffer(4096)
+    vector = _Vector(ctypes.addressof(room), len(room))
+    try:
+        _ptrace(_GETREGSET, thread, kind, ctypes.addressof(vector))
+    except OSError:
+        return b""
+    return room.raw[: vector.size]
+
+
+def _changed_mappings(pid: int) -> set[int]:
+    """Return where mappings of files begin that have pages of the process's own."""
+    changed, start = set(), 0
+    try:
+        with Path(f"/proc/{pid}/smaps").open("rb") as smaps:
+            for line in smaps.read(_MAX_SMAPS).splitlines():
+                first, _, rest = line.partition(b" ")
+                if first in (b"Anonymous:", b"Swap:") and not rest.strip().startswith(b"0 "):
+                    changed.add(start)
+                elif b"-" in first:
+                    start = int(first.partition(b"-")[0], 16)
+    except OSError:
+        return set()
+    return changed
+
+
+def _mappings(pid: int) -> Iterator[_Mapping]:
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_bytes().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        parts = line.split(maxsplit=5)
+        start, _, end = parts[0].partition(b"-")
+        yield _Mapping(
+            int(start, 16),
+            int(end, 16),
+            parts[1].decode(),
+            int(parts[2], 16),
+            b"" if parts[4] == b"0" else parts[3],
+            parts[5] if len(parts) > 5 else b"",
+        )
+
+
+def _dumped(one: _Mapping, changed: set[int]) -> int:
+    """Return how many bytes of a mapping belong into a core: vma_dump_size(), fs/coredump.c."""
+    if one.path in (b"[vvar]", b"[vvar_vclock]", b"[vsyscall]") or one.access.startswith("---"):
+        return 0
+    is_file = bool(one.device) and not one.path.startswith((b"/dev/zero", b"/memfd:", b"/SYSV"))
+    if not is_file or (one.access[3] == "p" and (one.access[1] == "w" or one.start in changed)):
+        return one.size
+    return _PAGE if one.offset == 0 and one.access[0] == "r" and _may_be_elf(one) else 0
+
+
+def _may_be_elf(one: _Mapping) -> bool:
+    """Tell by its name: to read the page could wait for whoever serves the file."""
+    return one.access[3] == "p" and one.path.startswith(b"/") and one.size >= _PAGE
+
+
+def _head(pid: int, threads: tuple[int, ...], changed: set[int]) -> bytes:
+    """Return ELF header, program headers and notes of a core, up to where memory begins; empty
+    where this machine's processes of that kind are not known (32-bit ones).
+    """
+    machine = _MACHINES.get(platform.machine(), 0)
+    first = pid if pid in threads else threads[0]
+    ordered = (first, *sorted(set(threads) - {first}))
+    registers = {thread: _register_set(thread, _NT_PRSTATUS) for thread in ordered}
+    if len(registers[first]) != _REGISTERS.get(machine):
+        return b""
+    mappings = list(_mappings(pid))[: _MAX_HEADERS - 1]
+    notes = b"".join(_notes(pid, ordered, registers, mappings))
+    begin = 64 + 56 * (len(mappings) + 1)
+    place = -(-(begin + len(notes)) // _PAGE) * _PAGE
+    headers = [struct.pack("<IIQQQQQQ", _PT_NOTE, 0, begin, 0, 0, len(notes), 0, 4)]
+    start = place
+    for one in mappings:
+        size = _dumped(one, changed)
+        flags = sum(
+            bit for bit, letter in zip((4, 2, 1), "rwx", strict=True) if letter in one.access
+        )
+        headers.append(
+            struct.pack("<IIQQQQQQ", _PT_LOAD, flags, place, one.start, 0, size, one.size, _PAGE)
+        )
+        place += size
+    elf = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
+    elf += struct.pack(
+        "<HHIQQQIHHHHHH", _ET_CORE, machine, 1, 0, 64, 0, 0, 64, 56, len(headers), 0, 0, 0
+    )
+    return (elf + b"".join(headers) + notes).ljust(start, b"\0")
+
+
+def _notes(
+    pid: int, threads: tuple[int, ...], registers: dict[int, bytes], mappings: list[_Mapping]
+) -> Iterator[bytes]:
+    """Give the notes: those of the process behind the first thread's status."""
+    for number, thread in enumerate(threads):
+        if not registers[thread]:
+            continue
+        # struct elf_prstatus: siginfo, cursig, two signal sets, four IDs, four times.
+        status = struct.pack("<iiihxxQQiiii", 0, 0, 0, 0, 0, 0, _ns_tid(pid, thread), 0, 0, 0)
+        yield _note(_NT_PRSTATUS, status.ljust(112, b"\0") + registers[thread] + bytes(8))
+        if not number:
+            with suppress(OSError):
+                yield _note(_NT_AUXV, Path(f"/proc/{pid}/auxv").read_bytes())
+            yield _note(_NT_FILE, _files(mappings))
+        floating = _register_set(thread, _NT_PRFPREG)
+        if floating:
+            yield _note(_NT_PRFPREG, floating)
+
+
+def _ns_tid(pid: int, thread: int) -> int:
+    with suppress(OSError, StopIteration):
+        for line in Path(f"/proc/{pid}/task/{thread}/status").read_bytes().splitlines():
+            if line.startswith(b"NSpid:"):
+                return int(line.split()[-1])
+    return thread
+
+
+def _files(mappings: list[_Mapping]) -> bytes:
+    """Return NT_FILE: count and page size, the ranges, the names."""
+    files = [one for one in mappings if one.device]
+    ranges = [(one.start, one.end, one.offset // _PAGE) for one in files]
+    body = struct.pack("<QQ", len(files), _PAGE)
+    body += b"".join(struct.pack("<QQQ", *one) for one in ranges)
+    return body + b"".join(one.path.removesuffix(b" (deleted)") + b"\0" for one in files)
+
+
+def _note(kind: int, body: bytes) -> bytes:
+    padded = body + bytes(-len(body) % 4)
+    return struct.pack("<III", 5, len(body), kind) + b"CORE\0\0\0\0" + padded
