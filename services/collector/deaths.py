@@ -24,6 +24,7 @@ from services.common.crash_directory import SpoolUnusable
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
+SUID_DUMPABLE = Path("/proc/sys/fs/suid_dumpable")
 ACK_WAIT = 60.0  # seconds; a large process is held longer than that, so we keep saying "working"
 AT_ONCE = 512  # deaths followed at a time
 PATIENCE = 5.0  # seconds one may hold its place while its process lives; then others' turn
@@ -177,10 +178,15 @@ def _is_named_right(event: SignalEvent) -> bool:
 def _why(event: SignalEvent) -> tuple[str, str]:
     if event.disposition == "oom_kill":
         return "killed by the OOM killer: the kernel dumps no core for that", "add memory"
-    return (
-        f"{event.process.comm} died of {event.signal_name} and nothing captured it",
-        "see with 'crashbus doctor' whether the recorder runs and owns core_pattern",
-    )
+    text = f"{event.process.comm} died of {event.signal_name} and nothing captured it"
+    mend = "see with 'crashbus doctor' whether the recorder runs and owns core_pattern"
+    if SUID_DUMPABLE.read_text().strip() == "0":
+        # proc_sys_fs(5); prctl(2), PR_SET_DUMPABLE
+        mend += (
+            "; if it runs as another user than who started it, or set PR_SET_DUMPABLE, the kernel "
+            "refuses a core while fs.suid_dumpable is 0: sysctl fs.suid_dumpable=2"
+        )
+    return text, mend
 
 
 async def _keep(delivery: Delivery[SignalEvent]) -> None:
