@@ -47,7 +47,7 @@ def copy(
     core: int,
     limit: int,
     pages: Pages | None = None,
-    stacks_only: bool = False,
+    stacks_because: str = "",
 ) -> Copied:
     """Write head and the rest of the core to an empty file.
 
@@ -57,15 +57,15 @@ def copy(
         limit: bytes that it may have; 0: any number.
         pages: the process's own. Without them a core over the limit is cut at its end, else
             it is laid out anew, `core_reduced`.
-        stacks_only: keep only the threads' stacks and what is needed to read them, where there
-            are pages.
+        stacks_because: why to keep only the threads' stacks and what is needed to read them,
+            where there are pages; empty: keep all.
     """
     try:
         size = sparse.write(core, head[: limit or None], 0)
         if pages is not None and announced and pages.start <= (limit or announced):
             size, fault = _stream(hold, core, size, pages.start)
             if size == pages.start:
-                copied = _from_memory(hold, pages, core, announced, limit, stacks_only)
+                copied = _from_memory(hold, pages, core, announced, limit, stacks_because)
                 if copied is not None:
                     return copied
         size, fault = _stream(hold, core, size, limit)
@@ -93,19 +93,19 @@ def _stream(hold: Hold, core: int, size: int, limit: int) -> tuple[int, str | No
 
 
 def _from_memory(
-    hold: Hold, pages: Pages, core: int, announced: int, limit: int, stacks_only: bool
+    hold: Hold, pages: Pages, core: int, announced: int, limit: int, stacks_because: str
 ) -> Copied | None:
     """Copy the process's pages; None where the kernel must be asked for them after all."""
     try:
         with core_pages.opened(pages.task) as (memory, pagemap):
             touched = Touched(pages.task, pages.maps, pagemap)
-            if stacks_only or announced > (limit or LARGEST):
+            if stacks_because or announced > (limit or LARGEST):
                 reduced = core_reduced.plan(
-                    pages.head, core, touched, limit or LARGEST, stacks_only
+                    pages.head, core, touched, limit or LARGEST, bool(stacks_because)
                 )
                 copied = _reduced(hold, memory, touched, core, reduced)
                 if copied.fault is None:
-                    copied = Copied(copied.size, _left_out(reduced, limit, stacks_only))
+                    copied = Copied(copied.size, _left_out(reduced, limit, stacks_because))
             else:
                 found = touched.pieces(pages.head.loads())
                 end = core_pages.copy(hold, memory, found, core, announced)
@@ -120,9 +120,9 @@ def _from_memory(
     return copied
 
 
-def _left_out(reduced: Reduced, limit: int, stacks_only: bool) -> str | None:
-    if stacks_only:
-        return "only the stacks were kept, as it was asked for"
+def _left_out(reduced: Reduced, limit: int, stacks_because: str) -> str | None:
+    if stacks_because:
+        return f"only the stacks were kept: {stacks_because}"
     if not reduced.missing:
         return None  # what is not there was never touched
     return (

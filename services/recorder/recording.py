@@ -39,6 +39,7 @@ from services.recorder.backtrace import Backtrace
 from services.recorder.binaries import Binaries
 from services.recorder.core_head import Cause, Head
 from services.recorder.core_pages import Pages
+from services.recorder.core_policy import CorePolicy, Extent
 from services.recorder.errors import CaptureFailed
 from services.recorder.facts import Facts
 from services.recorder.hold import Hold, Stalled
@@ -68,7 +69,7 @@ class Conditions:
     spool: Path
     version: str
     max_core_bytes: int
-    stacks_only: bool
+    core_policy: CorePolicy
     only_stream: bool  # read no memory but what the kernel sends
     disk_reserve: float  # percent
     binaries: Binaries
@@ -94,7 +95,12 @@ class Conditions:
             spool=shared.spool,
             version=version("crashbus"),
             max_core_bytes=settings.max_core_bytes,
-            stacks_only=settings.core == "stacks",
+            core_policy=CorePolicy(
+                Extent.STACKS if settings.core == "stacks" else Extent.ALL,
+                settings.core_off_rules,
+                settings.loop_burst,
+                settings.loop_one_in,
+            ),
             only_stream=settings.core_source == "stream",
             disk_reserve=settings.disk_reserve,
             binaries=Binaries(shared.spool, settings.max_binary_bytes, settings.disk_reserve),
@@ -291,27 +297,41 @@ def _write_early(recording: Recording, on: Conditions) -> None:
 
 
 def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions) -> None:
+    assert recording.facts is not None
     name = crash_file_name(Kind.CORE, recording.epoch)
+    decision = on.core_policy.decide(recording.record.process, recording.facts.username)
     pages = _pages(recording, head, on)
     try:
-        recording.core_file = crash_directory.create_file(
-            recording.directory, Kind.CORE, recording.epoch
-        )
+        recording.core_file = _new_core(recording, decision.extent)
     except OSError as error:
         recording.notes.append(f"{name} could not be made: {error.strerror}")
         return
     room = _room(recording.core_file, on.disk_reserve)
     limit = min(on.max_core_bytes or room, room)
     copied = core_copy.copy(
-        hold, head.raw, head.size, recording.core_file, limit, pages, on.stacks_only
+        hold, head.raw, head.size, recording.core_file, limit, pages, decision.because
     )
     fault = copied.fault or (head.fault if head.cause is None else None)
-    recording.core_size = copied.size
-    recording.files[name] = CapturedFile(size=copied.size, truncated=fault is not None, note=fault)
+    if decision.extent is Extent.NOTHING:
+        recording.notes.append(decision.because)
+    else:
+        recording.core_size = copied.size
+        recording.files[name] = CapturedFile(
+            size=copied.size, truncated=fault is not None, note=fault
+        )
     metrics.CORE_BYTES.inc(copied.size)
     on.on_disk_full(copied.disk_full or (fault is not None and (head.size or 0) > room))
     if copied.fault:
         hold.let_go(copied.fault)
+
+
+def _new_core(recording: Recording, extent: Extent) -> int:
+    """Make the file of a core; one that is not to be kept has no name."""
+    if extent is not Extent.NOTHING:
+        return crash_directory.create_file(recording.directory, Kind.CORE, recording.epoch)
+    name, descriptor = crash_directory.hidden_file(Kind.CORE, recording.directory)
+    os.unlink(name, dir_fd=recording.directory)
+    return descriptor
 
 
 def _room(file: int, reserve: float) -> int:

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.common.settings import Settings, prefix_of
+from services.recorder.core_policy import Rule
 
 _BUILT_HELPER = Path(__file__).parents[2] / "build" / "corepipe"
 
@@ -33,6 +34,22 @@ class RecorderSettings(Settings):
         "full",
         description="what a core holds: all memory that coredump_filter (core(5)) tells, or the "
         "threads' stacks and mappings of up to 64 KiB alone, enough for a backtrace",
+    )
+    core_off: str = Field(
+        "",
+        description="who leaves no core, only its backtrace, separated by commas: "
+        "executable=/usr/bin/vault*, user=postgres, container=ID or its beginning",
+    )
+    loop_burst: int = Field(
+        100,
+        ge=0,
+        description="crashes of one program within a minute that leave a whole core each; of more, "
+        "the stacks are kept; 0: any number",
+    )
+    loop_one_in: int = Field(
+        10,
+        ge=1,
+        description="of these many crashes over that, one leaves a whole core all the same",
     )
     core_source: Literal["auto", "stream"] = Field(
         "auto",
@@ -80,3 +97,16 @@ class RecorderSettings(Settings):
     captures: int = Field(16, ge=1, le=256, description="how many cores are read at once")
     backtraces: int = Field(2, ge=1, le=64, description="how many backtraces are made at once")
     http: str = Field("127.0.0.1:9602", description="host:port to serve health and metrics")
+
+    @property
+    def core_off_rules(self) -> tuple[Rule, ...]:
+        """The rules of `core_off`."""
+        return tuple(Rule.parse(one) for one in self.core_off.split(",") if one.strip())
+
+    @field_validator("core_off")
+    @classmethod
+    def _has_rules(cls, given: str) -> str:
+        for one in given.split(","):
+            if one.strip():
+                Rule.parse(one)
+        return given

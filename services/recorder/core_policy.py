@@ -1,0 +1,138 @@
+"""How much of a process's memory its core may hold: all, the stacks, or nothing.
+
+A core is a copy of memory, secrets and all, so that it can be switched off for some programs and
+users. And of a program that crashes again and again the hundredth core tells nothing new, but
+fills disk and bus.
+"""
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import Self
+
+from crashbus.messages import Process
+
+LOOP_SECONDS = 60.0
+_MAX_PROGRAMS = 10_000  # remembered; the one that crashed longest ago is forgotten
+
+
+class Extent(Enum):
+    """What a core may hold."""
+
+    ALL = "all"
+    STACKS = "stacks"
+    NOTHING = "nothing"  # the stacks are read for the backtrace, and then gone
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How much, and why it is not all."""
+
+    extent: Extent
+    because: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Processes that leave no core: ``executable=/usr/bin/vault*``, ``user=postgres``,
+    ``container=<ID, or its beginning>``.
+    """
+
+    field: str
+    pattern: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a rule.
+
+        Raises:
+            ValueError: it is none.
+        """
+        field, sign, pattern = text.strip().partition("=")
+        if field not in ("executable", "user", "container") or not sign or not pattern:
+            raise ValueError(
+                f"{text.strip()!r} is no rule: executable=PATTERN, user=NAME or container=ID"
+            )
+        return cls(field, pattern)
+
+    def fits(self, process: Process, username: str) -> bool:
+        """Tell whether it is about this process."""
+        match self.field:
+            case "executable":
+                return fnmatchcase(process.executable or process.comm, self.pattern)
+            case "user":
+                return self.pattern in (username, str(process.uid))
+            case _:
+                container = process.container
+                return container is not None and container.id.startswith(self.pattern)
+
+
+class CorePolicy:
+    """Decides for each crash; used by several threads.
+
+    Args:
+        extent: of all cores.
+        off: for whom there are none.
+        burst: crashes of one program within a minute that are not a loop yet; 0: none ever is.
+        one_in: of this many crashes in a loop, one leaves a whole core.
+    """
+
+    def __init__(
+        self,
+        extent: Extent,
+        off: tuple[Rule, ...] = (),
+        burst: int = 0,
+        one_in: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._extent = extent
+        self._off = off
+        self._burst = burst
+        self._one_in = one_in
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._crashes: OrderedDict[tuple[str, int, str], deque[float]] = OrderedDict()
+        self._in_loop: dict[tuple[str, int, str], int] = {}
+
+    def decide(self, process: Process, username: str) -> Decision:
+        """Say how much of this crash's memory is kept."""
+        for rule in self._off:
+            if rule.fits(process, username):
+                return Decision(
+                    Extent.NOTHING,
+                    f"no core for {rule.field}={rule.pattern} (CRASHBUS_RECORDER_CORE_OFF)",
+                )
+        if self._extent is not Extent.ALL:
+            return Decision(self._extent, "CRASHBUS_RECORDER_CORE")
+        if self._is_spared(process):
+            return Decision(
+                Extent.STACKS,
+                f"more than {self._burst} crashes of this program within a minute, of which one in "
+                f"{self._one_in} keeps all (CRASHBUS_RECORDER_LOOP_BURST)",
+            )
+        return Decision(Extent.ALL)
+
+    def _is_spared(self, process: Process) -> bool:
+        """Count a crash; tell whether it is one too many of a loop."""
+        if not self._burst:
+            return False
+        container = process.container.id if process.container else ""
+        program = (process.executable or process.comm, process.uid, container)
+        now = self._clock()
+        with self._lock:
+            # Longer than the burst it need not be.
+            times = self._crashes.setdefault(program, deque(maxlen=self._burst + 1))
+            self._crashes.move_to_end(program)
+            times.append(now)
+            if len(self._crashes) > _MAX_PROGRAMS:
+                forgotten, _ = self._crashes.popitem(last=False)
+                self._in_loop.pop(forgotten, None)
+            if len(times) <= self._burst or now - times[0] > LOOP_SECONDS:
+                self._in_loop.pop(program, None)
+                return False
+            self._in_loop[program] = count = self._in_loop.get(program, 0) + 1
+            return count % self._one_in != 0
