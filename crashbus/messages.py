@@ -29,6 +29,7 @@ from crashbus.layout import Kind
 VERSION = "1.0"
 # Linux cuts a path at 4096 bytes, and a byte that is no UTF-8 takes four characters.
 MAX_PATH = 32 * 1024  # characters
+MAX_LABELS = 64  # told of one container
 MAX_MODULES = 256  # told of one crash
 
 
@@ -77,6 +78,11 @@ class Container(Part):
     runtime: str = Field(description="docker, containerd, crio, podman, lxc or unknown")
     name: str | None = Field(None, description="the container's name, where the runtime was asked")
     image: str | None = Field(None, description="the image's name, where the runtime was asked")
+    labels: dict[str, str] = Field(
+        default_factory=dict,
+        max_length=MAX_LABELS,
+        description="its labels, such as io.kubernetes.pod.name, where the runtime was asked",
+    )
 
 
 class Process(Part):

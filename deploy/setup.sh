@@ -13,6 +13,9 @@ packages=(
   ceph-mon ceph-osd radosgw             # tests: a real S3 server
 )
 
+# tests: a real container engine; whoever has one (docker-ce, moby) keeps it
+command -v dockerd >/dev/null || packages+=(docker.io)
+
 say() { printf 'setup: %s\n' "$*" >&2; }
 
 missing=()

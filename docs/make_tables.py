@@ -121,6 +121,9 @@ def _type(schema: dict[str, Any]) -> str:
     if schema["type"] == "array":
         limits = _limits(schema, "minItems", "maxItems")
         return f"array of {_type(schema['items'])}{limits}"
+    if "additionalProperties" in schema:
+        limits = _limits(schema, "minProperties", "maxProperties")
+        return f"map of text to {_type(schema['additionalProperties'])}{limits}"
     if schema.get("format") in ("binary", "base64url"):
         return "binary"
     return f"{_NAMES[schema['type']]}{_limits(schema)}"

@@ -39,7 +39,7 @@ class Decision:
 @dataclass(frozen=True)
 class Rule:
     """Processes that leave no core: ``executable=/usr/bin/vault*``, ``user=postgres``,
-    ``container=<ID, or its beginning>``.
+    ``container=<ID, or its beginning>``, ``label=<name>`` or ``label=<name>=<value>``.
     """
 
     field: str
@@ -53,9 +53,10 @@ class Rule:
             ValueError: it is none.
         """
         field, sign, pattern = text.strip().partition("=")
-        if field not in ("executable", "user", "container") or not sign or not pattern:
+        if field not in ("executable", "user", "container", "label") or not sign or not pattern:
             raise ValueError(
-                f"{text.strip()!r} is no rule: executable=PATTERN, user=NAME or container=ID"
+                f"{text.strip()!r} is no rule: executable=PATTERN, user=NAME, container=ID or "
+                "label=NAME"
             )
         return cls(field, pattern)
 
@@ -66,9 +67,14 @@ class Rule:
                 return fnmatchcase(process.executable or process.comm, self.pattern)
             case "user":
                 return self.pattern in (username, str(process.uid))
+            case "container":
+                return process.container is not None and process.container.id.startswith(
+                    self.pattern
+                )
             case _:
-                container = process.container
-                return container is not None and container.id.startswith(self.pattern)
+                name, sign, value = self.pattern.partition("=")
+                found = process.container.labels.get(name) if process.container else None
+                return found is not None and (not sign or found == value)
 
 
 class CorePolicy:
@@ -98,6 +104,11 @@ class CorePolicy:
         self._crashes: OrderedDict[tuple[str, int, str], deque[float]] = OrderedDict()
         self._in_loop: dict[tuple[str, int, str], int] = {}
 
+    @property
+    def asks_for_labels(self) -> bool:
+        """Whether a container's labels must be known to decide."""
+        return any(rule.field == "label" for rule in self._off)
+
     def decide(self, process: Process, username: str) -> Decision:
         """Say how much of this crash's memory is kept."""
         for rule in self._off:
@@ -106,6 +117,12 @@ class CorePolicy:
                     Extent.NOTHING,
                     f"no core for {rule.field}={rule.pattern} (CRASHBUS_RECORDER_CORE_OFF)",
                 )
+        if self.asks_for_labels and process.container and process.container.name is None:
+            return Decision(
+                Extent.NOTHING,
+                "its container's labels are not known, and they may forbid a core: see "
+                "CRASHBUS_RECORDER_RUNTIME_SOCKET",
+            )
         if self._extent is not Extent.ALL:
             return Decision(self._extent, "CRASHBUS_RECORDER_CORE")
         if self._is_spared(process):

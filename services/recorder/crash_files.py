@@ -202,8 +202,16 @@ def _meaning(cause: Cause) -> str | None:
     return None if cause.code is None else signals.code_meaning(cause.signal, cause.code)
 
 
-def _container(container: Container | None) -> dict[str, str] | None:
-    return None if container is None else {"Id": container.id, "Runtime": container.runtime}
+def _container(container: Container | None) -> dict[str, Any] | None:
+    if container is None:
+        return None
+    return {
+        "Id": container.id,
+        "Runtime": container.runtime,
+        "Name": container.name,
+        "Image": container.image,
+        "Labels": container.labels,
+    }
 
 
 def _start_time(ticks: int) -> str:

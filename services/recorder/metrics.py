@@ -24,6 +24,11 @@ LET_GO = Counter(
     "crashbus_recorder_let_go_total",
     "Processes let go early: their capture stood still or took too long",
 )
+RUNTIME_ANSWERS = Counter(
+    "crashbus_recorder_runtime_answers_total",
+    "Questions to the container runtime, by what became of them",
+    ["result"],  # answered, failed
+)
 BINARIES = Counter("crashbus_recorder_binaries_total", "Programs and libraries copied to the spool")
 BACKTRACES = Counter(
     "crashbus_recorder_backtraces_total", "Backtraces, by what became of them", ["result"]

@@ -27,6 +27,7 @@ from services.common.settings import BusSettings
 from services.recorder import (
     arrival,
     backtrace_json,
+    containers,
     core_copy,
     core_head,
     crash_files,
@@ -37,6 +38,7 @@ from services.recorder import (
 )
 from services.recorder.backtrace import Backtrace
 from services.recorder.binaries import Binaries
+from services.recorder.containers import Answer, Runtime
 from services.recorder.core_head import Cause, Head
 from services.recorder.core_pages import Pages
 from services.recorder.core_policy import CorePolicy, Extent
@@ -70,6 +72,7 @@ class Conditions:
     version: str
     max_core_bytes: int
     core_policy: CorePolicy
+    runtime: Runtime | None
     only_stream: bool  # read no memory but what the kernel sends
     disk_reserve: float  # percent
     binaries: Binaries
@@ -101,6 +104,7 @@ class Conditions:
                 settings.loop_burst,
                 settings.loop_one_in,
             ),
+            runtime=Runtime(settings.runtime_socket) if settings.runtime_socket else None,
             only_stream=settings.core_source == "stream",
             disk_reserve=settings.disk_reserve,
             binaries=Binaries(shared.spool, settings.max_binary_bytes, settings.disk_reserve),
@@ -122,6 +126,7 @@ class Recording:
     record_file: int
     epoch: int
     record: CaptureRecord
+    container: Answer | None = None  # of the container runtime
     core_file: int = -1
     facts: Facts | None = None
     cause: Cause = field(default_factory=lambda: Cause(0))
@@ -215,6 +220,9 @@ def _no_record(path: Path, error: OSError) -> CaptureFailed:
 
 
 def _fill(recording: Recording, hold: Hold, on: Conditions) -> None:
+    container = recording.record.process.container
+    if on.runtime is not None and container is not None:
+        recording.container = on.runtime.ask(container)
     recording.facts = facts.read_rest(recording.record.process)
     recording.notes.extend(recording.facts.notes)
     head = _read_head(hold)
@@ -299,6 +307,8 @@ def _write_early(recording: Recording, on: Conditions) -> None:
 def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions) -> None:
     assert recording.facts is not None
     name = crash_file_name(Kind.CORE, recording.epoch)
+    if on.core_policy.asks_for_labels:
+        _add_container(recording)
     decision = on.core_policy.decide(recording.record.process, recording.facts.username)
     pages = _pages(recording, head, on)
     try:
@@ -323,6 +333,16 @@ def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions) ->
     on.on_disk_full(copied.disk_full or (fault is not None and (head.size or 0) > room))
     if copied.fault:
         hold.let_go(copied.fault)
+
+
+def _add_container(recording: Recording) -> None:
+    """Add what the runtime says of the container, if it answers."""
+    found = containers.answered(recording.container)
+    if found is not None:
+        process = recording.record.process.model_copy(update={"container": found})
+        recording.record = recording.record.model_copy(update={"process": process})
+        assert recording.facts is not None
+        recording.facts = replace(recording.facts, process=process)
 
 
 def _new_core(recording: Recording, extent: Extent) -> int:
@@ -364,6 +384,7 @@ def finish(recording: Recording, on: Conditions, backtrace_within: float) -> Non
     """Do what does not need the process, and complete the record."""
     try:
         assert recording.facts is not None
+        _add_container(recording)
         trace = _backtrace(recording, recording.facts, backtrace_within)
         if trace.fault:
             recording.notes.append(f"backtrace failed: {trace.fault}")
@@ -386,7 +407,7 @@ def _binaries(recording: Recording, known: Facts, on: Conditions) -> tuple[Modul
 
 
 def _complete(recording: Recording, trace: Backtrace, modules: tuple[Module, ...]) -> None:
-    """Complete the record; on a full disk without the modules, which are the most of it."""
+    """Complete the record; on a full disk without modules and labels, which are most of it."""
     recording.record = recording.record.model_copy(
         update={
             "state": "complete",
@@ -396,8 +417,11 @@ def _complete(recording: Recording, trace: Backtrace, modules: tuple[Module, ...
             "notes": tuple(recording.notes),
         }
     )
-    if not _keep(recording) and modules:
-        recording.record = recording.record.model_copy(update={"modules": ()})
+    if not _keep(recording):
+        process, container = recording.record.process, recording.record.process.container
+        bare = container and container.model_copy(update={"labels": {}})
+        update = {"modules": (), "process": process.model_copy(update={"container": bare})}
+        recording.record = recording.record.model_copy(update=update)
         _keep(recording)
 
 

@@ -38,7 +38,8 @@ class RecorderSettings(Settings):
     core_off: str = Field(
         "",
         description="who leaves no core, only its backtrace, separated by commas: "
-        "executable=/usr/bin/vault*, user=postgres, container=ID or its beginning",
+        "executable=/usr/bin/vault*, user=postgres, container=ID or its beginning, label=NAME or "
+        "label=NAME=VALUE (with CRASHBUS_RECORDER_RUNTIME_SOCKET)",
     )
     loop_burst: int = Field(
         100,
@@ -93,6 +94,11 @@ class RecorderSettings(Settings):
     )
     backtrace_deadline: float = Field(
         30, gt=0, le=3600, description="seconds that the backtrace of one crash may take"
+    )
+    runtime_socket: Path | None = Field(
+        None,
+        description="socket of Docker's or Podman's API, such as /run/docker.sock: crashes in "
+        "containers then tell the container's name, image and labels",
     )
     captures: int = Field(16, ge=1, le=256, description="how many cores are read at once")
     backtraces: int = Field(2, ge=1, le=64, description="how many backtraces are made at once")

@@ -12,7 +12,10 @@ from tests.support.crashers import crasher
 from tests.support.recorder import crash
 
 
-def process(executable: str = "/bin/x", uid: int = 0, container: str = "") -> Process:
+def process(
+    executable: str = "/bin/x", uid: int = 0, container: str = "", label: str | None = None
+) -> Process:
+    labels = {} if label is None else {"vault": label}
     return Process(
         boot_id="b",
         pid=1,
@@ -22,7 +25,14 @@ def process(executable: str = "/bin/x", uid: int = 0, container: str = "") -> Pr
         gid=0,
         comm="x",
         executable=executable,
-        container=Container(id=container, runtime="docker") if container else None,
+        container=Container(
+            id=container,
+            runtime="docker",
+            name=None if label is None else "named",
+            labels=labels,
+        )
+        if container
+        else None,
     )
 
 
@@ -35,6 +45,10 @@ def process(executable: str = "/bin/x", uid: int = 0, container: str = "") -> Pr
         ("user=alice", process(uid=1000), process(uid=0)),
         ("container=abc", process(container="abcdef"), process(container="xabc")),
         ("container=abc", process(container="abc"), process()),
+        ("label=vault", process(container="a", label="x"), process()),
+        ("label=vault=x", process(container="a", label="x"), process(container="a", label="y")),
+        # Labels that nobody told may be any.
+        ("label=vault=x", process(container="a"), process(container="a", label="y")),
     ],
 )
 def test_rules(rule: str, fitting: Process, other: Process) -> None:
@@ -45,7 +59,7 @@ def test_rules(rule: str, fitting: Process, other: Process) -> None:
     assert policy.decide(other, names[other.uid]).extent is Extent.ALL
 
 
-@pytest.mark.parametrize("text", ["", "user", "user=", "=x", "label=x", "users=x"])
+@pytest.mark.parametrize("text", ["", "user", "user=", "=x", "pod=x", "users=x"])
 def test_what_is_no_rule(text: str) -> None:
     with pytest.raises(ValueError, match="is no rule"):
         Rule.parse(text)
