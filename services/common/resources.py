@@ -2,15 +2,16 @@
 
 It is read raw while the process is held, which is short, and parsed when nobody waits any more.
 Sources: proc_pid_status(5), proc_pid_smaps_rollup (Documentation/filesystems/proc.rst),
-proc_pid_fd(5), proc_pid_net(5), proc_pid_mountinfo(5), Documentation/admin-guide/cgroup-v1/ and
+proc_pid_fd(5), proc_pid_mountinfo(5), Documentation/admin-guide/cgroup-v1/ and
 cgroup-v2.rst.
 """
 
+import ctypes
 import os
 import re
 import socket
-import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,11 @@ from crashbus import names
 from services.common import redact
 
 MAX_FILES = 1024  # descriptors looked at
-_MAX_TABLE = 1024 * 1024  # bytes of one table of sockets: about 7,000
+MAX_SOCKETS = 256  # asked for their ends
 _MAX_MOUNTS = 64 * 1024  # bytes
 _MAX_READ = 64 * 1024
 _ROLLUP_UP_TO = 256 * 1024  # KiB resident; beyond, the kernel's walk would be a long hold
 
-_NET = ("tcp", "tcp6", "udp", "udp6", "unix")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 # Version 2, then the controllers of version 1.
 _CGROUP_FILES = {
@@ -46,7 +46,7 @@ _TCP_STATES = (
     *("ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE"),
     *("CLOSE_WAIT", "LAST_ACK", "LISTEN", "CLOSING", "NEW_SYN_RECV"),
 )
-_SOCKET = re.compile(r"socket:\[(\d{1,20})\]")
+_PIDFD_GETFD = 438  # its number on every architecture, pidfd_getfd(2)
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Resources:
     Attributes:
         open_files: descriptor to what it leads to, proc_pid_fd(5).
         more_files: there are others.
-        tables: the sockets of its network namespace, by protocol.
+        sockets: what each socket among them says of itself.
     """
 
     status: bytes = b""
     rollup: bytes = b""
     open_files: dict[int, bytes] = field(default_factory=dict)
     more_files: bool = False
-    tables: dict[str, bytes] = field(default_factory=dict)
+    sockets: tuple[dict[str, Any], ...] = ()
     mounts: bytes = b""
     cgroup: dict[str, bytes] = field(default_factory=dict)
     oom_score_adj: bytes = b""
@@ -79,13 +79,12 @@ def read(task: int, cgroup: str | None) -> Resources:
     proc = Path(f"/proc/{task}")
     status = _read(proc / "status")
     open_files, more = _open_files(proc / "fd")
-    has_sockets = any(target.startswith(b"socket:") for target in open_files.values())
     return Resources(
         status=status,
         rollup=_read(proc / "smaps_rollup") if _resident(status) <= _ROLLUP_UP_TO else b"",
         open_files=open_files,
         more_files=more,
-        tables={n: _read(proc / "net" / n, _MAX_TABLE) for n in _NET} if has_sockets else {},
+        sockets=tuple(_sockets(task, open_files)),
         mounts=_read(proc / "mountinfo", _MAX_MOUNTS),
         cgroup=_cgroup(cgroup),
         oom_score_adj=_read(proc / "oom_score_adj"),
@@ -108,6 +107,63 @@ def _open_files(directory: Path) -> tuple[dict[int, bytes], bool]:
     return found, False
 
 
+def _sockets(pid: int, open_files: dict[int, bytes]) -> Iterator[dict[str, Any]]:
+    """Ask each socket for its ends, through a copy of the descriptor, pidfd_getfd(2).
+
+    The tables in /proc/<pid>/net list all of the host's, which takes milliseconds.
+    """
+    numbers = [n for n, target in sorted(open_files.items()) if target.startswith(b"socket:")]
+    if not numbers:
+        return
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        for number in numbers[:MAX_SOCKETS]:
+            copy = libc.syscall(_PIDFD_GETFD, process, number, 0)
+            if copy >= 0:
+                yield {"Fd": number, **_socket(copy)}
+    finally:
+        os.close(process)
+
+
+def _socket(descriptor: int) -> dict[str, Any]:
+    """Describe a socket and close this descriptor of it."""
+    try:
+        one = socket.socket(fileno=descriptor)
+    except OSError:
+        os.close(descriptor)
+        return {}
+    with one:
+        told: dict[str, Any] = {"Family": _name(one.family), "Type": _name(one.type)}
+        if one.family == socket.AF_UNIX:
+            return told | {"Path": _end(one.getsockname), "Peer": _end(one.getpeername)}
+        told |= {"Local": _end(one.getsockname), "Remote": _end(one.getpeername)}
+        if one.proto == socket.IPPROTO_TCP:
+            with suppress(OSError):
+                state = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+                told["State"] = _TCP_STATES[(state - 1) % len(_TCP_STATES)]
+        return told
+
+
+def _name(value: object) -> str:
+    return getattr(value, "name", str(value))
+
+
+def _end(ask: Callable[[], Any]) -> str | None:
+    """Return one end of a socket as text; None where it has none."""
+    try:
+        end = ask()
+    except (OSError, ValueError):
+        return None
+    if isinstance(end, tuple) and len(end) >= 2:
+        host = f"[{end[0]}]" if ":" in str(end[0]) else end[0]
+        return f"{host}:{end[1]}"
+    return (names.text(end) if isinstance(end, bytes) else str(end)) or None
+
+
 def _cgroup(path: str | None) -> dict[str, bytes]:
     """Read the numbers of a cgroup, of version 1 or 2.
 
@@ -115,11 +171,13 @@ def _cgroup(path: str | None) -> dict[str, bytes]:
     """
     if not path or ".." in path.split("/"):
         return {}
+    places = {_CGROUP_ROOT / h / path.lstrip("/"): files for h, files in _CGROUP_FILES.items()}
     return {
         name: raw
-        for hierarchy, files in _CGROUP_FILES.items()
+        for place, files in places.items()
+        if place.is_dir()
         for name in files
-        if (raw := _read(_CGROUP_ROOT / hierarchy / path.lstrip("/") / name))
+        if (raw := _read(place / name))
     }
 
 
@@ -140,7 +198,10 @@ def describe(found: Resources) -> dict[str, Any]:
         "OomScoreAdj": _number(found.oom_score_adj),
         "OpenFiles": files,
         "MoreOpenFiles": found.more_files,
-        "Sockets": list(_sockets(found)),
+        "Sockets": [
+            {k: redact.text(v) if k == "Path" else v for k, v in one.items()}
+            for one in found.sockets
+        ],
         "Mounts": [redact.text(names.text(line)) for line in found.mounts.splitlines()],
         "CgroupNumbers": {k: names.text(v.strip()) for k, v in found.cgroup.items()},
     }
@@ -158,49 +219,6 @@ def _number(raw: bytes) -> int | None:
         return int(raw)
     except ValueError:
         return None
-
-
-def _sockets(found: Resources) -> Iterator[dict[str, Any]]:
-    """Give each socket that the process has open, with its ends."""
-    holders = {
-        match[1]: number
-        for number, target in found.open_files.items()
-        if (match := _SOCKET.fullmatch(names.text(target)))
-    }
-    for protocol, table in found.tables.items():
-        rows = _unix_rows(table) if protocol == "unix" else _ip_rows(table)
-        for inode, row in rows:
-            if inode in holders:
-                yield {"Fd": holders[inode], "Protocol": protocol, **row}
-
-
-def _ip_rows(table: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    for line in names.text(table).splitlines()[1:]:
-        parts = line.split()
-        if len(parts) < 10:
-            return  # cut off
-        row = {"Local": _endpoint(parts[1]), "Remote": _endpoint(parts[2])}
-        yield parts[9], {**row, "State": _TCP_STATES[(int(parts[3], 16) - 1) % len(_TCP_STATES)]}
-
-
-def _unix_rows(table: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    for line in names.text(table).splitlines()[1:]:
-        parts = line.split(maxsplit=7)
-        if len(parts) < 7:
-            return
-        path = redact.text(parts[7]) if len(parts) > 7 else None
-        yield parts[6], {"Path": path}
-
-
-def _endpoint(text: str) -> str:
-    """Return address and port of ``0100007F:1F90``: words in this machine's byte order."""
-    address, _, port = text.partition(":")
-    words = struct.pack(
-        f"={len(address) // 8}I", *(int(address[i : i + 8], 16) for i in range(0, len(address), 8))
-    )
-    if len(words) == 4:
-        return f"{socket.inet_ntop(socket.AF_INET, words)}:{int(port, 16)}"
-    return f"[{socket.inet_ntop(socket.AF_INET6, words)}]:{int(port, 16)}"
 
 
 def _read(path: Path, limit: int = _MAX_READ) -> bytes:

@@ -2,7 +2,10 @@
 
 import os
 import socket
+import subprocess
 from pathlib import Path
+
+import pytest
 
 from services.common import resources
 from services.common.resources import Resources
@@ -17,6 +20,7 @@ def test_open_files_and_sockets_of_this_process(tmp_path: Path) -> None:
         socket.create_connection(server.getsockname()) as client,
         socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as datagrams,
         socket.socket(socket.AF_UNIX) as local,
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as netlink,
     ):
         datagrams.bind(("::1", 0))
         local.bind(str(tmp_path / "local"))
@@ -28,9 +32,10 @@ def test_open_files_and_sockets_of_this_process(tmp_path: Path) -> None:
         assert {"Fd": file.fileno(), "Target": str(path)} in shown["OpenFiles"]
         assert by_descriptor[server.fileno()] == {
             "Fd": server.fileno(),
-            "Protocol": "tcp",
+            "Family": "AF_INET",
+            "Type": "SOCK_STREAM",
             "Local": f"127.0.0.1:{port}",
-            "Remote": "0.0.0.0:0",
+            "Remote": None,
             "State": "LISTEN",
         }
         assert by_descriptor[client.fileno()]["Remote"] == f"127.0.0.1:{port}"
@@ -38,6 +43,9 @@ def test_open_files_and_sockets_of_this_process(tmp_path: Path) -> None:
         assert by_descriptor[client.fileno()]["State"] == "ESTABLISHED"
         assert by_descriptor[datagrams.fileno()]["Local"] == f"[::1]:{datagrams.getsockname()[1]}"
         assert by_descriptor[local.fileno()]["Path"] == str(tmp_path / "local")
+        assert by_descriptor[local.fileno()]["Family"] == "AF_UNIX"
+        assert by_descriptor[netlink.fileno()]["Family"] == "AF_NETLINK"
+        client.sendall(b"they work as before")
     assert shown["Status"]["Pid"] == str(os.getpid())
 
 
@@ -62,18 +70,33 @@ def test_secrets_are_taken_out() -> None:
     assert "hunter2" not in str(resources.describe(found))
 
 
-def test_cut_and_odd_tables_are_read_as_far_as_they_go() -> None:
-    row = b"   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 77 1\n"
+def test_descriptors_of_a_process_that_is_gone_are_left_out() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+
+    found = resources.read(process.pid, None)
+
+    assert (found.open_files, found.sockets, found.status) == ({}, (), b"")
+    assert list(resources._sockets(process.pid, {3: b"socket:[1]"})) == []
+
+
+def test_not_more_sockets_are_asked_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "MAX_SOCKETS", 2)
+    with socket.socket(), socket.socket(), socket.socket():
+        found = resources.read(os.getpid(), None)
+
+    assert len(found.sockets) == 2
+
+
+def test_odd_text_is_read_as_far_as_it_goes() -> None:
     found = Resources(
         status=b"Name:\tx: y\nno field\nVmRSS:\t  12 kB\n",
-        open_files={3: b"socket:[77]", 4: b"\xff", 5: b"socket:[78]"},
-        tables={"tcp": b"heading\n" + row + row[:30], "unix": b"Num RefCount\n0: 00000002 0"},
+        open_files={4: b"\xff"},
         oom_score_adj=b"",
     )
 
     shown = resources.describe(found)
 
     assert shown["Status"] == {"Name": "x: y", "VmRSS": "12 kB"}
-    assert [one["Local"] for one in shown["Sockets"]] == ["127.0.0.1:8080"]
-    assert shown["OpenFiles"][1]["Target"] == "\\xff"
+    assert shown["OpenFiles"][0]["Target"] == "\\xff"
     assert shown["OomScoreAdj"] is None

@@ -262,7 +262,7 @@ ctypes.string_at(0)
 
     snapshot = json.loads(recorder.file(pid, "snapshot").read_bytes())
     assert str(opened) in [file["Target"] for file in snapshot["OpenFiles"]]
-    (listening,) = [one for one in snapshot["Sockets"] if one["Protocol"] == "tcp"]
+    (listening,) = [one for one in snapshot["Sockets"] if one["Family"] == "AF_INET"]
     assert listening["State"] == "LISTEN"
     assert listening["Local"].startswith("127.0.0.1:")
     assert int(snapshot["Status"]["VmRSS"].split()[0]) > 1000
