@@ -199,7 +199,7 @@ def describe(found: Resources) -> dict[str, Any]:
         "OpenFiles": files,
         "MoreOpenFiles": found.more_files,
         "Sockets": [
-            {k: redact.text(v) if k == "Path" else v for k, v in one.items()}
+            {k: redact.text(v) if isinstance(v, str) else v for k, v in one.items()}
             for one in found.sockets
         ],
         "Mounts": [redact.text(names.text(line)) for line in found.mounts.splitlines()],

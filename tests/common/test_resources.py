@@ -70,6 +70,16 @@ def test_secrets_are_taken_out() -> None:
     assert "hunter2" not in str(resources.describe(found))
 
 
+def test_sockets_without_a_name_have_no_ends() -> None:
+    one, other = socket.socketpair()
+    with one, other, socket.socket(socket.AF_UNIX) as lonely:
+        shown = resources.describe(resources.read(os.getpid(), None))
+
+    ends = {s["Fd"]: (s["Path"], s["Peer"]) for s in shown["Sockets"] if "Path" in s}
+    assert ends[one.fileno()] == (None, None)
+    assert ends[lonely.fileno()] == (None, None)
+
+
 def test_descriptors_of_a_process_that_is_gone_are_left_out() -> None:
     process = subprocess.Popen(["true"])
     process.wait()
