@@ -70,15 +70,25 @@ class Frame(Part):
     inlined: bool = False
 
 
+class PythonFrame(Part):
+    """One Python function on a stack."""
+
+    function: Text
+    file: Text
+    line: int | None = None
+
+
 class Thread(Part):
     """One thread's stack, innermost frame first.
 
     Attributes:
+        python: its Python functions, if it ran any.
         fault: why there are no frames, or not all.
     """
 
     tid: int = Field(ge=0)
     frames: tuple[Frame, ...] = Field((), max_length=MAX_FRAMES)
+    python: tuple[PythonFrame, ...] = Field((), max_length=MAX_FRAMES)
     fault: Text | None = None
 
 

@@ -90,6 +90,9 @@ def _thread(thread: Thread, name: str | None, crashed: bool) -> dict[str, Any]:
         "name": name,
         "crashed": crashed,
         "frames": [_frame(frame) for frame in thread.frames],
+        "python": [
+            {"function": one.function, "file": one.file, "line": one.line} for one in thread.python
+        ],
         "incomplete": thread.fault,
     }
 

@@ -113,6 +113,11 @@ def _reason(cause: Cause) -> str:
 def _stack(thread: Thread, modules: tuple[LoadedModule, ...]) -> Iterator[str]:
     for number, frame in enumerate(thread.frames):
         yield one_line(f"#{number} {frame.pc:#x} {_place(frame, modules)}")
+    if thread.python:
+        yield "--- python"
+    for number, python in enumerate(thread.python):
+        line = "" if python.line is None else f":{python.line}"
+        yield one_line(f"#{number} {python.function}  at {python.file}{line}")
     if thread.fault:
         yield f"incomplete: {one_line(thread.fault)}"
 

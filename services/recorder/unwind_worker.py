@@ -7,6 +7,7 @@ descriptors. Standard input is a `Request`, standard output a `Backtrace`, both 
 """
 
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import drgn
 
-from services.recorder import hardening, instruction
+from services.recorder import hardening, instruction, python_frames
 from services.recorder.backtrace import (
     MAX_FRAMES,
     MAX_TEXT,
@@ -25,11 +26,13 @@ from services.recorder.backtrace import (
     Instruction,
     LoadedModule,
     ModuleFile,
+    PythonFrame,
     Request,
     Thread,
 )
 
 NOBODY = 65534
+_PYTHON = re.compile(r"python(\d)\.(\d{1,3})[^/]*$")  # python3.11, libpython3.11.so.1.0
 _ADDRESS_SPACE = 16 * 1024**3  # bytes; debug information and core are mapped, not read
 _DATA = 1024**3  # bytes of memory of its own
 
@@ -83,9 +86,26 @@ def unwind(request: Request) -> Backtrace:
     program.set_core_dump(request.core)
     _load(program, request.modules)
     modules = list(_modules(program, request.modules))
-    return Backtrace(
-        threads=tuple(_threads(program, modules, request.frames)), modules=tuple(modules)
+    python = _python(program)
+    threads = (
+        thread.model_copy(update={"python": python.get(thread.tid, ())})
+        for thread in _threads(program, modules, request.frames)
     )
+    return Backtrace(threads=tuple(threads), modules=tuple(modules))
+
+
+def _python(program: drgn.Program) -> dict[int, tuple[PythonFrame, ...]]:
+    """Return the Python frames of each thread, if the process ran a Python that is known."""
+    try:
+        runtime = program.symbol("_PyRuntime").address
+        # Py_Version is in read-only data, which a core does not hold.
+        found = _PYTHON.search(program.module(runtime).name)
+        if found is None:
+            return {}
+        version = int(found[1]), int(found[2])
+        return python_frames.Interpreter(program, runtime, version).threads()
+    except Exception:  # noqa: BLE001 - none of it is needed, and all of it the process's to forge
+        return {}
 
 
 def _load(program: drgn.Program, files: Iterable[ModuleFile]) -> None:

@@ -75,9 +75,9 @@ def test_sockets_without_a_name_have_no_ends() -> None:
     with one, other, socket.socket(socket.AF_UNIX) as lonely:
         shown = resources.describe(resources.read(os.getpid(), None))
 
-    ends = {s["Fd"]: (s["Path"], s["Peer"]) for s in shown["Sockets"] if "Path" in s}
-    assert ends[one.fileno()] == (None, None)
-    assert ends[lonely.fileno()] == (None, None)
+        ends = {s["Fd"]: (s["Path"], s["Peer"]) for s in shown["Sockets"] if "Path" in s}
+        assert ends[one.fileno()] == (None, None)
+        assert ends[lonely.fileno()] == (None, None)
 
 
 def test_descriptors_of_a_process_that_is_gone_are_left_out() -> None:
