@@ -26,6 +26,7 @@ ANSWER_WITHIN = 2.0  # seconds
 _MAX_ANSWER = 4 * 1024 * 1024  # bytes
 _REMEMBERED = 1024  # containers
 _FRESH_FOR = 60.0  # seconds; a container can be renamed
+_SILENT_FOR = 10.0  # seconds without a question after one that was not answered
 _ASKED_AT_ONCE = 4
 _MAX_TEXT = 1024  # characters of a name, an image, a label
 
@@ -42,6 +43,7 @@ class Runtime:
     def __init__(self, socket: Path) -> None:
         self._socket = socket
         self._lock = threading.Lock()
+        self._silent_until = 0.0
         self._known: OrderedDict[str, tuple[float, Answer]] = OrderedDict()
         self._threads = ThreadPoolExecutor(_ASKED_AT_ONCE, "runtime")
 
@@ -49,6 +51,8 @@ class Runtime:
         """Return what will be the container with all that is known of it: see `answered`."""
         now = time.monotonic()
         with self._lock:
+            if now < self._silent_until:
+                return _no_answer()
             asked, answer = self._known.get(container.id, (0.0, None))
             if answer is not None and now - asked < _FRESH_FOR and not _failed(answer):
                 return answer
@@ -64,6 +68,8 @@ class Runtime:
             told = _get(self._socket, f"/v1.24/containers/{container.id}/json")
             found = _described(container, told)
         except Exception as error:
+            if isinstance(error, OSError):  # it hangs or is away: others' crashes need not wait
+                self._silent_until = time.monotonic() + _SILENT_FOR
             metrics.RUNTIME_ANSWERS.labels("failed").inc()
             log.warning(
                 "the container runtime does not say what a container is called",
@@ -74,6 +80,12 @@ class Runtime:
             raise
         metrics.RUNTIME_ANSWERS.labels("answered").inc()
         return found
+
+
+def _no_answer() -> Answer:
+    answer = Answer()
+    answer.set_exception(TimeoutError("the container runtime did not answer a moment ago"))
+    return answer
 
 
 def answered(answer: Answer | None, within: float = ANSWER_WITHIN) -> Container | None:

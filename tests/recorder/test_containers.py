@@ -234,6 +234,25 @@ async def test_container_is_asked_for_once_unless_it_failed(runtime: _Runtime) -
     assert runtime.asked == 3
 
 
+async def test_runtime_that_hangs_is_left_alone_for_a_while(
+    runtime: _Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "ANSWER_WITHIN", 0.3)
+    address = runtime.server_address
+    assert isinstance(address, str)
+    asking = containers.Runtime(Path(address))
+    first = asking.ask(KNOWN)
+    await until(first.done)
+
+    assert asking.ask(KNOWN.model_copy(update={"id": "cd" * 32})).done()
+
+    assert runtime.asked == 1
+    monkeypatch.setattr(containers, "_SILENT_FOR", 0.0)
+    monkeypatch.setattr(asking, "_silent_until", 0.0)
+    runtime.answer = 200, json.dumps(GOOD).encode()
+    assert await asyncio.to_thread(containers.answered, asking.ask(KNOWN), 5) is not None
+
+
 async def test_runtime_that_is_not_there(tmp_path: Path) -> None:
     asking = containers.Runtime(tmp_path / "none")
 
