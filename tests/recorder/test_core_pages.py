@@ -38,12 +38,17 @@ class Crash:
 
     def __init__(self, listening: socket.socket, *command: str | Path) -> None:
         self.process = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
+        while not self._is_ours(listening):  # other tests crash processes meanwhile
+            self.hold.close()
+        self.head = core_head.read(self.hold.read_exactly)
+        self.maps = Path(f"/proc/{self.pid}/maps").read_bytes()
+
+    def _is_ours(self, listening: socket.socket) -> bool:
         connection, _ = listening.accept()
         connection.setblocking(False)
         self.hold = Hold(connection.detach(), 20)
         self.pid = arrival.receive(Mechanism.SOCKET_REQUEST, self.hold).pid
-        self.head = core_head.read(self.hold.read_exactly)
-        self.maps = Path(f"/proc/{self.pid}/maps").read_bytes()
+        return self.pid == self.process.pid
 
     def from_memory(self, core: int) -> int:
         assert self.head.size is not None
