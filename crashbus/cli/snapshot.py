@@ -25,7 +25,7 @@ def snapshot(
         raise Trouble("only root may look into any process", "run it with sudo")
     need("recorder")
     # Only here: nobody else needs what the recorder needs.
-    from services.common import log
+    from services.common import log, redact
     from services.common.settings import BusSettings
     from services.recorder import core_pattern, facts, recording
     from services.recorder.errors import CaptureFailed
@@ -34,6 +34,7 @@ def snapshot(
 
     log.configure("warning", "text", "snapshot")
     shared = BusSettings.load()
+    redact.also(shared.redact_names, shared.redact_forms)
     settings = RecorderSettings.load().model_copy(update={"core": "full" if core else "stacks"})
     configuration = {
         "recorder": settings.model_dump(mode="json"),

@@ -4,6 +4,27 @@ import re
 
 REDACTED = "<redacted>"
 
+# What this host's settings add: names of secrets, and forms that they have.
+_more_names: re.Pattern[str] | None = None
+_more_forms: re.Pattern[str] | None = None
+
+
+def also(names: str, forms: str) -> None:
+    """Take out further secrets, from now on and in the whole process.
+
+    Args:
+        names: regular expression that is searched in names of variables, options and keys,
+            whatever their case; empty: no further ones.
+        forms: regular expression of values that are secrets wherever they stand; likewise.
+
+    Raises:
+        re.error: one is no regular expression.
+    """
+    global _more_names, _more_forms
+    _more_names = re.compile(names, re.IGNORECASE) if names else None
+    _more_forms = re.compile(forms) if forms else None
+
+
 _NAMES = (
     r"KEY|SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|(?:^|_)PASS(?:_|$)|_PWD|CREDENTIAL|AUTH"
     r"|COOKIE|SESSION|PRIVATE|SIGNATURE"
@@ -35,7 +56,10 @@ _URL_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,31}://)[^/?#\s@]{1,4096}@")
 
 def is_secret(name: str) -> bool:
     """Tell whether the value of something with this name is nobody's business."""
-    return _SECRET_NAME.search(name.replace("-", "_").replace(".", "_")) is not None
+    plain = name.replace("-", "_").replace(".", "_")
+    if _SECRET_NAME.search(plain):
+        return True
+    return _more_names is not None and _more_names.search(plain.strip("_")) is not None
 
 
 def environment(entries: tuple[str, ...]) -> tuple[str, ...]:
@@ -70,6 +94,8 @@ def _argument(argument: str) -> str:
 
 def text(value: str) -> str:
     """Return text without what has the form of a secret, wherever it stands in it."""
+    if _more_forms is not None:
+        value = _more_forms.sub(REDACTED, value)
     value = _PRIVATE_KEY.sub(REDACTED, value)
     value = _URL_USER.sub(rf"\g<1>{REDACTED}@", value)
     value = _TOKEN.sub(REDACTED, value)

@@ -26,6 +26,7 @@ from pydantic_core import PydanticUndefined
 from crashbus.bus import Bus, connect, without_secrets
 from crashbus.errors import BusFull, BusUnreachable
 from services.common import log as logs
+from services.common import redact
 from services.common.health import Health, serve
 from services.common.memory import return_large_blocks
 from services.common.settings import BusSettings, Settings, SettingsError, variable_of
@@ -112,6 +113,7 @@ def run(name: str, settings_class: type[S], work: Work[S], http: Callable[[S], s
     _help(name, settings_class)
     try:
         bus_settings, settings = BusSettings.load(), settings_class.load()
+        redact.also(bus_settings.redact_names, bus_settings.redact_forms)
     except SettingsError as error:
         sys.stderr.write(f"crashbus {name}: {error}\n")
         sys.exit(EXIT_SETTINGS)

@@ -10,6 +10,7 @@ A field ``nats_url`` of a class with the section ``bus`` is read, first found fi
 
 import difflib
 import os
+import re
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
@@ -193,10 +194,27 @@ class BusSettings(Settings):
         ge=64 * 1024**2,
         description="room on the bus for chunks not yet delivered, in bytes",
     )
+    redact_names: str = Field(
+        "",
+        description="regular expression: variables, options and keys whose name it is found in "
+        "(with _ for - and ., none around it) are secrets too, and their values are never shown",
+    )
+    redact_forms: str = Field(
+        "", description="regular expression: text that it fits is a secret, wherever it stands"
+    )
     log_level: str = Field(
         "info", pattern="^(debug|info|warning|error)$", description="debug, info, warning, error"
     )
     log_format: str = Field("text", pattern="^(text|json)$", description="text or json")
+
+    @field_validator("redact_names", "redact_forms")
+    @classmethod
+    def _is_expression(cls, given: str) -> str:
+        try:
+            re.compile(given)
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from None
+        return given
 
     @field_validator("nats_url")
     @classmethod

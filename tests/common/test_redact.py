@@ -1,11 +1,13 @@
 """Secrets are recognised by name and by form."""
 
 import time
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.common import redact
 from services.common.redact import REDACTED, arguments, environment, is_secret, text
 
 
@@ -118,6 +120,28 @@ def test_hostile_text_takes_no_long_time(part: str) -> None:
     text(part * (256 * 1024 // len(part)))
 
     assert time.process_time() - began < 10  # what grows with the square takes minutes
+
+
+@pytest.fixture
+def more() -> Iterator[None]:
+    redact.also("^ssn$|kundennr", r"EMP-\d{6}")
+    yield
+    redact.also("", "")
+
+
+@pytest.mark.usefixtures("more")
+def test_rules_of_this_host_come_on_top() -> None:
+    given = ("SSN=1", "KundenNr_2=7", "SSNX=1", "NOTE=of EMP-123456, EMP-12", "DB_PASSWORD=x")
+
+    assert environment(given) == (
+        *(f"SSN={REDACTED}", f"KundenNr_2={REDACTED}", "SSNX=1"),
+        *(f"NOTE=of {REDACTED}, EMP-12", f"DB_PASSWORD={REDACTED}"),
+    )
+    assert arguments(("--ssn", "1", "--kundennr=2")) == (
+        "--ssn",
+        REDACTED,
+        f"--kundennr={REDACTED}",
+    )
 
 
 @settings(deadline=None)

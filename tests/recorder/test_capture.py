@@ -36,7 +36,11 @@ async def recorder(request: pytest.FixtureRequest) -> AsyncIterator[RecorderServ
     if request.param == "pipe" and not Path("build/corepipe").exists():
         lacking("needs the pipe helper, see deploy/setup.sh")
     with core_pattern_kept():
-        service = RecorderService(recorder_mechanism=request.param)
+        service = RecorderService(
+            recorder_mechanism=request.param,
+            redact_names="^SSN$",
+            redact_forms=r"EMP-\d{6}",
+        )
         try:
             await service.start()
             yield service
@@ -171,6 +175,18 @@ async def test_secrets_are_in_no_text(recorder: RecorderService) -> None:
     shown = json.loads(recorder.file(pid, "snapshot").read_bytes())["Environment"]
     assert "LANG=C" in shown
     assert "DB_PASSWORD=<redacted>" in shown
+
+
+@by_one_mechanism
+async def test_secrets_of_this_host_s_own_kind_are_in_no_text(recorder: RecorderService) -> None:
+    environment = {"SSN": "hunter2", "NOTE": "EMP-123456"}
+
+    pid, _ = await capture(recorder, crasher("null_pointer"), "--ssn=hunter2", env=environment)
+
+    for path in (recorder.spool / str(pid)).iterdir():
+        if not path.name.startswith("core_"):
+            content = path.read_bytes()
+            assert b"hunter2" not in content and b"EMP-123456" not in content, path.name
 
 
 @by_one_mechanism
