@@ -13,6 +13,7 @@ from crashbus.cli.bus import stored_crashes
 from crashbus.cli.crashes import Crash, State
 from crashbus.cli.errors import Trouble
 from crashbus.cli.terminal import console, moment, plain, print_json, size, table
+from crashbus.layout import SHARED
 
 _COLOURS = {
     State.DELIVERED: "green",
@@ -65,7 +66,8 @@ def _from_destination(url: str, host: str | None) -> Iterator[dict[str, Any]]:
 
 def row(crash: Crash, state: State) -> dict[str, Any]:
     """Return what the list tells of a crash; time in Unix seconds, size in bytes."""
-    files = crash.manifest.files if crash.manifest else ()
+    all_files = crash.manifest.files if crash.manifest else ()
+    files = [file for file in all_files if file.kind not in SHARED]
     return {
         "time": crash.time,
         "crash_id": crash.crash_id,

@@ -15,7 +15,7 @@ from crashbus.cli.get import CrashIdArgument, FromUrl
 from crashbus.cli.lookup import Copy, Found, find
 from crashbus.cli.tail import line
 from crashbus.cli.terminal import console, moment, plain, print_json, size, table
-from crashbus.layout import Kind
+from crashbus.layout import BINARIES, SHARED, Kind
 from crashbus.messages import CrashFile, Process
 
 _MAX_BACKTRACE = 256 * 1024  # bytes shown; get fetches all of it
@@ -139,12 +139,17 @@ def _print_files(found: Found) -> None:
         return
     _heading("Files")
     receipts = newest_receipts(found.crash.receipts)
-    for file in manifest.files:
+    for file in (one for one in manifest.files if one.kind not in SHARED):
         _print(f"  {file.name}  {size(file.size)}  sha256 {file.sha256}")
         if file.note or file.truncated:
             _print(f"      {'truncated: ' if file.truncated else ''}{plain(file.note or '')}")
         for place in _where(found, file, receipts.get(file.name, [])):
             _print(Text(f"      {plain(place)}", "dim"))
+
+    binaries = [file for file in manifest.files if file.kind in SHARED]
+    if binaries:
+        total = size(sum(file.size for file in binaries))
+        _print(f"  and the first to bring {len(binaries)} binaries, {total}, below {BINARIES}/")
 
 
 def _where(found: Found, file: CrashFile, receipts: list[Receipt]) -> list[str]:

@@ -1,5 +1,6 @@
 """ls, show, get and debug on a destination, with no bus at all."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,8 @@ import pytest
 import zstandard
 
 from crashbus.cli.store import FileStore
-from crashbus.layout import Kind
+from crashbus.layout import BINARIES, Kind
+from crashbus.messages import Binary, Module
 from tests.cli.support import MadeCrash, Result, crashbus, make
 from tests.support.nats import NatsServer
 from tests.support.requirements import need_program, need_root
@@ -408,6 +410,69 @@ async def test_debug_without_the_executable_says_so_and_goes_on(
     assert again.status == 1
     assert " exists; " in again.err
     assert kept.read_bytes() == b"of another crash"
+
+
+def binary_of(content: bytes) -> Binary:
+    digest = hashlib.sha256(content).hexdigest()
+    return Binary(kind=Kind.EXECUTABLE, size=len(content), sha256=digest)
+
+
+async def test_binaries_are_counted_apart_from_a_crash_s_own_files(delivered: Path) -> None:
+    made = make()
+    (binary,) = Module(path="/x", build_id="ab" * 20, kept=(binary_of(b"x"),)).files()
+    manifest = made.manifest.model_copy(update={"files": (*made.manifest.files, binary)})
+    folder = made.deliver(delivered)
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    (delivered / BINARIES / "ab" / ("ab" * 19)).mkdir(parents=True)
+
+    listed = await crashbus("ls", "--dest", delivered.as_uri(), "--json", env=NO_BUS)
+    shown = await crashbus("show", made.id, "--from", delivered.as_uri(), env=NO_BUS)
+    got = await crashbus(
+        "get", made.id, "--from", delivered.as_uri(), "-o", str(delivered / "got"), env=NO_BUS
+    )
+
+    (crash,) = [json.loads(line) for line in listed.out.splitlines()]
+    assert crash["files"] == 3
+    assert "and the first to bring 1 binaries, 1 B, below build-id/" in shown.out
+    assert got.status == 0, got.err
+    assert len(list((delivered / "got").iterdir())) == 3
+
+
+async def test_debug_takes_the_binary_that_was_mapped_and_nothing_out_of_its_place(
+    crashing: tuple[Path, Path], delivered: Path, tmp_path: Path
+) -> None:
+    program, core = crashing
+    content, build_id = program.read_bytes(), "ab" * 20
+    away, kept = tmp_path / "away", (binary_of(content),)
+    made = make(core=core.read_bytes(), executable="/gone/program")
+    modules = (
+        Module(path="/gone/program", build_id=build_id, kept=kept),
+        Module(path="/../../escaped", build_id=build_id, kept=kept),
+        Module(path=f"/x/../../../{away}", build_id=build_id, kept=kept),
+        Module(path="relative", build_id=build_id, kept=kept),
+        Module(path="/gone/program/below-a-file", build_id=build_id, kept=kept),
+        Module(path="/not/kept", build_id="cd" * 20),
+    )
+    manifest = made.manifest.model_copy(update={"modules": modules})
+    folder = made.deliver(delivered)
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    place = delivered / BINARIES / "ab" / ("ab" * 19)
+    place.mkdir(parents=True)
+    (place / "executable").write_bytes(b"a forged one, of the same build ID")
+    (place / f"executable-{kept[0].sha256[:16]}").write_bytes(content)
+    arguments = ("-o", str(tmp_path / "out"), "--from", delivered.as_uri())
+
+    debugged = await crashbus(
+        "debug", made.id, *arguments, "--", "-batch", "-nx", "-ex", "bt", env=NO_BUS
+    )
+
+    assert debugged.status == 0, debugged.err
+    assert "depth (p=0x0)" in debugged.out
+    assert (tmp_path / "out" / "sysroot" / "gone" / "program").read_bytes() == content
+    assert not away.exists()
+    assert not list(tmp_path.rglob("*escaped*"))
+    for path in ("/../../escaped", "relative", "/gone/program/below-a-file", "/not/kept"):
+        assert f"{path} is missing: " in debugged.err
 
 
 async def test_debug_of_a_crash_without_core(delivered: Path) -> None:
