@@ -37,6 +37,7 @@ class Request(Part):
     Attributes:
         core: descriptor of the core.
         cpu_seconds: RLIMIT_CPU.
+        debug_directory: of separate debug information.
         machine: e_machine of the core; 0: not known.
         registers: the crashing thread's.
         code: memory from the program counter on, as hexadecimal digits; None: was no fault.
@@ -49,6 +50,7 @@ class Request(Part):
     machine: int = 0
     registers: dict[str, int] = Field(default_factory=dict)
     code: str | None = None
+    debug_directory: str = "/usr/lib/debug"
     frames: int = Field(20_000, gt=0)
 
 

@@ -25,7 +25,6 @@ from services.recorder.facts import Module as MappedModule
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-_DEBUG_DIRECTORY = Path("/usr/lib/debug/.build-id")
 _BLOCK = 1024 * 1024
 _MAX_PATH = 1024  # characters told of a path
 _MAX_REMEMBERED = 10_000  # files whose hash is known
@@ -52,12 +51,20 @@ class Binaries:
     Args:
         max_bytes: of one file; larger ones are left where they are, 0: keep none.
         reserve: percent of the spool's disk to leave free.
+        debug_directory: where debug information of them may be.
     """
 
-    def __init__(self, spool: Path, max_bytes: int, reserve: float) -> None:
+    def __init__(
+        self,
+        spool: Path,
+        max_bytes: int,
+        reserve: float,
+        debug_directory: Path = Path("/usr/lib/debug"),
+    ) -> None:
         self._spool = spool
         self._max_bytes = max_bytes
         self._reserve = reserve
+        self._debug_directory = debug_directory
         self._known: dict[tuple[int, ...], Binary] = {}  # by what fstat(2) says of a file
 
     def keep(self, modules: tuple[MappedModule, ...]) -> tuple[Module, ...]:
@@ -88,7 +95,8 @@ class Binaries:
     def _keep(self, module: Module, file: int, directory: int) -> Module:
         kept = [self._kept(Kind.EXECUTABLE, module, file, directory)]
         with suppress(OSError):
-            place = _DEBUG_DIRECTORY / module.build_id[:2] / f"{module.build_id[2:]}.debug"
+            name = f"{module.build_id[2:]}.debug"
+            place = self._debug_directory / ".build-id" / module.build_id[:2] / name
             debug = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 kept.append(self._kept(Kind.DEBUGINFO, module, debug, directory))

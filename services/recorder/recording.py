@@ -76,6 +76,7 @@ class Conditions:
     only_stream: bool  # read no memory but what the kernel sends
     disk_reserve: float  # percent
     binaries: Binaries
+    debug_directory: Path
     configuration: Mapping[str, Any]
     module_files: Callable[[], int]
     on_disk_full: Callable[[bool], None]
@@ -107,7 +108,13 @@ class Conditions:
             runtime=Runtime(settings.runtime_socket) if settings.runtime_socket else None,
             only_stream=settings.core_source == "stream",
             disk_reserve=settings.disk_reserve,
-            binaries=Binaries(shared.spool, settings.max_binary_bytes, settings.disk_reserve),
+            binaries=Binaries(
+                shared.spool,
+                settings.max_binary_bytes,
+                settings.disk_reserve,
+                settings.debug_directory,
+            ),
+            debug_directory=settings.debug_directory,
             configuration=configuration,
             module_files=module_files,
             on_disk_full=on_disk_full,
@@ -385,7 +392,7 @@ def finish(recording: Recording, on: Conditions, backtrace_within: float) -> Non
     try:
         assert recording.facts is not None
         _add_container(recording)
-        trace = _backtrace(recording, recording.facts, backtrace_within)
+        trace = _backtrace(recording, recording.facts, backtrace_within, on)
         if trace.fault:
             recording.notes.append(f"backtrace failed: {trace.fault}")
         _write_backtrace(recording, recording.facts, trace)
@@ -447,11 +454,16 @@ def _fingerprint(recording: Recording, trace: Backtrace) -> str | None:
     return fingerprint.fingerprint(name, program, trace.calls())
 
 
-def _backtrace(recording: Recording, known: Facts, within: float) -> Backtrace:
+def _backtrace(recording: Recording, known: Facts, within: float, on: Conditions) -> Backtrace:
     if recording.core_file < 0:
         return Backtrace(fault="there is no core")
     return unwinder.unwind(
-        recording.core_file, known.modules, within, recording.head, recording.code
+        recording.core_file,
+        known.modules,
+        within,
+        recording.head,
+        recording.code,
+        on.debug_directory,
     )
 
 

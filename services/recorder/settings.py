@@ -63,6 +63,11 @@ class RecorderSettings(Settings):
         description="bytes that a core may have; a larger one is laid out anew with touched "
         "pages alone, stacks first, the largest mappings left out; 0: as large as it is",
     )
+    debug_directory: Path = Field(
+        Path("/usr/lib/debug"),
+        description="directory of separate debug information, as .build-id/<xx>/<rest>.debug, "
+        "readable for everyone",
+    )
     max_binary_bytes: int = Field(
         1024**3,
         ge=0,

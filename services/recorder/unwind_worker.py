@@ -83,6 +83,7 @@ def unwind(request: Request) -> Backtrace:
     """Return the backtrace of all threads."""
     program = drgn.Program()
     program.set_enabled_debug_info_finders(["standard"])  # no debuginfod: there is no network
+    program.debug_info_options.directories = (request.debug_directory,)
     program.set_core_dump(request.core)
     _load(program, request.modules)
     modules = list(_modules(program, request.modules))

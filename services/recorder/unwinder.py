@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -27,6 +28,7 @@ def unwind(
     within: float,
     head: Head | None = None,
     code: bytes | None = None,
+    debug_directory: Path = Path("/usr/lib/debug"),
 ) -> Backtrace:
     """Return the backtrace of a core; what goes wrong is told in it, never raised.
 
@@ -34,6 +36,7 @@ def unwind(
         core: descriptor of the core file.
         within: seconds after which the worker is killed.
         head: of the core, for its registers.
+        debug_directory: of separate debug information.
         code: what the crashing thread's program counter pointed at, if it faulted there.
     """
     if within < _NO_TIME:
@@ -44,7 +47,9 @@ def unwind(
     except OSError as error:
         return _failed(f"the core cannot be opened: {error.strerror}", "failed")
     try:
-        return _unwind(_request(readable, modules, within, head, code), within)
+        request = _request(readable, modules, within, head, code)
+        request = request.model_copy(update={"debug_directory": str(debug_directory)})
+        return _unwind(request, within)
     finally:
         os.close(readable)
 

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from crashbus import elf, layout
+from crashbus.layout import Kind
 from crashbus.messages import Module
 from services.recorder.binaries import Binaries
 from services.recorder.facts import Module as MappedModule
+from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
+from tests.support.recorder import crash
 from tests.support.requirements import need_program, need_root
 
 GIB = 1024**3
@@ -170,3 +173,30 @@ def test_full_disk_leaves_nothing_behind(
 
     assert kept_by(Binaries(spool, GIB, 0), mapped).kept == ()
     assert list((spool / layout.BINARIES).iterdir()) == []
+
+
+async def test_separate_debug_information_is_found_and_kept(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    need_program("objcopy")
+    program = Path(shutil.copy(crasher("null_pointer"), tmp_path / "stripped"))
+    with program.open("rb") as file:
+        build_id = elf.build_id(file.fileno())
+    assert build_id
+    debug = tmp_path / "debug" / ".build-id" / build_id[:2] / f"{build_id[2:]}.debug"
+    debug.parent.mkdir(parents=True)
+    subprocess.run(["objcopy", "--only-keep-debug", program, debug], check=True)
+    subprocess.run(["strip", program], check=True)
+    for directory in (tmp_path, *tmp_path.parents[:3]):
+        directory.chmod(0o755)  # the unwinder is nobody
+    recorder = recorder_with(recorder_debug_directory=tmp_path / "debug")
+    await recorder.start()
+
+    pid, _ = crash(program)
+    record = await recorder.captured(pid)
+
+    assert "null_pointer.c:" in recorder.file(pid, "backtrace").read_text()
+    (module,) = [one for one in record.modules if one.path == str(program)]
+    assert [file.kind for file in module.files()] == [Kind.EXECUTABLE, Kind.DEBUGINFO]
+    (kept,) = (recorder.spool / "build-id").glob(f"debuginfo_{build_id}_*")
+    assert kept.read_bytes() == debug.read_bytes()
