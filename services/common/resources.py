@@ -22,7 +22,7 @@ from services.common import redact
 MAX_FILES = 1024  # descriptors looked at
 MAX_SOCKETS = 256  # asked for their ends
 _MAX_MOUNTS = 64 * 1024  # bytes
-_MAX_READ = 64 * 1024
+MAX_READ = 64 * 1024
 _ROLLUP_UP_TO = 256 * 1024  # KiB resident; beyond, the kernel's walk would be a long hold
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -77,17 +77,17 @@ def read(task: int, cgroup: str | None) -> Resources:
         cgroup: its path, as in proc_pid_cgroup(5).
     """
     proc = Path(f"/proc/{task}")
-    status = _read(proc / "status")
+    status = read_file(proc / "status")
     open_files, more = _open_files(proc / "fd")
     return Resources(
         status=status,
-        rollup=_read(proc / "smaps_rollup") if _resident(status) <= _ROLLUP_UP_TO else b"",
+        rollup=read_file(proc / "smaps_rollup") if _resident(status) <= _ROLLUP_UP_TO else b"",
         open_files=open_files,
         more_files=more,
         sockets=tuple(_sockets(task, open_files)),
-        mounts=_read(proc / "mountinfo", _MAX_MOUNTS),
+        mounts=read_file(proc / "mountinfo", _MAX_MOUNTS),
         cgroup=_cgroup(cgroup),
-        oom_score_adj=_read(proc / "oom_score_adj"),
+        oom_score_adj=read_file(proc / "oom_score_adj"),
     )
 
 
@@ -177,7 +177,7 @@ def _cgroup(path: str | None) -> dict[str, bytes]:
         for place, files in places.items()
         if place.is_dir()
         for name in files
-        if (raw := _read(place / name))
+        if (raw := read_file(place / name))
     }
 
 
@@ -221,7 +221,8 @@ def _number(raw: bytes) -> int | None:
         return None
 
 
-def _read(path: Path, limit: int = _MAX_READ) -> bytes:
+def read_file(path: Path, limit: int = MAX_READ) -> bytes:
+    """Read up to `limit` bytes; what cannot be read is empty. /proc gives a page at a time."""
     try:
         with path.open("rb") as file:
             return file.read(limit)

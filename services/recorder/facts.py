@@ -15,14 +15,13 @@ from crashbus import names
 from crashbus.messages import Process
 from services.common import process as processes
 from services.common import redact, resources
-from services.common.resources import Resources
+from services.common.resources import Resources, read_file
 from services.recorder.errors import CaptureFailed
 
 MAX_ENVIRONMENT = 128 * 1024  # bytes kept; 2 MiB are possible, execve(2)
 MAX_THREADS = 4096
 MAX_MAPS = 8 * 1024 * 1024  # bytes read of the mappings: about 80,000
 MAX_MODULES = 1024
-_MAX_READ = 64 * 1024
 _LONGEST_INSTRUCTION = 15  # bytes, on x86
 _NS_TID = re.compile(rb"^NSpid:.*?(\d+)$", re.MULTILINE)
 
@@ -129,14 +128,14 @@ def read_rest(process: Process) -> Facts:
     living = _living_task(process.pid)
     proc = Path(f"/proc/{living}")
     environment, cut = _environment(proc)
-    maps = _read(proc / "maps", MAX_MAPS)
+    maps = read_file(proc / "maps", MAX_MAPS)
     return Facts(
         process=process,
         username=_username(process.uid),
         raw_environment=environment,
         cwd=_link(proc / "cwd"),
         root=_link(proc / "root"),
-        limits=parse_limits(names.text(_read(proc / "limits"))),
+        limits=parse_limits(names.text(read_file(proc / "limits"))),
         threads=_threads(process),
         modules=(),
         notes=(f"environment cut to {MAX_ENVIRONMENT} bytes",) if cut else (),
@@ -199,7 +198,7 @@ def _tasks(pid: int) -> Iterator[int]:
 
 
 def _environment(proc: Path) -> tuple[bytes, bool]:
-    raw = _read(proc / "environ", MAX_ENVIRONMENT + 1)
+    raw = read_file(proc / "environ", MAX_ENVIRONMENT + 1)
     if len(raw) <= MAX_ENVIRONMENT:
         return raw, False
     # A variable that is cut in two could lose the name that tells it is a secret.
@@ -212,7 +211,7 @@ def _threads(process: Process) -> tuple[Task, ...]:
         Task(
             task,
             _ns_tid(process.pid, task) if other_namespace else task,
-            names.text(_read(Path(f"/proc/{process.pid}/task/{task}/comm")).rstrip(b"\n")),
+            names.text(read_file(Path(f"/proc/{process.pid}/task/{task}/comm")).rstrip(b"\n")),
         )
         for task in _tasks(process.pid)
     )
@@ -220,7 +219,7 @@ def _threads(process: Process) -> tuple[Task, ...]:
 
 def _ns_tid(pid: int, task: int) -> int:
     """Return a thread's ID in its own PID namespace, the last of NSpid in proc_pid_status(5)."""
-    match = _NS_TID.search(_read(Path(f"/proc/{pid}/task/{task}/status")))
+    match = _NS_TID.search(read_file(Path(f"/proc/{pid}/task/{task}/status")))
     return int(match[1]) if match else task
 
 
@@ -302,15 +301,6 @@ def open_mapping(task: int, mapping: str) -> int:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:
         return -1
-
-
-def _read(path: Path, limit: int = _MAX_READ) -> bytes:
-    """Read up to `limit` bytes; what cannot be read is empty. /proc gives a page at a time."""
-    try:
-        with path.open("rb") as file:
-            return file.read(limit)
-    except OSError:
-        return b""
 
 
 def _link(path: Path) -> str | None:

@@ -74,6 +74,10 @@ class _Registers:
         wide = self._registers.get(_wide(name))
         return None if wide is None else wide & 0xFFFFFFFF
 
+    def known(self, name: str) -> int | None:
+        """Return a register's value by the name that `registers.parse` gives it."""
+        return self._registers.get(name)
+
     def segment(self, number: int) -> int | None:
         """Return where a segment begins; only fs and gs begin elsewhere than at 0."""
         name = self._one.reg_name(number) if number else ""
@@ -114,7 +118,7 @@ def _stack_x86(one: "capstone.CsInsn", registers: _Registers) -> Iterator[Touche
     """What goes over the stack without being an operand."""
     pointer = "esp" if registers.mask < 1 << 32 else "rsp"
     size = 4 if pointer == "esp" else 8
-    top = registers._registers.get(pointer)
+    top = registers.known(pointer)
     if top is None:
         return
     name = one.mnemonic.rpartition(" ")[2]

@@ -3,7 +3,6 @@
 import dis
 import json
 import subprocess
-import sys
 from pathlib import Path
 from types import CodeType
 
@@ -15,6 +14,7 @@ from services.recorder import python_frames
 from services.recorder.python_frames import Interpreter, line_of
 from tests.recorder.conftest import MakeRecorder
 from tests.support.recorder import crash
+from tests.support.requirements import lacking
 
 PYTHON = "/usr/bin/python3"
 
@@ -54,7 +54,7 @@ async def test_crash_in_a_library_shows_the_python_that_called_it(
     recorder_with: MakeRecorder, tmp_path: Path
 ) -> None:
     if version_of(PYTHON) not in python_frames.LAYOUTS:
-        pytest.skip(f"{PYTHON} is of a version whose structures are not known")
+        lacking(f"{PYTHON} is of a version whose structures are not known")
     recorder = recorder_with()
     await recorder.start()
     script = tmp_path / "scrípt.py"
@@ -92,7 +92,6 @@ def lines_of(code: CodeType) -> list[tuple[int, int | None]]:
     ]
 
 
-@pytest.mark.skipif(sys.version_info[:2] < (3, 11), reason="has tables of another form")
 def test_lines_are_those_of_the_interpreter() -> None:
     codes = [compile(SCRIPT, "x", "exec")]
     source = Path(json.__file__).parent.joinpath("decoder.py").read_text()
