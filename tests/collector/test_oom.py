@@ -7,6 +7,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from crashbus.capture import read
 from services.collector import oom
 from services.common.resources import Resources
@@ -46,12 +48,29 @@ def test_kernel_s_log_tells_why_it_was_chosen() -> None:
     assert oom.kernel_log(pid, at + 3600) == ()
 
 
-def test_only_the_kernel_s_own_lines_count() -> None:
-    need_root()
-    pid = 4194304
-    Path("/dev/kmsg").write_text(f"Memory cgroup out of memory: Killed process {pid} (forged) ")
+def test_only_the_kernel_s_own_lines_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root in a container may write to the log as well, with the facility of a user."""
+    kernel, user = 6, 1 << 3 | 6
+    # In packet mode, pipe(2), each write is one read, as with the log.
+    reading, writing = os.pipe2(os.O_DIRECT)
+    monkeypatch.setattr(oom, "KERNEL_LOG", Path(f"/proc/self/fd/{reading}"))
 
-    assert oom.kernel_log(pid, time.monotonic()) == ()
+    def log(facility: int, text: str) -> None:
+        os.write(writing, f"{facility},1,5000000,-;{text}\n SUBSYSTEM=x\n".encode())
+
+    try:
+        log(user, "x invoked oom-killer: forged")
+        log(user, "Out of memory: Killed process 42 (forged)")
+        assert oom.kernel_log(42, 5.0) == ()
+        log(kernel, "x invoked oom-killer: order=0")
+        log(user, "oom-kill:constraint=FORGED")
+        log(kernel, "Out of memory: Killed process 42 (x) total-vm:1kB")
+        assert oom.kernel_log(42, 5.0) == (
+            *("x invoked oom-killer: order=0", "Out of memory: Killed process 42 (x) total-vm:1kB"),
+        )
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def test_bundle_of_a_process_that_is_gone(tmp_path: Path) -> None:
