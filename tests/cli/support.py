@@ -210,7 +210,7 @@ class Command:
     def interrupt(self) -> None:
         self._process.send_signal(signal.SIGINT)
 
-    async def result(self, within: float = 30) -> Result:
+    async def result(self, within: float = 60) -> Result:
         """Wait until it ends."""
         assert self._process.stderr
         async with asyncio.timeout(within):

@@ -29,7 +29,7 @@ async def publish_until_seen(bus: Bus, made: MadeCrash, command: Command, seen: 
             await bus.publish(event)
         return seen in command.out
 
-    await until(shown, within=20, every=0.1)
+    await until(shown, within=60, every=0.1)
 
 
 async def test_tail_shows_every_kind_as_it_happens(nats_server: NatsServer, bus: Bus) -> None:

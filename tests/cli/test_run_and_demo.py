@@ -88,7 +88,7 @@ async def test_demo_interrupted_cleans_up(tmp_path: Path, moment: str) -> None:
             if moment.encode() in line:
                 break
     demo.send_signal(signal.SIGINT)
-    await asyncio.wait_for(demo.communicate(), 40)
+    await asyncio.wait_for(demo.communicate(), 60)
     assert demo.returncode == 130
     assert await until(lambda: not processes_of(str(tmp_path)))
 
@@ -126,7 +126,7 @@ class Running:
         self.process = await asyncio.create_subprocess_exec(
             *COMMAND, "run", *map(str, arguments), env={**os.environ, **self.environment}
         )
-        await until(lambda: all(self.ready(name) for name in SERVICES), within=30)
+        await until(lambda: all(self.ready(name) for name in SERVICES), within=60)
 
     def ready(self, name: str, times: int = 1) -> bool:
         log = self.scratch / f"{name}.log"
@@ -148,7 +148,7 @@ class Running:
                 done = await bus.stored(Receipt)
                 return any(r.crash_id in mine and r.file.kind is Kind.MANIFEST for r in done)
 
-            await until(delivered, within=30, every=0.1)
+            await until(delivered, within=60, every=0.1)
 
 
 @pytest.fixture
@@ -159,32 +159,32 @@ async def running(pattern: str) -> AsyncIterator[Running]:
         yield made
         if made.process.returncode is None:
             made.process.terminate()
-        await asyncio.wait_for(made.process.wait(), 30)
+        await asyncio.wait_for(made.process.wait(), 60)
         assert await until(lambda: not processes_of(scratch))
 
 
 async def test_run_delivers_and_stops_in_order(running: Running) -> None:
     await running.crash_and_deliver()
     running.process.terminate()
-    assert await asyncio.wait_for(running.process.wait(), 30) == 0
+    assert await asyncio.wait_for(running.process.wait(), 60) == 0
 
 
 @pytest.mark.parametrize("name", SERVICES)
 async def test_run_starts_a_killed_service_again(running: Running, name: str) -> None:
     os.kill(running.service(name), signal.SIGKILL)
-    await until(lambda: running.ready(name, times=2), within=30)
+    await until(lambda: running.ready(name, times=2), within=60)
     await running.crash_and_deliver()
 
 
 async def test_killed_run_takes_all_it_started_with_it(running: Running) -> None:
     running.process.kill()
     await running.process.wait()
-    assert await until(lambda: not processes_of(str(running.scratch)), within=20)
+    assert await until(lambda: not processes_of(str(running.scratch)), within=60)
 
 
 async def test_run_without_a_destination_says_what_to_give() -> None:
     run = await started("run", CRASHBUS_DESTINATIONS="")
-    output, _ = await asyncio.wait_for(run.communicate(), 20)
+    output, _ = await asyncio.wait_for(run.communicate(), 60)
     assert run.returncode == 1
     assert b"--dest file:///var/crashes" in output
 
@@ -193,7 +193,7 @@ async def test_run_on_a_taken_port_says_so(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         run = await started("run", "--dest", tmp_path.as_uri(), "--port", port)
-        output, _ = await asyncio.wait_for(run.communicate(), 20)
+        output, _ = await asyncio.wait_for(run.communicate(), 60)
     assert run.returncode == 1
     assert f"port {port}".encode() in output and b"--no-nats" in output
 
@@ -210,7 +210,7 @@ async def test_run_stops_at_once_while_the_bus_is_still_starting(tmp_path: Path)
     )
     await until((tmp_path / "began").exists)
     run.terminate()
-    output, _ = await asyncio.wait_for(run.communicate(), 5)
+    output, _ = await asyncio.wait_for(run.communicate(), 60)
     assert run.returncode == 0, output
     assert await until(lambda: not processes_of(str(tmp_path)))
 

@@ -64,4 +64,4 @@ async def test_a_server_that_takes_its_time_is_waited_for(
     script = f"sleep 11; exec nats-server -a 127.0.0.1 -p {port}"
     await together.start(shell(script, tmp_path / "log"))
     url = f"nats://127.0.0.1:{port}"
-    await asyncio.wait_for(together.until_answers("nats-server", url), 30)
+    await asyncio.wait_for(together.until_answers("nats-server", url), 60)

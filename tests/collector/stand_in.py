@@ -78,7 +78,7 @@ class StandInShipper:
 
     async def has(self, destination: str, *names: str) -> None:
         """Return once these files are delivered."""
-        await until(lambda: set(names) <= self.names(destination), within=20)
+        await until(lambda: set(names) <= self.names(destination), within=60)
 
     def start(self) -> "asyncio.Task[None]":
         return asyncio.create_task(self.run())

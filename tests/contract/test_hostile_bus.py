@@ -21,7 +21,7 @@ async def send(server: NatsServer, *commands: bytes) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     await reader.readline()
     writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n' + b"".join(commands) + b"PING\r\n")
-    assert await asyncio.wait_for(reader.readline(), 5) == b"PONG\r\n"
+    assert await asyncio.wait_for(reader.readline(), 60) == b"PONG\r\n"
     writer.close()
     await writer.wait_closed()
 
@@ -57,7 +57,7 @@ ODD_HEADERS = {
 
 
 async def assert_heard(bus: Bus, events: AsyncIterator[SignalEvent]) -> None:
-    event = await asyncio.wait_for(anext(events), 10)
+    event = await asyncio.wait_for(anext(events), 60)
     assert event == EVENT
     assert bus._client.stats["reconnects"] == 0
 
@@ -71,7 +71,7 @@ async def test_a_subject_that_is_no_text_is_put_aside(
 
     assert await bus.stored(SignalEvent) == [EVENT]
     async with aclosing(bus.consume(SignalEvent, "worker", service="test")) as work:
-        delivery = await asyncio.wait_for(anext(work), 10)
+        delivery = await asyncio.wait_for(anext(work), 60)
         await delivery.ack()
     assert delivery.message == EVENT
     (letter,) = await bus.stored(DeadLetter)
@@ -93,7 +93,7 @@ async def test_headers_of_any_kind_stop_no_one(
     assert await bus.stored(SignalEvent) == [EVENT, other]
     async with aclosing(bus.consume(SignalEvent, "worker", service="test")) as work:
         for expected in (EVENT, other):
-            delivery = await asyncio.wait_for(anext(work), 10)
+            delivery = await asyncio.wait_for(anext(work), 60)
             assert delivery.message == expected
             await delivery.ack()
     assert bus._client.stats["reconnects"] == 0
@@ -125,7 +125,7 @@ async def test_a_message_past_the_stream_is_dropped(
         await send(nats_server, b"PUB %b %b%d\r\n%b\r\n" % (inbox, reply, len(payload), payload))
         await until(lambda: bus.malformed == 1)
         await bus.publish(EVENT)
-        delivery = await asyncio.wait_for(taking, 20)
+        delivery = await asyncio.wait_for(taking, 60)
         assert delivery.attempts == 1
         await delivery.ack()
 
@@ -162,7 +162,7 @@ async def test_a_reader_that_fails_begins_anew(
     caplog.set_level(logging.CRITICAL, "nats")
     with pytest.raises(BusUnreachable):
         await bus.publish(EVENT)
-    await until(lambda: bus._client.stats["reconnects"] == 1, within=10)
+    await until(lambda: bus._client.stats["reconnects"] == 1, within=60)
     monkeypatch.undo()
     await until(lambda: bus.is_connected)
     await bus.publish(EVENT)
@@ -210,11 +210,11 @@ async def test_work_in_hand_is_bounded_as_asked(bus: Bus) -> None:
         await bus.publish(EVENT.model_copy(update={"event_id": name}))
     work = bus.consume(SignalEvent, "worker", service="test", max_ack_pending=1)
     async with aclosing(work):
-        first = await asyncio.wait_for(anext(work), 10)
+        first = await asyncio.wait_for(anext(work), 60)
         info = await bus._js.consumer_info("CRASH_SIGNALS", "worker")
         assert info.config.max_ack_pending == 1
         await first.ack()
-        assert (await asyncio.wait_for(anext(work), 10)).message.event_id == "b"
+        assert (await asyncio.wait_for(anext(work), 60)).message.event_id == "b"
 
 
 async def test_a_refused_port_is_said_to_be_refused() -> None:

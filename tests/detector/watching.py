@@ -51,6 +51,6 @@ class Watch:
         def found() -> SignalEvent | None:
             return next((one for one in self.all(SignalEvent, pid) if which(one)), None)
 
-        event = await until(found, within=10)
+        event = await until(found, within=60)
         assert event is not None
         return event

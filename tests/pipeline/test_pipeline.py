@@ -40,7 +40,7 @@ def content(stored: bytes, encoding: str) -> bytes:
 
 async def run_to_its_end(*command: str | Path) -> int:
     process = await asyncio.create_subprocess_exec(*map(str, command), stderr=subprocess.DEVNULL)
-    await asyncio.wait_for(process.wait(), 30)
+    await asyncio.wait_for(process.wait(), 60)
     return process.pid
 
 
@@ -324,7 +324,7 @@ async def test_appscope_files_in_a_container_are_brought_out_and_delivered(
         return None
 
     # The library's own set, and the recorder's of the abort() that follows: one crash.
-    manifest = await until(brought_out, within=40, every=0.1)
+    manifest = await until(brought_out, within=60, every=0.1)
     await pipeline.delivered(manifest)
     assert manifest.process.ns_pid == 1
     check_everywhere_equal(pipeline, manifest)
@@ -348,7 +348,7 @@ async def test_container_process_that_recovers_has_every_set_brought_out(
         return None
 
     try:
-        manifest = await until(all_sets, within=40, every=0.1)
+        manifest = await until(all_sets, within=60, every=0.1)
         await pipeline.delivered(manifest)
         check_everywhere_equal(pipeline, manifest)
         assert len({file.name for file in manifest.files}) == 12

@@ -326,7 +326,7 @@ async def test_program_that_was_deleted_has_symbols(
         assert process.stdout.readline().startswith(b"ready")
         program.unlink()
         process.send_signal(11)
-        process.wait(20)
+        process.wait(60)
 
     await recorder.captured(process.pid)
 
@@ -386,7 +386,7 @@ async def test_signal_that_was_sent_tells_its_sender(recorder: RecorderService) 
     process = subprocess.Popen(["/bin/sleep", "60"])
     await until(lambda: Path(f"/proc/{process.pid}/comm").read_text() == "sleep\n")
     process.send_signal(7)
-    process.wait(20)
+    process.wait(60)
 
     record = await recorder.captured(process.pid)
 

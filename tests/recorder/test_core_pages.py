@@ -66,7 +66,7 @@ class Crash:
     def end(self) -> None:
         self.hold.close()
         self.process.kill()
-        self.process.wait(20)
+        self.process.wait(60)
 
 
 def both_ways(listening: socket.socket, place: Path, *command: str | Path) -> tuple[Path, Path]:
@@ -144,7 +144,7 @@ def test_process_that_is_killed_meanwhile_ends_the_copy(
     crash = Crash(coredump_socket, crasher("many_mappings"))
     try:
         crash.process.kill()
-        crash.process.wait(20)
+        crash.process.wait(60)
         with (tmp_path / "core").open("wb") as file, pytest.raises(PagesUnreadable):
             crash.from_memory(file.fileno())
     finally:
@@ -165,7 +165,7 @@ def test_process_that_is_killed_while_its_pages_are_looked_up(
             found = core_pages.Touched(crash.pid, crash.maps, pagemap).pieces(crash.head.loads())
             first = next(found)
             crash.process.kill()
-            crash.process.wait(20)
+            crash.process.wait(60)
 
             end = core_pages.copy(
                 crash.hold, memory, chain([first], found), file.fileno(), crash.head.size or 0

@@ -146,7 +146,7 @@ async def test_setuid_program(recorder: RecorderService, tmp_path: Path, dumpabl
 
     with written("/proc/sys/fs/suid_dumpable", dumpable):
         process = subprocess.Popen([program], user=NOBODY, stderr=subprocess.DEVNULL)
-        assert process.wait(20) == -signal.SIGSEGV
+        assert process.wait(60) == -signal.SIGSEGV
 
     if dumpable == "2":
         record = await recorder.captured(process.pid)
@@ -167,7 +167,7 @@ async def test_process_that_is_traced(recorder: RecorderService) -> None:
     assert tracer.stdout is not None
     with tracer.stdout:
         pid = int(tracer.stdout.readline())
-    assert tracer.wait(20) == signal.SIGSEGV
+    assert tracer.wait(60) == signal.SIGSEGV
 
     record = await recorder.captured(pid)
 
@@ -204,7 +204,7 @@ async def test_process_at_the_limit_of_its_cgroup(
     with process.stdout:
         assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGSEGV)
-    assert process.wait(20) == -signal.SIGSEGV
+    assert process.wait(60) == -signal.SIGSEGV
 
     record = await recorder.captured(process.pid)
 

@@ -149,7 +149,7 @@ async def test_second_recorder_with_the_same_state_is_refused(
 
     second.launch()
     assert second.process is not None
-    assert second.process.wait(20) == 2
+    assert second.process.wait(60) == 2
 
     assert "a recorder runs on this host already" in second.log
     assert "Traceback" not in second.log
@@ -168,7 +168,7 @@ async def test_state_that_others_may_write_to_is_refused(
     recorder.launch()
     assert recorder.process is not None
 
-    assert recorder.process.wait(20) == 2
+    assert recorder.process.wait(60) == 2
     assert "others may write to" in recorder.log
     assert core_pattern.current() == before
 
@@ -412,7 +412,7 @@ async def test_disk_that_hangs_does_not_hang_the_crashing_processes(
     try:
         # The first hangs in the only thread there is, the others behind it.
         crashes = [subprocess.Popen([program]) for _ in range(3)]
-        numbers = [process.wait(15) for process in crashes]
+        numbers = [process.wait(60) for process in crashes]
         await until(lambda: recorder.log.count("let a process go") >= 3)
     finally:
         subprocess.run(["fsfreeze", "-u", str(frozen_disk)], check=True)
@@ -434,7 +434,7 @@ async def test_crash_while_the_recorder_is_dead_does_not_hang(
     _, number = crash(crasher("null_pointer"))
 
     assert number == signal.SIGSEGV
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("mechanism", ["socket", "pipe"])
@@ -523,7 +523,7 @@ async def test_unusable_settings_are_told_in_a_line(recorder_with: MakeRecorder)
     recorder.launch()
     assert recorder.process is not None
 
-    assert recorder.process.wait(20) == 2
+    assert recorder.process.wait(60) == 2
     assert "CRASHBUS_RECORDER_MECHANISM" in recorder.log
     assert "Traceback" not in recorder.log
 

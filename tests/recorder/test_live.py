@@ -144,7 +144,7 @@ def test_signal_that_comes_meanwhile_is_delivered(tmp_path: Path, program: Path)
         sender.join()
     assert done.returncode == 0, done.stderr
     living.process.terminate()
-    assert living.process.wait(10) == -signal.SIGTERM
+    assert living.process.wait(60) == -signal.SIGTERM
     living.process.communicate()
 
 

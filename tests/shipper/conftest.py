@@ -85,7 +85,7 @@ async def _send_file(
     )
 
 
-async def receipts_of(bus: Bus, sent: Sent, count: int, within: float = 20) -> list[Receipt]:
+async def receipts_of(bus: Bus, sent: Sent, count: int, within: float = 60) -> list[Receipt]:
     """Wait until a crash has so many receipts."""
 
     async def look() -> list[Receipt]:
@@ -95,7 +95,7 @@ async def receipts_of(bus: Bus, sent: Sent, count: int, within: float = 20) -> l
     return await until(look, within, every=0.1)
 
 
-async def dead_letters(bus: Bus, count: int = 1, within: float = 15) -> list[DeadLetter]:
+async def dead_letters(bus: Bus, count: int = 1, within: float = 60) -> list[DeadLetter]:
     """Wait until there are so many dead letters."""
 
     async def look() -> list[DeadLetter]:

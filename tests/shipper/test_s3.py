@@ -240,7 +240,7 @@ async def test_gateway_killed_during_an_upload_leaves_no_half_of_it(
         await until(lambda: asyncio.to_thread(s3.unfinished_uploads, bucket), every=0.001)
         s3.kill_gateway()
         await asyncio.to_thread(s3.start_gateway)
-        (receipt,) = await receipts_of(bus, sent, 1, within=30)
+        (receipt,) = await receipts_of(bus, sent, 1, within=60)
 
     assert receipt.attempts > 1
     assert original(s3, bucket, f"{sent.folder}/core_1") == sent.contents["core_1"]

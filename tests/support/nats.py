@@ -59,5 +59,5 @@ class NatsServer:
     def _end(self, number: int) -> None:
         if self._process is not None and self._process.poll() is None:
             os.kill(self._process.pid, number)
-            self._process.wait(10)
+            self._process.wait(60)
         self._process = None

@@ -84,13 +84,13 @@ class RecorderService:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(15)
+        return self.process.wait(60)
 
     def kill(self) -> None:
         """End it as the OOM killer would."""
         assert self.process is not None
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
     def close(self) -> None:
         """Stop it, if it runs, and remove its files."""
@@ -109,7 +109,7 @@ class RecorderService:
                     return record
         return None
 
-    async def captured(self, pid: int, within: float = 20) -> CaptureRecord:
+    async def captured(self, pid: int, within: float = 60) -> CaptureRecord:
         """Wait until a crash is captured whole."""
         try:
             return await until(lambda: self.record(pid), within)
@@ -123,7 +123,7 @@ class RecorderService:
         return path
 
 
-def crash(*command: str | Path, within: float = 20, **options: object) -> tuple[int, int]:
+def crash(*command: str | Path, within: float = 60, **options: object) -> tuple[int, int]:
     """Run a program until it ends; return its PID and the signal that killed it (0: none)."""
     process = subprocess.Popen(
         [str(part) for part in command],

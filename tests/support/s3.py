@@ -192,10 +192,10 @@ class S3Server:
         daemon.send_signal(signal.SIGCONT)
         daemon.send_signal(number)
         try:
-            daemon.wait(10)
+            daemon.wait(60)
         except subprocess.TimeoutExpired:
             daemon.kill()
-            daemon.wait(10)
+            daemon.wait(60)
 
     def add_user(self, name: str) -> tuple[str, str]:
         """Make a further user and return its access and secret key."""

@@ -52,7 +52,7 @@ class ServiceProcess:
                 stderr=log,
             )
 
-    async def healthy(self, within: float = 20) -> None:
+    async def healthy(self, within: float = 60) -> None:
         await until(lambda: asyncio.to_thread(self._is_healthy), within, every=0.05)
 
     def _is_healthy(self) -> bool:
@@ -78,7 +78,7 @@ class ServiceProcess:
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
 
-    async def wait(self, within: float = 15) -> int:
+    async def wait(self, within: float = 60) -> int:
         """Return the exit status."""
         assert self._process is not None
         return await asyncio.wait_for(self._process.wait(), within)

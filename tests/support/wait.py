@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 async def until(
-    condition: Callable[[], T | Awaitable[T]], within: float = 10, every: float = 0.02
+    condition: Callable[[], T | Awaitable[T]], within: float = 60, every: float = 0.02
 ) -> T:
     """Return the first true result of `condition`.
 
