@@ -110,9 +110,7 @@ async def events(bus: Bus, pid: int, count: int = 1) -> list[SignalEvent]:
     return await until(found, within=60)
 
 
-async def test_event_is_on_the_bus(
-    service: Service, bus: Bus, tmp_path: Path
-) -> None:
+async def test_event_is_on_the_bus(service: Service, bus: Bus, tmp_path: Path) -> None:
     await service.start()
     await until(lambda: service.health() == (200, {}))
     pid = crash(tmp_path)
