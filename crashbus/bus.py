@@ -172,12 +172,13 @@ class Bus:
             ChunksMissing: a chunk is not there.
             DamagedFile: a chunk is not what was sent.
         """
-        subject, sequence, index = chunk_subject(crash_id, file), 0, 0
+        stream, subject = streams.chunks_of(file), chunk_subject(crash_id, file)
+        sequence, index = 0, 0
         while index < count:
             try:
                 with _as_bus_errors():
                     raw = await self._js.get_msg(
-                        streams.CHUNKS, seq=sequence + 1, subject=subject, direct=True, next=True
+                        stream, seq=sequence + 1, subject=subject, direct=True, next=True
                     )
             except NotStored:
                 raise ChunksMissing(f"chunk {index} of {count} is not on the bus") from None
@@ -191,10 +192,10 @@ class Bus:
             yield chunk
             index += 1
 
-    async def chunk_store_bytes(self) -> int:
-        """Return how many bytes of chunks the bus can hold at all."""
+    async def chunk_store_bytes(self, file: str) -> int:
+        """Return how many bytes of chunks of such a file the bus can hold at all."""
         with _as_bus_errors():
-            info = await self._js.stream_info(streams.CHUNKS)
+            info = await self._js.stream_info(streams.chunks_of(file))
         limit = info.config.max_bytes or -1
         return limit if limit > 0 else 1 << 62
 
@@ -203,7 +204,7 @@ class Bus:
         subject = chunk_subject(crash_id, file)
         try:
             with _as_bus_errors():
-                info = await self._js.stream_info(streams.CHUNKS, subjects_filter=subject)
+                info = await self._js.stream_info(streams.chunks_of(file), subjects_filter=subject)
         except NoStreams:
             return 0
         return (info.state.subjects or {}).get(subject, 0)
@@ -220,7 +221,9 @@ class Bus:
     async def purge_chunks(self, crash_id: str, file: str) -> None:
         """Remove all chunks of a crash file from the bus."""
         with suppress(NoStreams), _as_bus_errors():
-            await self._js.purge_stream(streams.CHUNKS, subject=chunk_subject(crash_id, file))
+            await self._js.purge_stream(
+                streams.chunks_of(file), subject=chunk_subject(crash_id, file)
+            )
 
     async def subscribe(self, kind: type[M], subject: str | None = None) -> AsyncIterator[M]:
         """Yield messages from now on, in order, each once; over reconnects and restarts, too.

@@ -74,6 +74,12 @@ def parse_crash_file_name(name: str) -> tuple[Kind, int] | None:
     return kind, int(match[2])
 
 
+def is_large(name: str) -> bool:
+    """Tell by its name whether a file is a core or a binary, for which small files do not wait."""
+    parsed = parse_crash_file_name(name)
+    return parsed[0] in LARGE if parsed else _BINARY.fullmatch(name) is not None
+
+
 def binary_name(kind: Kind, build_id: str, sha256: str) -> str:
     """Return the name of a binary in the spool: of one build there may be several contents,
     such as with and without symbols.

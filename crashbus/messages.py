@@ -31,6 +31,7 @@ VERSION = "1.0"
 MAX_PATH = 32 * 1024  # characters
 MAX_LABELS = 64  # told of one container
 MAX_MODULES = 256  # told of one crash
+_LARGE = "large"  # last token of a work item that shippers have hands of their own for
 
 
 def _file_name(value: str) -> str:
@@ -358,7 +359,8 @@ class WorkItem(_Placed):
         # One subject for each item, so that its sender can ask whether it still waits.
         crash = f"{names.token(self.host)}.{self.crash_id}"
         file = names.token(self.files[0].name)
-        return f"crash.file.{crash}.{file}.{place_token(self.destination)}"
+        item = f"crash.file.{crash}.{file}.{place_token(self.destination)}"
+        return f"{item}.{_LARGE}" if any(one.kind in layout.LARGE for one in self.files) else item
 
 
 class Manifest(_Placed):
@@ -463,11 +465,17 @@ def place_token(destination: str) -> str:
     return hashlib.sha256(destination.encode()).hexdigest()[:16]
 
 
-def work_item_filter(destination: str) -> str:
-    """Return the subject filter that takes the work items of one destination and no other."""
-    return f"crash.file.*.*.*.{place_token(destination)}"
+def work_item_filter(destination: str, large: bool = False) -> str:
+    """Return the subject filter that takes the work items of one destination and no other.
+
+    Args:
+        large: those of cores and binaries, or those of all other files.
+    """
+    subject = f"crash.file.*.*.*.{place_token(destination)}"
+    return f"{subject}.{_LARGE}" if large else subject
 
 
 def chunk_subject(crash_id: str, file: str) -> str:
     """Return the subject that carries one file's chunks."""
-    return f"crash.chunk.{crash_id}.{names.token(file)}"
+    size = "chunk" if layout.is_large(file) else "small"
+    return f"crash.{size}.{crash_id}.{names.token(file)}"

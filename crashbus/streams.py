@@ -2,6 +2,7 @@
 
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 
+from crashbus import layout
 from crashbus.messages import (
     DeadLetter,
     EventsLost,
@@ -15,15 +16,19 @@ from crashbus.messages import (
 
 _DAY = 24 * 60 * 60.0
 _MIB = 1024 * 1024
+_SMALL_PART = 8  # one part in so many of the room for chunks is for small files
+_SMALL_LEAST = 32 * _MIB  # two of the largest small files
 
 SIGNALS = "CRASH_SIGNALS"
 FILES = "CRASH_FILES"
-CHUNKS = "CRASH_CHUNKS"
+CHUNKS = "CRASH_CHUNKS"  # of cores and binaries
+SMALL_CHUNKS = "CRASH_SMALL"  # of all other files, which pass when the former is full
 REPORTS = "CRASH_REPORTS"
 RECEIPTS = "CRASH_RECEIPTS"
 FAILURES = "CRASH_FAILURES"
 
 CHUNK_SUBJECT = "crash.chunk.>"
+SMALL_CHUNK_SUBJECT = "crash.small.>"
 
 
 def _kept(name: str, *subjects: str, days: float, mib: int) -> StreamConfig:
@@ -45,8 +50,9 @@ def all_streams(chunk_store_bytes: int) -> tuple[StreamConfig, ...]:
 
     Args:
         chunk_store_bytes: room for chunks that are not delivered yet; when it is taken, the
-            collector waits with its data on disk.
+            collector waits with its data on disk. A part of it is for small files alone.
     """
+    small = max(chunk_store_bytes // _SMALL_PART, min(_SMALL_LEAST, chunk_store_bytes // 2))
     return (
         _kept(
             SIGNALS, SignalEvent.SUBJECT, SignalCount.SUBJECT, EventsLost.SUBJECT, days=7, mib=256
@@ -63,17 +69,27 @@ def all_streams(chunk_store_bytes: int) -> tuple[StreamConfig, ...]:
             discard=DiscardPolicy.NEW,
             max_bytes=256 * _MIB,
         ),
-        # New chunks are refused when it is full (backpressure); old ones are never dropped.
-        StreamConfig(
-            name=CHUNKS,
-            subjects=[CHUNK_SUBJECT],
-            retention=RetentionPolicy.LIMITS,
-            storage=StorageType.FILE,
-            discard=DiscardPolicy.NEW,
-            max_bytes=chunk_store_bytes,
-            allow_direct=True,
-        ),
+        _chunks(CHUNKS, CHUNK_SUBJECT, chunk_store_bytes - small),
+        _chunks(SMALL_CHUNKS, SMALL_CHUNK_SUBJECT, small),
     )
+
+
+def _chunks(name: str, subject: str, room: int) -> StreamConfig:
+    """New chunks are refused when it is full (backpressure); old ones are never dropped."""
+    return StreamConfig(
+        name=name,
+        subjects=[subject],
+        retention=RetentionPolicy.LIMITS,
+        storage=StorageType.FILE,
+        discard=DiscardPolicy.NEW,
+        max_bytes=room,
+        allow_direct=True,
+    )
+
+
+def chunks_of(file: str) -> str:
+    """Return the name of the stream that keeps the chunks of a file with this name."""
+    return CHUNKS if layout.is_large(file) else SMALL_CHUNKS
 
 
 def stream_of(kind: type[Message]) -> str:

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import structlog
 
+from crashbus import streams
 from crashbus.bus import Bus
 from crashbus.chunks import Chunk, Encoder, chunk_size
 from crashbus.errors import BusFull, BusUnreachable, CrashbusError
@@ -95,7 +96,7 @@ class Publisher:
         encoder = Encoder(chunk_size(self.bus.max_payload), encoding, self.level or 1)
         stream = _Stream(self.bus, crash_id, source.name)
         limit = self.limit if source.kind in LARGE else min(self.limit, MAX_SMALL)
-        wanted, room = min(size, limit), await self.bus.chunk_store_bytes()
+        wanted, room = min(size, limit), await self.bus.chunk_store_bytes(source.name)
         try:
             while encoder.size < wanted:
                 chunk = await asyncio.to_thread(self._next, source, file, encoder, wanted)
@@ -127,7 +128,8 @@ class Publisher:
         return SourceLost(
             "larger_than_bus",
             f"{self._path(source)} needs more room on the bus than there is, {room} bytes;"
-            " give the stream CRASH_CHUNKS more (CRASHBUS_CHUNK_STORE_BYTES when it is made)",
+            f" give the stream {streams.chunks_of(source.name)} more"
+            " (CRASHBUS_CHUNK_STORE_BYTES when it is made)",
         )
 
     def _next(self, source: Source, file: BinaryIO, encoder: Encoder, wanted: int) -> Chunk | None:

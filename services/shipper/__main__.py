@@ -62,7 +62,8 @@ def threads_for(places: int, settings: ShipperSettings) -> int:
     asyncio's own few would all be taken by destinations that hang, and the others would wait.
     Each hand may hold one with its destination while another checks a chunk.
     """
-    return SPARE_THREADS + places * (2 * settings.concurrency + 1)  # 1: for the look at the start
+    hands = 2 * settings.concurrency  # for small files and for large ones
+    return SPARE_THREADS + places * (2 * hands + 1)  # 1: for the look at the start
 
 
 async def watch_start(place: Place) -> None:

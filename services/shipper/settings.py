@@ -21,7 +21,11 @@ class ShipperSettings(Settings):
         "127.0.0.1:9604", description="host:port to serve health and metrics on; empty: do not"
     )
     concurrency: int = Field(
-        4, ge=1, le=64, description="work items delivered at a time to each destination"
+        4,
+        ge=1,
+        le=64,
+        description="small files delivered at a time to each destination, "
+        "and cores and binaries beside them",
     )
     ack_wait: float = Field(
         30,

@@ -20,17 +20,23 @@ FINISH_WITHIN = 5.5  # seconds from SIGTERM for what is in hand; the rest is han
 HAND_BACK_WITHIN = 2.0  # seconds to take back what was begun
 
 
-def consumer(destination: str) -> str:
-    """Return the durable consumer of a destination; all its shippers share it, and the work."""
-    return f"shippers-{place_token(destination)}"
+def consumer(destination: str, large: bool = False) -> str:
+    """Return the durable consumer of a destination; all its shippers share it, and the work.
+
+    Args:
+        large: for cores and binaries, or for all other files.
+    """
+    name = f"shippers-{place_token(destination)}"
+    return f"{name}-large" if large else name
 
 
 class Shipper:
     """Takes items as long as it is not cancelled, a bounded number at a time.
 
-    Each destination has a consumer and hands of its own. The bus gives a consumer no more when
+    Each destination has consumers and hands of its own. The bus gives a consumer no more when
     1,024 messages are out, and one handed back for a while counts as out: a consumer for all
-    would let a dead destination stop the others.
+    would let a dead destination stop the others. And each has one for small files and one for
+    large ones, so that no small file ever waits for a hand that is full of cores.
 
     Args:
         destinations: the URLs that are served.
@@ -60,7 +66,9 @@ class Shipper:
             async with asyncio.TaskGroup() as loops:
                 loops.create_task(self._sweep.run(), name="sweep")
                 for destination in self._destinations:
-                    loops.create_task(self._serve(destination), name=f"serve {destination}")
+                    for large in (False, True):
+                        work = self._serve(destination, large)
+                        loops.create_task(work, name=f"serve {destination}")
         finally:
             await self._finish()
 
@@ -71,12 +79,12 @@ class Shipper:
         retries = policy.until_bus_answers(self._settings, on_retry)
         await retries(WorkQueue(self._bus).retire, FORMER_CONSUMER)
 
-    async def _serve(self, destination: str) -> None:
+    async def _serve(self, destination: str, large: bool) -> None:
         items = self._bus.consume(
             WorkItem,
-            consumer(destination),
+            consumer(destination, large),
             service="shipper",
-            subject=work_item_filter(destination),
+            subject=work_item_filter(destination, large),
             ack_wait=self._settings.ack_wait,
         )
         hands: set[asyncio.Task[None]] = set()

@@ -5,6 +5,7 @@ import hashlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -298,6 +299,37 @@ async def test_more_items_of_a_dead_destination_than_a_consumer_may_have_out_sto
         await until(lambda: all_out(bus, consumer(gone.url)), within=60)
         await bus.publish(sent.item(tmp_path.as_uri()))
         await receipts_of(bus, sent, 1, within=60)
+
+
+class Absent(Receiver):
+    """Takes nothing from its first connection before it is told to."""
+
+    def __init__(self) -> None:
+        self.back = threading.Event()
+        super().__init__()
+
+    def _read(self, connection: socket.socket) -> bytes | None:
+        if connection is self._open[0]:
+            self.back.wait()
+        return super()._read(connection)
+
+
+async def test_small_file_passes_while_every_hand_for_cores_is_taken(
+    bus: Bus, shipping: Running
+) -> None:
+    receiver = Absent()
+    place = f"{receiver.url}?core=true"
+    sent = await send(bus, {"core_1": os.urandom(20 * MIB), "info_1": b"x"})
+    await bus.publish(sent.item(place, "core_1"))
+    patient = quick(concurrency=1, tcp_write_timeout=120)
+
+    async with shipping([place], patient):
+        await until(lambda: receiver.accepted == 1)
+        await bus.publish(sent.item(place, "info_1"))
+        (receipt,) = await receipts_of(bus, sent, 1)
+        assert receipt.file.name == "info_1"
+        receiver.back.set()
+        await receipts_of(bus, sent, 2)
 
 
 async def all_out(bus: Bus, durable: str) -> bool:
