@@ -27,10 +27,17 @@ MAX_SIZE = 4 * 1024 * 1024  # a record lists few files, but arguments may be lon
 
 
 class CapturedFile(Part):
-    """A file of the set: its size once it is whole, and what is wrong with it if anything."""
+    """A file of the set: its size once it is whole, and what is wrong with it if anything.
+
+    Attributes:
+        expected: bytes that a truncated file would have whole, where that is known.
+        in_order: nothing changed that was final once, `crashbus.unfinished`.
+    """
 
     size: int = Field(ge=0)
     truncated: bool = False
+    expected: int | None = Field(None, ge=0)
+    in_order: bool = False
     note: str | None = None
 
 

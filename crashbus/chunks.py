@@ -7,6 +7,7 @@ itself. Any chunk can be made again from the source alone.
 """
 
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -88,12 +89,49 @@ def chunk_size(max_payload: int) -> int:
     return size
 
 
+class Packer:
+    """Makes chunks of ranges, in any order and in any number of threads.
+
+    Args:
+        size: bytes of a whole range; what such ranges of zeros become is made only once, for a
+            core may have terabytes of them.
+    """
+
+    def __init__(self, size: int, encoding: Encoding, level: int = 1) -> None:
+        self._encoding = encoding
+        self._level = level
+        self._own = threading.local()  # a compressor serves one thread at a time
+        self._zeros = bytes(size)
+        self._packed_zeros: tuple[bytes, str] | None = None
+
+    def pack(self, index: int, data: bytes) -> Chunk:
+        """Return the chunk of a range."""
+        if data == self._zeros:
+            if self._packed_zeros is None:
+                self._packed_zeros = self._pack(data)
+            return Chunk(index, len(data), *self._packed_zeros)
+        return Chunk(index, len(data), *self._pack(data))
+
+    def _pack(self, data: bytes) -> tuple[bytes, str]:
+        body = data if self._encoding == "identity" else self._compressor.compress(data)
+        return body, hashlib.sha256(body).hexdigest()
+
+    @property
+    def _compressor(self) -> zstandard.ZstdCompressor:
+        try:
+            found: zstandard.ZstdCompressor = self._own.compressor
+        except AttributeError:
+            found = self._own.compressor = zstandard.ZstdCompressor(level=self._level)
+        return found
+
+
 class Encoder:
     """Cuts a file into chunks; knows its size and hash when all chunks are made."""
 
     def __init__(self, size: int, encoding: Encoding, level: int = 1) -> None:
         self.chunk_size = size
-        self._compressor = zstandard.ZstdCompressor(level=level) if encoding == "zstd" else None
+        self.encoding = encoding
+        self.packer = Packer(size, encoding, level)
         self._hash = hashlib.sha256()
         self.size = 0
         self.stored_size = 0
@@ -106,13 +144,16 @@ class Encoder:
 
     def encode(self, data: bytes) -> Chunk:
         """Return the next chunk of the file, made of `data`."""
-        self._hash.update(data)
-        body = self._compressor.compress(data) if self._compressor else data
-        chunk = Chunk(self.count, len(data), body, hashlib.sha256(body).hexdigest())
-        self.count += 1
-        self.size += len(data)
-        self.stored_size += len(body)
+        chunk = self.packer.pack(self.cut(data), data)
+        self.stored_size += len(chunk.body)
         return chunk
+
+    def cut(self, data: bytes) -> int:
+        """Take the next range of the file and return its index; `packer` makes its chunk."""
+        self._hash.update(data)
+        self.size += len(data)
+        self.count += 1
+        return self.count - 1
 
     @property
     def sha256(self) -> str:

@@ -279,6 +279,9 @@ class CrashFile(Part):
     stored_size: Size = Field(description="bytes of all chunks together")
     chunks: Count = Field(description="how many; 0 for an empty file")
     truncated: bool = Field(False, description="cut short; see note")
+    expected_size: Size | None = Field(
+        None, description="of a truncated file: bytes that it would have whole, where it is known"
+    )
     note: str | None = Field(None, description="why it was cut short, or what else is odd")
     stored_as: FileName | None = Field(
         None, description="in a receipt: the object's name, where it is not the usual one"

@@ -4,6 +4,7 @@ import asyncio
 
 from crashbus import identity
 from services.collector import retention
+from services.collector.ahead import Ahead
 from services.collector.deaths import Deaths
 from services.collector.delivery import Deliverer
 from services.collector.gather import Gatherer
@@ -35,7 +36,8 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
             settings.compression,
             settings.max_file_bytes,
         )
-        deliverer = Deliverer(runtime.host, bus, ledger, publisher, settings.recheck)
+        ahead = Ahead(bus, ledger, publisher, shared.state / "collector" / "ahead")
+        deliverer = Deliverer(runtime.host, bus, ledger, publisher, ahead, settings.recheck)
         gatherer = Gatherer(
             shared.spool,
             runtime.host,
@@ -44,6 +46,7 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
             ledger,
             bus,
             deliverer.start,
+            deliverer.start_ahead,
             runtime.ready,
         )
         deaths = Deaths(

@@ -19,6 +19,7 @@ from crashbus.layout import LARGE, MANIFEST_NAME, Kind, parse_crash_file_name
 from crashbus.messages import CrashFile, DeadLetter, Receipt, WorkItem
 from crashbus.names import token
 from services.collector import metrics
+from services.collector.ahead import Ahead
 from services.collector.ledger import Crash, Ledger, Source
 from services.collector.publish import Publisher, SourceLost
 
@@ -92,12 +93,19 @@ class Deliverer:
     """Brings every crash of the ledger to its destinations."""
 
     def __init__(
-        self, host: str, bus: Bus, ledger: Ledger, publisher: Publisher, recheck: float
+        self,
+        host: str,
+        bus: Bus,
+        ledger: Ledger,
+        publisher: Publisher,
+        ahead: Ahead,
+        recheck: float,
     ) -> None:
         self._host = host
         self._bus = bus
         self._ledger = ledger
         self._publisher = publisher
+        self._ahead = ahead
         self._recheck = recheck
         self._small: asyncio.Queue[str] = asyncio.Queue()
         self._cores: asyncio.Queue[str] = asyncio.Queue()
@@ -121,6 +129,11 @@ class Deliverer:
         """Bring a crash on its way, or further on it."""
         self._enqueue(self._small, crash.crash_id)
 
+    def start_ahead(self, crash_id: str, directory: str, name: str) -> None:
+        """Send a core that is still being written."""
+        if self._ahead.expect(crash_id, directory, name):
+            self._enqueue(self._cores, crash_id)
+
     def _enqueue(self, lane: asyncio.Queue[str], crash_id: str) -> None:
         """Have a lane work on a crash; on one it works on now, once more after that."""
         key = (id(lane), crash_id)
@@ -140,6 +153,10 @@ class Deliverer:
             for crash in unfinished:
                 if is_unfinished(crash):
                     self.start(crash)
+            try:
+                await self._ahead.tidy()
+            except (BusUnreachable, OSError) as error:
+                log.warning("chunks of no crash stay for now", error=str(error))
             await asyncio.sleep(self._recheck)
 
     async def _lane(self, lane: asyncio.Queue[str], core: bool) -> None:
@@ -148,8 +165,10 @@ class Deliverer:
             key = (id(lane), crash_id)
             self._queued.discard(key)
             self._active.add(key)
-            crash = self._ledger.get(crash_id)
             try:
+                if core:
+                    await self._ahead.send(crash_id)
+                crash = self._ledger.get(crash_id)
                 if crash is not None and crash.delivered_at is None:
                     await self._work_on(crash, core)
             except (BusUnreachable, BusFull, OSError) as error:
@@ -195,7 +214,14 @@ class Deliverer:
         """See that a file's chunks are on the bus."""
         known = source.file
         held = await self._bus.chunk_count(crash.crash_id, source.name)
-        if known is not None and held >= max(known.chunks, source.on_bus):
+        if known is None:
+            source.file = await self._ahead.take(crash, source)
+            if source.file is not None and held >= source.file.chunks:
+                source.on_bus = held
+                await self._ledger.save(crash)
+                return
+            source.file = None
+        elif held >= max(known.chunks, source.on_bus):
             return
         if held:  # a part of it, perhaps of another form: of a collector that was killed
             await self._bus.purge_chunks(crash.crash_id, source.name)

@@ -19,13 +19,13 @@ from asyncinotify import Inotify, Mask
 
 from crashbus import capture, signals
 from crashbus.bus import Bus
-from crashbus.capture import CaptureRecord, UnreadableRecord
+from crashbus.capture import CapturedFile, CaptureRecord, UnreadableRecord
 from crashbus.errors import BusUnreachable
 from crashbus.identity import crash_id, unknown_crash_id
 from crashbus.layout import BINARIES, Kind
 from crashbus.messages import Module, Process, SignalEvent
 from crashbus.names import token
-from services.collector import judge, metrics, processes, spool
+from services.collector import ahead, judge, metrics, processes, spool
 from services.collector.judge import RecordState, Verdict
 from services.collector.ledger import Crash, Ledger, Source
 from services.collector.spool import Entry, Refused
@@ -38,6 +38,7 @@ LOOK_AGAIN = 5.0  # seconds between rounds over directories that may have change
 MAX_SMALL_FILE = 64 * 1024  # read of cfg, info and backtrace to judge a set
 MAX_FILES = 512  # of one crash; AppScope writes four for each signal
 EVENTS_KEPT = 86400.0  # seconds; older files are not looked up among the events
+TAKES_LONG = 0.2  # seconds; most sets are whole by then
 WAIT_FOR = 1024  # processes waited for at a time
 _PID = re.compile(r"[1-9][0-9]{0,6}")  # at most 4194304, proc_sys_kernel(5), pid_max
 _CHANGES = Mask.CREATE | Mask.CLOSE_WRITE | Mask.MOVED_TO | Mask.ONLYDIR | Mask.DONT_FOLLOW
@@ -86,6 +87,7 @@ class Gatherer:
     Args:
         root: the spool, such as ``/tmp/appscope``.
         on_crash: called with each crash that is new or has new files.
+        on_core: called with crash ID, directory and name of a large core that is being written.
         on_ready: called once nothing new can be overlooked.
     """
 
@@ -98,6 +100,7 @@ class Gatherer:
         ledger: Ledger,
         bus: Bus,
         on_crash: Callable[[Crash], None],
+        on_core: Callable[[str, str, str], None],
         on_ready: Callable[[], None],
     ) -> None:
         self.root = root
@@ -107,6 +110,7 @@ class Gatherer:
         self._ledger = ledger
         self._bus = bus
         self._on_crash = on_crash
+        self._on_core = on_core
         self._on_ready = on_ready
         self._settled: dict[str, int] = {}  # directory to its mtime when nothing was left to do
         self._reported: set[tuple[str, str]] = set()  # what was refused, said once
@@ -157,8 +161,7 @@ class Gatherer:
                 continue
             if event.watch is self._root_watch:
                 self._watch(inotify, name)
-            self._changed.add(name)
-            self._wake.set()
+            self._look_soon(name)
 
     async def _look_at_changed(self) -> None:
         """Look once at each directory that changed, however often it did."""
@@ -239,16 +242,31 @@ class Gatherer:
         self._settled[directory] = changed  # also when a fault of our own ends this look
         for one in found:
             judged, process = await self._identified(one)
-            self._being_captured.pop((directory, one.epoch), None)
+            before = self._being_captured.pop((directory, one.epoch), None)
             if judged.verdict is Verdict.WAIT:
                 settled = False
                 if judged.record and judged.record.record:
-                    self._being_captured[directory, one.epoch] = judged.record.record.crash_id
+                    self._note_capture(judged, judged.record.record.crash_id, before is None)
                 self._look_when_gone(judged)
             else:
                 await self._enter(judged, process)
         if not settled:
             self._settled.pop(directory, None)
+
+    def _note_capture(self, found: FoundSet, crash_id: str, is_new: bool) -> None:
+        """Keep in mind that a set is being written; have its core sent if that takes long."""
+        self._being_captured[found.directory, found.epoch] = crash_id
+        core = found.entries.get(Kind.CORE)
+        if core is not None and core.uid == 0 and core.size >= ahead.LEAST:
+            self._on_core(crash_id, found.directory, core.name)
+        elif is_new:
+            # No notification tells of the core's size, which it has from the beginning.
+            loop = asyncio.get_running_loop()
+            loop.call_later(TAKES_LONG, self._look_soon, found.directory)
+
+    def _look_soon(self, directory: str) -> None:
+        self._changed.add(directory)
+        self._wake.set()
 
     async def _identified(self, found: FoundSet) -> tuple[FoundSet, Process | None]:
         """Find out who made a set of AppScope's; judge it anew if that process still lives."""
@@ -342,7 +360,7 @@ class Gatherer:
         """
         crash = self._crash_of(found, process)
         sources = [
-            Source(directory=found.directory, name=e.name, kind=e.kind, note=_note(found, e))
+            _source(found, e)
             for e in found.entries.values()
             if self._belongs(found, e, crash) and not self._is_entered(found.directory, e)
         ]
@@ -511,10 +529,21 @@ def _content(directory: int, entry: Entry | None) -> bytes:
         os.close(descriptor)
 
 
-def _note(found: FoundSet, entry: Entry) -> str | None:
-    """Return why a file is incomplete; None when it is whole."""
+def _source(found: FoundSet, entry: Entry) -> Source:
     record = found.record.record if found.record else None
     captured = record.files.get(entry.name) if record else None
+    source = Source(directory=found.directory, name=entry.name, kind=entry.kind)
+    source.note = _note(found, entry, captured)
+    if captured is not None:
+        source.in_order = captured.in_order
+        source.expected = captured.expected
+        if captured.size != entry.size and not captured.truncated:
+            source.expected = captured.size
+    return source
+
+
+def _note(found: FoundSet, entry: Entry, captured: CapturedFile | None) -> str | None:
+    """Return why a file is incomplete; None when it is whole."""
     if captured is not None and captured.truncated:
         return captured.note or "cut short by the recorder"
     if captured is not None and captured.size != entry.size:

@@ -34,6 +34,8 @@ class Source(BaseModel):
     Attributes:
         directory: its directory's name below the spool.
         note: why it is incomplete, if it is.
+        expected: bytes that it would have whole, where it is known to be incomplete.
+        in_order: it may have been sent while it was being written, see `crashbus.unfinished`.
         file: size, hash and form; None until it was read for the first time.
         delivered: the destinations that confirmed it.
         failed: the destinations that gave it up, each with its reason.
@@ -48,6 +50,8 @@ class Source(BaseModel):
     name: FileName
     kind: Kind
     note: str | None = None
+    expected: int | None = None
+    in_order: bool = False
     file: CrashFile | None = None
     delivered: list[str] = Field(default_factory=list)
     failed: dict[str, str] = Field(default_factory=dict)

@@ -4,6 +4,7 @@ from prometheus_client import Counter, Gauge
 
 CRASHES = Counter("crashbus_collector_crashes", "Crashes gathered", ["source"])
 FILES = Counter("crashbus_collector_files", "Crash files put on the bus", ["kind"])
+AHEAD = Counter("crashbus_collector_ahead", "Cores sent while they were still being written")
 BYTES_READ = Counter("crashbus_collector_read_bytes", "Bytes read from crash files")
 BYTES_SENT = Counter("crashbus_collector_sent_bytes", "Bytes of chunks put on the bus")
 REFUSED = Counter(

@@ -1,32 +1,39 @@
-"""Putting one crash file on the bus, chunk by chunk, in constant memory."""
+"""Putting one crash file on the bus, chunk by chunk, in constant memory.
+
+A file is read and hashed in order; its chunks are made by several threads meanwhile, and sent in
+order. All this is done for cores and binaries at a lower priority than for small files.
+"""
 
 import asyncio
+import errno
 import io
 import os
+import threading
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
-
-import structlog
 
 from crashbus import streams
 from crashbus.bus import Bus
 from crashbus.chunks import Chunk, Encoder, chunk_size
-from crashbus.errors import BusFull, BusUnreachable, CrashbusError
+from crashbus.errors import CrashbusError
 from crashbus.layout import LARGE, Kind
-from crashbus.messages import CrashFile, Encoding
+from crashbus.messages import CrashFile
 from services.collector import metrics, spool
+from services.collector.growing import Growing, Unsteady
 from services.collector.ledger import Source
+from services.collector.sending import Sending
 from services.collector.spool import Refused
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger()
-
-IN_FLIGHT = 8  # chunks sent and not yet confirmed; with 1 MiB each this fills a local bus
-TRY_AGAIN = 1.0  # seconds between tries while the bus is away or has no room
 MAX_SMALL = 16 * 1024 * 1024  # bytes of any file that is not large; AppScope's have kilobytes
 MESSAGE_OVERHEAD = 512  # bytes of subject and headers that the bus stores with each chunk
-FULL_PATIENCE = 30.0  # seconds to wait for room before our own half file makes room for others
+PACKED_AT_ONCE = min(4, len(os.sched_getaffinity(0)))  # ranges of a core compressed at a time
+NICE = 10  # of the threads that do so, setpriority(2): all else on the host goes first
+
+Reach = Callable[[int], Awaitable[int]]  # waits until bytes can be read, tells how many can
 
 
 class SourceLost(CrashbusError):
@@ -42,6 +49,29 @@ class SourceLost(CrashbusError):
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What tells whether a file is still the one that was read."""
+
+    device: int
+    inode: int
+    size: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> "Identity":
+        """Return an open file's."""
+        status = os.fstat(file.fileno())
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _in_background() -> ThreadPoolExecutor:
+    def begin() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+
+    return ThreadPoolExecutor(1 + PACKED_AT_ONCE, "large files", begin)
+
+
+@dataclass(frozen=True)
 class Publisher:
     """Reads files of the spool and publishes their chunks.
 
@@ -54,6 +84,7 @@ class Publisher:
     root: Path
     level: int
     limit: int
+    _background: ThreadPoolExecutor = field(default_factory=_in_background)
 
     async def publish(self, crash_id: str, source: Source) -> CrashFile:
         """Put all chunks of a file on the bus and return what it is.
@@ -66,11 +97,38 @@ class Publisher:
         """
         file = await asyncio.to_thread(self._open, source)
         with file:
-            return await self._publish(crash_id, source, file, os.fstat(file.fileno()).st_size)
+            size = os.fstat(file.fileno()).st_size
+
+            async def reach(_: int) -> int:
+                return size
+
+            return await self._publish(crash_id, source, file, reach)
+
+    async def publish_ahead(self, crash_id: str, source: Source) -> tuple[CrashFile, Identity]:
+        """Do the same with a file that is being written; return which file it was, too.
+
+        Raises:
+            Unsteady: it cannot be followed to its end; what was put on the bus is removed again.
+        """
+        file = await asyncio.to_thread(self._open, source)
+        with file:
+            growing = Growing(file.fileno())
+            found = await self._publish(crash_id, source, file, growing.reach)
+            return found, Identity.of(file)
 
     async def publish_bytes(self, crash_id: str, source: Source, data: bytes) -> CrashFile:
         """Do the same with a file that exists in memory only."""
-        return await self._publish(crash_id, source, io.BytesIO(data), len(data))
+        encoder = Encoder(chunk_size(self.bus.max_payload), "identity")
+        sending = Sending(self.bus, crash_id, source.name)
+        for chunk in encoder.chunks(io.BytesIO(data)):
+            await sending.send(chunk)
+        await sending.flush()
+        return _published(source, encoder, len(data), len(data))
+
+    def identity(self, source: Source) -> Identity:
+        """Return which file a source is now; raises as `publish` does."""
+        with self._open(source) as file:
+            return Identity.of(file)
 
     def _open(self, source: Source) -> BinaryIO:
         try:
@@ -89,40 +147,59 @@ class Publisher:
     def _path(self, source: Source) -> Path:
         return self.root / source.directory / source.name
 
-    async def _publish(self, crash_id: str, source: Source, file: BinaryIO, size: int) -> CrashFile:
-        encoding: Encoding = "identity"
-        if self.level and source.kind is Kind.CORE and size:  # an empty file has no frame
-            encoding = "zstd"
-        encoder = Encoder(chunk_size(self.bus.max_payload), encoding, self.level or 1)
-        stream = _Stream(self.bus, crash_id, source.name)
-        limit = self.limit if source.kind in LARGE else min(self.limit, MAX_SMALL)
-        wanted, room = min(size, limit), await self.bus.chunk_store_bytes(source.name)
-        try:
-            while encoder.size < wanted:
-                chunk = await asyncio.to_thread(self._next, source, file, encoder, wanted)
-                if chunk is None:
-                    break
-                if encoder.stored_size + encoder.count * MESSAGE_OVERHEAD > room:
-                    raise self._too_large(source, room)
-                await stream.send(chunk)
-            await stream.flush()
-        except SourceLost:
-            await stream.give_up()
-            raise
-        metrics.FILES.labels(source.kind).inc()
-        metrics.BYTES_SENT.inc(encoder.stored_size)
-        note = source.note or _shortfall(encoder.size, size, limit)
-        return CrashFile(
-            name=source.name,
-            kind=source.kind,
-            size=encoder.size,
-            sha256=encoder.sha256,
-            encoding=encoding,
-            stored_size=encoder.stored_size,
-            chunks=encoder.count,
-            truncated=note is not None,
-            note=note,
+    async def _publish(
+        self, crash_id: str, source: Source, file: BinaryIO, reach: Reach
+    ) -> CrashFile:
+        compressed = source.kind is Kind.CORE and self.level > 0
+        encoder = Encoder(
+            chunk_size(self.bus.max_payload), "zstd" if compressed else "identity", self.level or 1
         )
+        sending = Sending(self.bus, crash_id, source.name)
+        limit = self.limit if source.kind in LARGE else min(self.limit, MAX_SMALL)
+        try:
+            size = await self._send(source, file, reach, limit, encoder, sending)
+        except (SourceLost, Unsteady):
+            await sending.give_up()
+            raise
+        return _published(source, encoder, size, limit)
+
+    async def _send(
+        self,
+        source: Source,
+        file: BinaryIO,
+        reach: Reach,
+        limit: int,
+        encoder: Encoder,
+        sending: Sending,
+    ) -> int:
+        """Send all chunks; return the file's size, which may be above the limit."""
+        room = await self.bus.chunk_store_bytes(source.name)
+        threads: Executor | None = self._background if source.kind in LARGE else None
+        run = asyncio.get_running_loop().run_in_executor
+        packing: deque[asyncio.Future[Chunk]] = deque()
+
+        async def send_first() -> None:
+            chunk = await packing.popleft()
+            encoder.stored_size += len(chunk.body)
+            if encoder.stored_size + chunk.index * MESSAGE_OVERHEAD > room:
+                raise self._too_large(source, room)
+            await sending.send(chunk)
+
+        while True:
+            size = await reach(encoder.size + encoder.chunk_size)
+            end = min(size, limit)
+            if encoder.size >= end:
+                break
+            data = await run(threads, self._next, source, file, encoder, end)
+            if not data:
+                break
+            packing.append(run(threads, encoder.packer.pack, encoder.count - 1, data))
+            if len(packing) > PACKED_AT_ONCE:
+                await send_first()
+        while packing:
+            await send_first()
+        await sending.flush()
+        return size
 
     def _too_large(self, source: Source, room: int) -> SourceLost:
         return SourceLost(
@@ -132,94 +209,60 @@ class Publisher:
             " (CRASHBUS_CHUNK_STORE_BYTES when it is made)",
         )
 
-    def _next(self, source: Source, file: BinaryIO, encoder: Encoder, wanted: int) -> Chunk | None:
+    def _next(self, source: Source, file: BinaryIO, encoder: Encoder, end: int) -> bytes:
+        """Return the next range up to `end`, counted and hashed; nothing where there is no more."""
         try:
-            data = _read(file, min(encoder.chunk_size, wanted - encoder.size))
+            data = _read(file, encoder.size, min(encoder.chunk_size, end - encoder.size))
         except OSError as error:
             raise SourceLost(
                 "source_unreadable", f"{self._path(source)} cannot be read: {error}"
             ) from None
         metrics.BYTES_READ.inc(len(data))
-        return encoder.encode(data) if data else None
+        if data:
+            encoder.cut(data)
+        return data
 
 
-def _read(file: BinaryIO, size: int) -> bytes:
-    """Read `size` bytes, fewer only at the end of the file."""
+def _read(file: BinaryIO, at: int, size: int) -> bytes:
+    """Read `size` bytes at a place, fewer only at the end of the file."""
+    if _is_hole(file, at, size):
+        return bytes(size)
     parts, left = [], size
-    while left and (part := file.read(left)):
+    while left and (part := os.pread(file.fileno(), left, at + size - left)):
         parts.append(part)
         left -= len(part)
     return b"".join(parts)
+
+
+def _is_hole(file: BinaryIO, at: int, size: int) -> bool:
+    """Tell whether there is nothing in a range but a hole, lseek(2); it need not be read then."""
+    try:
+        found = os.lseek(file.fileno(), at, os.SEEK_DATA)
+    except OSError as error:
+        behind_data = error.errno == errno.ENXIO
+        return behind_data and at + size <= os.fstat(file.fileno()).st_size
+    return found >= at + size
+
+
+def _published(source: Source, encoder: Encoder, size: int, limit: int) -> CrashFile:
+    metrics.FILES.labels(source.kind).inc()
+    metrics.BYTES_SENT.inc(encoder.stored_size)
+    note = source.note or _shortfall(encoder.size, size, limit)
+    return CrashFile(
+        name=source.name,
+        kind=source.kind,
+        size=encoder.size,
+        sha256=encoder.sha256,
+        encoding=encoder.encoding if encoder.count else "identity",  # an empty file has no frame
+        stored_size=encoder.stored_size,
+        chunks=encoder.count,
+        truncated=note is not None,
+        expected_size=source.expected or (size if size > encoder.size else None),
+        note=note,
+    )
 
 
 def _shortfall(actual: int, size: int, limit: int) -> str | None:
     if size > limit:
         return f"cut to {limit} bytes of {size}, see CRASHBUS_COLLECTOR_MAX_FILE_BYTES"
     return f"shrank to {actual} bytes of {size} while it was read" if actual < size else None
-
-
-class _Stream:
-    """Sends chunks in order, several at a time, again and again until each is stored."""
-
-    def __init__(self, bus: Bus, crash_id: str, name: str) -> None:
-        self._bus = bus
-        self._crash_id = crash_id
-        self._name = name
-        self._sent: deque[tuple[Chunk, asyncio.Task[None]]] = deque()
-
-    async def send(self, chunk: Chunk) -> None:
-        """Send a chunk; returns when fewer than `IN_FLIGHT` are unconfirmed."""
-        self._sent.append((chunk, self._start(chunk)))
-        while len(self._sent) >= IN_FLIGHT:
-            await self._confirm()
-
-    async def flush(self) -> None:
-        """Return when all are stored."""
-        while self._sent:
-            await self._confirm()
-
-    async def give_up(self) -> None:
-        """Take back what was sent."""
-        await self._settle()
-        self._sent.clear()
-        try:
-            await self._bus.purge_chunks(self._crash_id, self._name)
-        except BusUnreachable as error:
-            log.warning("half a file stays on the bus for now", error=str(error))
-
-    def _start(self, chunk: Chunk) -> asyncio.Task[None]:
-        return asyncio.create_task(self._bus.publish_chunk(self._crash_id, self._name, chunk))
-
-    async def _settle(self) -> None:
-        await asyncio.gather(*(task for _, task in self._sent), return_exceptions=True)
-
-    async def _confirm(self) -> None:
-        """Wait for the oldest; if it failed, send it and all behind it again."""
-        _, task = self._sent[0]
-        try:
-            await task
-        except (BusUnreachable, BusFull) as error:
-            await self._settle()
-            await self._again(error)
-        self._sent.popleft()
-
-    async def _again(self, error: CrashbusError) -> None:
-        waited = 0.0
-        while True:
-            if isinstance(error, BusFull):
-                metrics.BUS_FULL.inc()
-                if waited >= FULL_PATIENCE:
-                    await self.give_up()
-                    raise error
-            log.warning("waiting for the bus", crash_id=self._crash_id, error=str(error))
-            await asyncio.sleep(TRY_AGAIN)
-            waited += TRY_AGAIN
-            try:
-                for chunk, _ in self._sent:
-                    await self._bus.publish_chunk(self._crash_id, self._name, chunk)
-            except (BusUnreachable, BusFull) as again:
-                error = again
-            else:
-                done = asyncio.create_task(asyncio.sleep(0))
-                self._sent = deque((chunk, done) for chunk, _ in self._sent)
-                return

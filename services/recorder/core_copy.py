@@ -7,7 +7,7 @@ never touched is zeros; in the file it becomes holes.
 
 import errno
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -33,11 +33,13 @@ class Copied:
         size: of the file in bytes.
         fault: why it is cut short; None when it is whole.
         disk_full: there was no room for more.
+        in_order: what was said to be final is so, `crashbus.unfinished`.
     """
 
     size: int
     fault: str | None = None
     disk_full: bool = False
+    in_order: bool = False
 
 
 def copy(
@@ -117,7 +119,7 @@ def _from_memory(
         sparse.write(core, pages.head.raw, 0)
         return None
     metrics.CORES.labels("memory").inc()
-    return copied
+    return replace(copied, in_order=True)
 
 
 def _left_out(reduced: Reduced, limit: int, stacks_because: str) -> str | None:

@@ -24,12 +24,13 @@ import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from crashbus import unfinished
 from services.recorder import facts, sparse
 from services.recorder.core_head import Head, Load
 from services.recorder.hold import Hold
@@ -310,6 +311,9 @@ def copy(hold: Hold, memory: int, found: Iterator[Piece], core: int, size: int) 
         OSError: the file cannot be written; it was cut to where it is complete.
     """
     _resize(core, size)
+    if size > _ALONE:
+        with suppress(OSError):  # a file system without locks: the core is sent when it is whole
+            unfinished.begin(core)
     return _Work(hold, memory, core, found, size).done(_THREADS if size > _ALONE else 1)
 
 
@@ -335,6 +339,8 @@ class _Work:
         self._lock = threading.Lock()
         self._end = size  # up to where nothing is missing
         self._given = 0  # up to where pieces were given out
+        self._in_work: set[int] = set()  # where the pieces begin that were given out
+        self._told = 0 if size > _ALONE else size  # up to where it was said to be final
         self._error: Exception | None = None
 
     def done(self, threads: int) -> int:
@@ -353,13 +359,23 @@ class _Work:
             os.ftruncate(self._core, self._end)
         if self._error is not None:
             raise self._error
+        self._tell(self._end)
         return self._end
+
+    def _tell(self, end: int) -> None:
+        """Say up to where the file is final."""
+        if end > self._told:
+            self._told = end
+            with suppress(OSError):
+                unfinished.finished(self._core, end)
 
     def _run(self) -> None:
         buffer, piece = bytearray(_BLOCK), None
         try:
             while (piece := self._next()) is not None:
-                if not self._copy(piece, buffer):
+                if self._copy(piece, buffer):
+                    self._done(piece)
+                else:
                     self._stop_at(piece.offset)
         except Exception as error:  # noqa: BLE001 - raised again where all threads are joined
             self._stop_at(piece.offset if piece else 0)
@@ -382,7 +398,16 @@ class _Work:
                 self._end = piece.offset
                 return None
             self._given = piece.offset + piece.size
+            self._in_work.add(piece.offset)
             return piece
+
+    def _done(self, piece: Piece) -> None:
+        """Tell what is final: all that lies before every piece that is not done."""
+        with self._lock:
+            is_first = piece.offset == min(self._in_work)
+            self._in_work.remove(piece.offset)
+            if is_first and self._given - self._told >= _BLOCK:
+                self._tell(min(self._in_work, default=self._given))
 
     def _process_is_gone(self) -> bool:
         try:

@@ -334,7 +334,11 @@ def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions) ->
     else:
         recording.core_size = copied.size
         recording.files[name] = CapturedFile(
-            size=copied.size, truncated=fault is not None, note=fault
+            size=copied.size,
+            truncated=fault is not None,
+            expected=head.size if fault else None,
+            in_order=copied.in_order,
+            note=fault,
         )
     metrics.CORE_BYTES.inc(copied.size)
     on.on_disk_full(copied.disk_full or (fault is not None and (head.size or 0) > room))

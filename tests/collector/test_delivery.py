@@ -4,6 +4,7 @@ from pathlib import Path
 
 from crashbus import Bus
 from crashbus.layout import Kind
+from services.collector.ahead import Ahead
 from services.collector.delivery import Deliverer
 from services.collector.ledger import Crash, Ledger, Source
 from services.collector.publish import Publisher
@@ -17,7 +18,8 @@ async def test_crash_that_is_delivered_leaves_no_chunk_on_the_bus(bus: Bus, tmp_
     ledger = Ledger(tmp_path / "ledger")
     ledger.load()
     publisher = Publisher(bus, tmp_path, 1, 1 << 30)
-    deliverer = Deliverer("test-host", bus, ledger, publisher, 60)
+    ahead = Ahead(bus, ledger, publisher, tmp_path / "ahead")
+    deliverer = Deliverer("test-host", bus, ledger, publisher, ahead, 60)
     event = signal_event(1)
     crash = Crash(
         crash_id=event.crash_id,

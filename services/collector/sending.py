@@ -1,0 +1,88 @@
+"""Sending chunks in order, several at a time, again and again until each is stored."""
+
+import asyncio
+from collections import deque
+
+import structlog
+
+from crashbus.bus import Bus
+from crashbus.chunks import Chunk
+from crashbus.errors import BusFull, BusUnreachable, CrashbusError
+from services.collector import metrics
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+IN_FLIGHT = 8  # chunks sent and not yet confirmed; with 1 MiB each this fills a local bus
+TRY_AGAIN = 1.0  # seconds between tries while the bus is away or has no room
+FULL_PATIENCE = 30.0  # seconds to wait for room before our own half file makes room for others
+
+
+class Sending:
+    """The chunks of one file on their way."""
+
+    def __init__(self, bus: Bus, crash_id: str, name: str) -> None:
+        self._bus = bus
+        self._crash_id = crash_id
+        self._name = name
+        self._sent: deque[tuple[Chunk, asyncio.Task[None]]] = deque()
+
+    async def send(self, chunk: Chunk) -> None:
+        """Send a chunk; returns when fewer than `IN_FLIGHT` are unconfirmed.
+
+        Raises:
+            BusFull: there was no room for a long time; what was sent is taken back.
+        """
+        self._sent.append((chunk, self._start(chunk)))
+        while len(self._sent) >= IN_FLIGHT:
+            await self._confirm()
+
+    async def flush(self) -> None:
+        """Return when all are stored; raises as `send` does."""
+        while self._sent:
+            await self._confirm()
+
+    async def give_up(self) -> None:
+        """Take back what was sent."""
+        await self._settle()
+        self._sent.clear()
+        try:
+            await self._bus.purge_chunks(self._crash_id, self._name)
+        except BusUnreachable as error:
+            log.warning("half a file stays on the bus for now", error=str(error))
+
+    def _start(self, chunk: Chunk) -> asyncio.Task[None]:
+        return asyncio.create_task(self._bus.publish_chunk(self._crash_id, self._name, chunk))
+
+    async def _settle(self) -> None:
+        await asyncio.gather(*(task for _, task in self._sent), return_exceptions=True)
+
+    async def _confirm(self) -> None:
+        """Wait for the oldest; if it failed, send it and all behind it again."""
+        _, task = self._sent[0]
+        try:
+            await task
+        except (BusUnreachable, BusFull) as error:
+            await self._settle()
+            await self._again(error)
+        self._sent.popleft()
+
+    async def _again(self, error: CrashbusError) -> None:
+        waited = 0.0
+        while True:
+            if isinstance(error, BusFull):
+                metrics.BUS_FULL.inc()
+                if waited >= FULL_PATIENCE:
+                    await self.give_up()
+                    raise error
+            log.warning("waiting for the bus", crash_id=self._crash_id, error=str(error))
+            await asyncio.sleep(TRY_AGAIN)
+            waited += TRY_AGAIN
+            try:
+                for chunk, _ in self._sent:
+                    await self._bus.publish_chunk(self._crash_id, self._name, chunk)
+            except (BusUnreachable, BusFull) as again:
+                error = again
+            else:
+                done = asyncio.create_task(asyncio.sleep(0))
+                self._sent = deque((chunk, done) for chunk, _ in self._sent)
+                return
