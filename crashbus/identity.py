@@ -58,5 +58,10 @@ def start_ticks(pid: int) -> int:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError) as gone:
         raise ProcessLookupError(f"process {pid} is gone") from gone
+    return start_ticks_in(stat)
+
+
+def start_ticks_in(stat: bytes) -> int:
+    """Return the start time that a proc_pid_stat(5) tells."""
     # The command name (field 2) may hold spaces and parentheses: count from its last one.
     return int(stat[stat.rindex(b")") + 2 :].split()[19])

@@ -17,6 +17,7 @@ from crashbus import names
 SPOOL = "/tmp/appscope"  # noqa: S108 - AppScope's library writes here, so the place is given
 MANIFEST_NAME = "manifest.json"
 BINARIES = "build-id"  # directory for them, in the spool and at a destination
+ORPHANS = ".orphans"  # crashes that the pipe helper kept in the spool while there was no recorder
 
 _CRASH_FILE = re.compile(r"(info|cfg|backtrace|snapshot|core|capture)_([0-9]{1,11})(\.json)?")
 _BINARY = re.compile(r"(executable|debuginfo)_([0-9a-f]{4,128})_([0-9a-f]{16})")

@@ -59,8 +59,8 @@ if [ ! -e $stamp ] || [ requirements.lock -nt $stamp ] || [ pyproject.toml -nt $
   touch $stamp
 fi
 
-helper=build/corepipe source=services/recorder/helper/corepipe.c
-if [ -e $source ] && { [ ! -e $helper ] || [ $source -nt $helper ]; }; then
+helper=build/corepipe sources=services/recorder/helper
+if [ -d $sources ] && { [ ! -e $helper ] || [ -n "$(find $sources -newer $helper)" ]; }; then
   mkdir -p build
-  gcc -static -O2 -Wall -Wextra -Werror -o $helper $source
+  gcc -static -pthread -O2 -Wall -Wextra -Werror -o $helper $sources/*.c
 fi

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import structlog
 
+from crashbus import layout
 from crashbus.bus import Bus, Delivery
 from crashbus.errors import BusFull, BusUnreachable
 from crashbus.identity import crash_id
@@ -30,6 +31,7 @@ AT_ONCE = 512  # deaths followed at a time
 PATIENCE = 5.0  # seconds one may hold its place while its process lives; then others' turn
 LATER = 10.0  # seconds until it comes again
 EPOCH_BEFORE = 5.0  # seconds; AppScope's set is made two seconds before the abort() it ends in
+SAME_CRASH = 60.0  # seconds between the signal and what was kept of it; a PID comes again later
 GIVE_UP = 3600.0  # seconds after which a process that still lives did not die of it
 
 
@@ -111,6 +113,9 @@ class Deaths:
             await asyncio.wait_for(processes.gone(process.pid, process.start_ticks), PATIENCE)
         except TimeoutError:
             return time.time() - event.time > GIVE_UP
+        # Before the look: when it is an orphan no more, its capture record is there.
+        if event.disposition != "oom_kill" and _is_orphan(event, self._gatherer.root):
+            return True  # the recorder makes its files when it is back, or tells why not
         if not await self._gatherer.look(str(process.pid)):
             raise OSError(f"the directory of process {process.pid} could not be looked at")
         seen = self._oom_kills.pop(event.event_id, None)
@@ -173,6 +178,16 @@ class Deaths:
 def _is_named_right(event: SignalEvent) -> bool:
     process = event.process
     return event.crash_id == crash_id(process.boot_id, process.pid, process.start_ticks)
+
+
+def _is_orphan(event: SignalEvent, spool: Path) -> bool:
+    """Tell whether the recorder's pipe helper keeps this crash until a recorder is there."""
+    with suppress(OSError):
+        for kept in (spool / layout.ORPHANS).iterdir():
+            at, _, pid = kept.name.partition("-")
+            if pid == str(event.process.pid) and at.isdecimal():
+                return abs(int(at) - event.time) < SAME_CRASH
+    return False
 
 
 def _why(event: SignalEvent) -> tuple[str, str]:

@@ -92,6 +92,45 @@ def own_directory(name: str, spool: int) -> int:
     return _own_directory(name, spool)
 
 
+def private_directory(name: str, spool: int) -> int:
+    """Return a descriptor of a directory in the spool that root alone can enter.
+
+    Whatever else has the name is put aside: nothing in it is to be believed.
+
+    Raises:
+        OSError: it cannot be had.
+    """
+    for _ in range(_TRIES):
+        with suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=spool)
+        try:
+            directory = os.open(name, _DIRECTORY, dir_fd=spool)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
+            _put_aside(name, spool, "it is no directory")
+            continue
+        status = os.fstat(directory)
+        if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o700:
+            return directory
+        os.close(directory)
+        _put_aside(name, spool, "it is not root's alone")
+    raise OSError(None, "it is swapped again and again")
+
+
+def adopt_file(name: str, directory: int, kind: layout.Kind, epoch: int, crash: int) -> None:
+    """Move a file of ours from another directory of the spool to its place as a crash file.
+
+    Raises:
+        OSError: it cannot have that place.
+    """
+    hidden = f".{kind}.{secrets.token_hex(8)}"
+    os.rename(name, hidden, src_dir_fd=directory, dst_dir_fd=crash)
+    name_file(hidden, layout.crash_file_name(kind, epoch), crash)
+
+
 def has_file(name: str, directory: int) -> bool:
     """Tell whether a file is there that we made."""
     return _is_our_file(name, directory)

@@ -40,7 +40,7 @@ def read_process(pid: int, boot_id: str) -> Process:
     proc = Path("/proc") / str(pid)
     start = identity.start_ticks(pid)
     try:
-        status = _status(proc)
+        status = status_in((proc / "status").read_bytes())
         process = Process(
             boot_id=boot_id,
             pid=pid,
@@ -100,11 +100,16 @@ def _within(room: int, texts: Iterable[str]) -> Iterator[str]:
 def cgroup(pid: int) -> str | None:
     """Return the cgroup path: of version 2, else of the longest version 1 hierarchy."""
     try:
-        text = names.text(Path(f"/proc/{pid}/cgroup").read_bytes()[:_MAX_READ])
+        raw = Path(f"/proc/{pid}/cgroup").read_bytes()[:_MAX_READ]
     except OSError:
         return None
+    return cgroup_in(raw)
+
+
+def cgroup_in(raw: bytes) -> str | None:
+    """Return the cgroup path that a proc_pid_cgroup(5) tells, as `cgroup` does."""
     paths = {}
-    for line in text.splitlines():
+    for line in names.text(raw).splitlines():
         hierarchy, _, rest = line.partition(":")
         paths[hierarchy] = rest.partition(":")[2]
     unified = paths.pop("0", "")
@@ -120,6 +125,7 @@ def container_of(group: str | None) -> Container | None:
     return Container(id=found[-1], runtime=runtime)
 
 
-def _status(proc: Path) -> dict[str, str]:
-    lines = names.text((proc / "status").read_bytes()).splitlines()
+def status_in(raw: bytes) -> dict[str, str]:
+    """Return the fields of a proc_pid_status(5)."""
+    lines = names.text(raw).splitlines()
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}

@@ -160,6 +160,12 @@ def restore(state: Path) -> str | None:
     return saved.pattern if found == saved.ours else None
 
 
+def keeps_crashes(state: Path) -> bool:
+    """Tell whether core_pattern names our pipe helper, which keeps crashes without a recorder."""
+    saved = _load(_file(state))
+    return saved is not None and saved.ours.startswith("|") and current() == saved.ours
+
+
 def _previous(state: Path, plan: Plan) -> Saved:
     """Tell what to go back to: what is in force, unless that is a killed recorder's."""
     found = current()

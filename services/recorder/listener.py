@@ -28,9 +28,17 @@ class Listener:
     Args:
         path: of the socket. The kernel follows no symbolic links in it.
         patience: seconds that a crash may stand still, for `Hold`.
+        greeting: sent to who connects: the pipe helper waits for it, the kernel wants none.
     """
 
-    def __init__(self, path: Path, arrivals: "queue.Queue[Hold]", patience: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        arrivals: "queue.Queue[Hold]",
+        patience: float,
+        greeting: bytes = b"",
+    ) -> None:
+        self._greeting = greeting
         self._path = _canonical(path)
         self._arrivals = arrivals
         self._patience = patience
@@ -73,7 +81,20 @@ class Listener:
                 log.error("cannot accept a crash", error=str(error))
                 time.sleep(_ACCEPT_AGAIN)
                 return
-            self._arrivals.put(Hold(connection.detach(), self._patience))
+            if self._is_there(connection):
+                self._arrivals.put(Hold(connection.detach(), self._patience))
+
+    def _is_there(self, connection: socket.socket) -> bool:
+        """Greet a helper; False when it has waited too long and keeps its crash by itself."""
+        if not self._greeting:
+            return True
+        try:
+            connection.sendall(self._greeting)
+        except OSError as error:
+            log.warning("a pipe helper gave up waiting", error=error.strerror)
+            connection.close()
+            return False
+        return True
 
 
 def _canonical(path: Path) -> Path:

@@ -46,6 +46,7 @@ from services.recorder.errors import CaptureFailed
 from services.recorder.facts import Facts
 from services.recorder.hold import Hold, Stalled
 from services.recorder.mechanism import Mechanism
+from services.recorder.orphans import Orphan
 from services.recorder.settings import RecorderSettings
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -187,6 +188,42 @@ def capture_process(process: Process, signal: int, hold: Hold, on: Conditions) -
     return recording
 
 
+def adopt(orphan: Orphan, on: Conditions) -> Recording:
+    """Make a recording of a crash that the pipe helper kept; `finish` is still to be done.
+
+    Raises:
+        CaptureFailed, OSError: it cannot be had now; the orphan is as it was.
+    """
+    process = orphan.process
+    name = crash_id(process.boot_id, process.pid, process.start_ticks)
+    recording = _begin(name, process, orphan.signal, orphan.crashed_at, on)
+    try:
+        recording.fault = orphan.fault
+        _understand(recording, orphan.head)
+        recording.notes.extend(orphan.facts.notes)
+        decision = on.core_policy.decide(process, orphan.facts.username)
+        if not orphan.has_memory or decision.extent is Extent.NOTHING:
+            recording.notes.append(decision.because or f"no core: {orphan.core_fault}")
+        else:
+            core = crash_file_name(Kind.CORE, recording.epoch)
+            orphan.give_core(recording.directory, recording.epoch)
+            recording.core_size = orphan.core_size
+            fault = orphan.core_fault or None
+            recording.files[core] = CapturedFile(
+                size=orphan.core_size,
+                truncated=fault is not None,
+                expected=orphan.head.size if fault else None,
+                note=fault,
+            )
+        orphan.is_adopted()
+        _write_early(recording, on)
+        recording.facts, recording.core_file = orphan.facts, orphan.core
+    except BaseException:
+        recording.close()
+        raise
+    return recording
+
+
 def _begin(
     name: str, process: Process, signal: int, crashed_at: float, on: Conditions
 ) -> Recording:
@@ -233,19 +270,24 @@ def _fill(recording: Recording, hold: Hold, on: Conditions) -> None:
     recording.facts = facts.read_rest(recording.record.process)
     recording.notes.extend(recording.facts.notes)
     head = _read_head(hold)
-    if head.cause is not None:
-        recording.cause = head.cause
-    if head.fault is not None:
-        recording.notes.append(head.fault)
-    recording.head = replace(head, raw=b"")
+    _understand(recording, head)
     _explain_fault(recording)
-    recording.record = _with_cause(recording.record, recording.cause)
-    _keep(recording)
     _write_early(recording, on)
     recording.facts = facts.with_modules(recording.facts, on.module_files())
     _write_core(recording, hold, head, on)
     hold.let_go()
     recording.held_for = hold.held_for
+
+
+def _understand(recording: Recording, head: Head) -> None:
+    """Take in what the core's head tells, and keep it."""
+    if head.cause is not None:
+        recording.cause = head.cause
+    if head.fault is not None:
+        recording.notes.append(head.fault)
+    recording.head = replace(head, raw=b"")
+    recording.record = _with_cause(recording.record, recording.cause)
+    _keep(recording)
 
 
 def _explain_fault(recording: Recording) -> None:

@@ -15,14 +15,24 @@ from typing import Any
 import structlog
 
 from crashbus.identity import crash_id, start_ticks
+from services.common.crash_directory import SpoolUnusable
 from services.common.health import Health
 from services.common.service import Runtime, finish
-from services.recorder import arrival, core_pattern, hardening, mechanism, metrics, recording
+from services.recorder import (
+    arrival,
+    core_pattern,
+    hardening,
+    mechanism,
+    metrics,
+    orphan_rules,
+    recording,
+)
 from services.recorder.dead_letters import DeadLetters
 from services.recorder.errors import CaptureFailed, RecorderError
 from services.recorder.hold import Hold, end_those_let_go
 from services.recorder.listener import Listener
 from services.recorder.mechanism import Mechanism, Plan
+from services.recorder.orphans import Orphan, Orphans
 from services.recorder.recording import MODULE_FILES, Conditions, Recording
 from services.recorder.settings import RecorderSettings
 from services.recorder.watchdog import Watchdog
@@ -31,6 +41,7 @@ from services.recorder.workers import Workers
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 ACCEPTED = 1024  # crashes waiting for a capture thread; beyond, they wait in the backlog
+GREETING = b"."  # to a pipe helper: only then it hands its crash over
 UNFINISHED = 256  # crashes waiting for their backtrace; beyond, they get none
 STOP_WITHIN = 8.0  # seconds for what is in hand; the service is ended after 9
 _TELL_WITHIN = 0.5  # seconds for the last dead letters
@@ -88,8 +99,15 @@ class Recorder:
         self._finishers = Workers(
             "finish", settings.backtraces, self._unfinished, self._finish_one, self._takes_too_long
         )
-        self._listener = Listener(settings.socket, self._arrivals, settings.stall_deadline)
-        self._plan = _plan(settings, self._listener.path, self._state)
+        chosen = _mechanism(settings)
+        self._listener = Listener(
+            settings.socket,
+            self._arrivals,
+            settings.stall_deadline,
+            GREETING if chosen is Mechanism.PIPE else b"",
+        )
+        self._plan = mechanism.plan(chosen, self._listener.path, _helper_place(self._state))
+        self._orphans = Orphans(runtime.bus_settings.spool, self._adopt, letters.add)
         self._watchdog = Watchdog(
             self._state, settings.watchdog_deadline, runtime.bus_settings.log_format
         )
@@ -108,9 +126,10 @@ class Recorder:
         self._finishers.start()
         self._listener.start()
         if self._plan.mechanism is Mechanism.PIPE:
-            _install_helper(self._settings.helper, _helper_place(self._state))
+            self._install_helper()
         self._start_watchdog()
         core_pattern.install(self._state, self._plan)
+        self._orphans.start()
         log.info("recording crashes", mechanism=self._plan.mechanism.value)
 
     async def watch(self) -> None:
@@ -137,6 +156,7 @@ class Recorder:
         end = time.monotonic() + within
         self._unwind_until = end - within + _UNWIND_UNTIL
         self._wait_until_idle(end)
+        self._orphans.stop(max(0.1, end - time.monotonic()))
         # Last, for a crash that read core_pattern just before it was put back.
         self._listener.stop(max(0.1, end - time.monotonic()))
         self._wait_until_idle(end)
@@ -146,6 +166,27 @@ class Recorder:
     def stop_watchdog(self) -> None:
         """From here on nobody waits for us who is not let go within `STOP_WITHIN`."""
         self._watchdog.stop()
+
+    def _install_helper(self) -> None:
+        """Install the pipe helper, with rules for the time when no recorder is there."""
+        place = _helper_place(self._state)
+        try:
+            rules = orphan_rules.text(self._orphans.prepare(), self._settings)
+            place.with_name(orphan_rules.NAME).write_text(rules, errors="surrogateescape")
+        except (OSError, SpoolUnusable) as error:
+            # As before there were any: such a crash is a visible gap.
+            place.with_name(orphan_rules.NAME).unlink(missing_ok=True)
+            log.error("crashes while no recorder is there will not be kept", error=str(error))
+        _install_helper(self._settings.helper, place)
+
+    def _adopt(self, orphan: Orphan) -> None:
+        """Make crash files of what the pipe helper kept."""
+        try:
+            captured = recording.adopt(orphan, self._conditions)
+        except BaseException:
+            orphan.close()
+            raise
+        recording.finish(captured, self._conditions, self._backtrace_within())
 
     def _start_watchdog(self) -> None:
         try:
@@ -303,9 +344,8 @@ def _no_progress(hold: Hold, _: float) -> bool:
     return time.monotonic() - hold.last_progress > _STANDS_STILL_AFTER
 
 
-def _plan(settings: RecorderSettings, socket: Path, state: Path) -> Plan:
-    chosen = mechanism.choose(settings.mechanism, mechanism.kernel_version(os.uname().release))
-    return mechanism.plan(chosen, socket, _helper_place(state))
+def _mechanism(settings: RecorderSettings) -> Mechanism:
+    return mechanism.choose(settings.mechanism, mechanism.kernel_version(os.uname().release))
 
 
 def _helper_place(state: Path) -> Path:

@@ -5,7 +5,7 @@ recorder that is stopped (SIGSTOP, a debugger) or hangs has them open for ever. 
 tells this process once a second that it works. When it falls silent it is killed, which closes
 its sockets and frees everyone; whoever supervises it starts it again. When it is gone, however
 that came, core_pattern is put back, because cores that go to a socket without a listener are
-lost.
+lost. Only a pipe helper stays: it keeps them for the next recorder, `orphans`.
 """
 
 import os
@@ -132,7 +132,10 @@ def _put_back(state: Path, log_form: str, silence: float | None) -> None:
         log.error("killed a recorder that did not work any more", silent_for=f"{silence:g} s")
     try:
         with core_pattern.only_one():
-            core_pattern.restore(state)
+            if core_pattern.keeps_crashes(state):
+                log.warning("core_pattern stays: the pipe helper keeps crashes for a recorder")
+            else:
+                core_pattern.restore(state)
     except (RecorderError, OSError) as error:
         log.warning("core_pattern stays as it is", error=str(error))
 

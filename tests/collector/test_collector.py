@@ -14,7 +14,7 @@ import pytest
 from nats.js.api import StreamConfig
 from nats.js.errors import NotFoundError
 
-from crashbus import DeadLetter, Manifest, crash_id, identity, streams
+from crashbus import DeadLetter, Manifest, crash_id, identity, layout, streams
 from crashbus.errors import BusUnreachable
 from tests.collector.conftest import FILE, TCP, Setup
 from tests.collector.stand_in import signal_event
@@ -155,6 +155,24 @@ async def test_death_without_crash_files_is_told(setup: Setup) -> None:
     refuses = Path("/proc/sys/fs/suid_dumpable").read_text().strip() == "0"
     assert ("sysctl fs.suid_dumpable=2" in letter.mend) is refuses
     assert manifest.files == () and "nothing captured it" in manifest.notes[0]
+
+
+async def test_crash_that_the_pipe_helper_keeps_is_not_told_as_missing(setup: Setup) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    kept, lost = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
+    events = [signal_event(process.pid) for process in (kept, lost)]
+    place = setup.spool / layout.ORPHANS / f"{int(events[0].time)}-{kept.pid}"
+    place.mkdir(parents=True)
+
+    for process, event in zip((kept, lost), events, strict=True):
+        process.kill()
+        process.wait()
+        await setup.bus.publish(event)
+    await until(lambda: setup.bus.stored(DeadLetter), 30)
+    await until(lambda: deaths_in_hand(setup, 0), 30)
+
+    assert [one.crash_id for one in await setup.bus.stored(DeadLetter)] == [events[1].crash_id]
 
 
 @pytest.mark.parametrize("moment", ["info", "core"])

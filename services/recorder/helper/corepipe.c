@@ -5,14 +5,20 @@
  * The kernel starts it as root with the core on standard input. It hands standard input and
  * its arguments to the recorder and ends: no core passes through it. The process that crashed
  * stays held until the recorder closes the descriptor (core_pipe_limit > 0).
+ *
+ * The recorder greets who connects with a byte. Without that nothing is handed over, because it
+ * could not be taken back from a recorder that stands still; the crash is kept as an orphan.
  */
 #include <fcntl.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
+
+#include "orphan.h"
 
 enum { ARGUMENTS = 6, MESSAGE = 128, SECONDS = 10 };
 
@@ -40,6 +46,12 @@ static int connect_to(const char *path) {
     return connect(fd, (struct sockaddr *)&address, sizeof address) ? -1 : fd;
 }
 
+static int is_greeted(int fd) {
+    struct pollfd waiting = {.fd = fd, .events = POLLIN};
+    char greeting;
+    return poll(&waiting, 1, SECONDS * 1000) == 1 && recv(fd, &greeting, 1, 0) == 1;
+}
+
 static int hand_over(int fd, char *text, size_t size) {
     char room[CMSG_SPACE(sizeof(int))] = {0};
     struct iovec part = {.iov_base = text, .iov_len = size};
@@ -61,6 +73,8 @@ int main(int count, char **arguments) {
                         arguments[5]);
     if (size < 0 || size >= MESSAGE) return fail(pid, "arguments too long");
     int fd = connect_to(arguments[1]);
-    if (fd < 0) return fail(pid, "the recorder cannot be reached");
-    return hand_over(fd, text, (size_t)size) ? fail(pid, "the recorder took nothing") : 0;
+    if (fd >= 0 && is_greeted(fd) && hand_over(fd, text, (size_t)size) == 0) return 0;
+    if (fd >= 0) close(fd);
+    const char *fault = keep_orphan(arguments[0], text, pid, arguments[3], arguments[5]);
+    return fault ? fail(pid, fault) : 0;
 }

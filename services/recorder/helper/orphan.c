@@ -1,0 +1,359 @@
+/* A crash that the recorder does not take, kept until it is back. See orphan.h.
+ *
+ * All is done by a second thread, because any step may wait for a disk that does not answer. At
+ * the deadline the first one closes standard input for both, which lets the crashed process go.
+ */
+#define _GNU_SOURCE
+#include "orphan.h"
+
+#include <dirent.h>
+#include <elf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <fnmatch.h>
+#include <limits.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+    RULES = 64 * 1024,   /* bytes of the file */
+    BLOCK = 256 * 1024,  /* bytes read at once; headers and notes of most cores fit */
+    PAGE = 4096,
+    TASKS = 256,         /* threads told */
+    CONTAINER_ID = 64,   /* hexadecimal digits, whatever the runtime */
+    GRACE = 2,           /* seconds beyond the deadline until the process is let go */
+};
+enum { MAX_ENVIRON = 128 * 1024 + 1, MAX_MAPS = 8 << 20, MAX_SMALL = 256 * 1024 };
+
+static struct {
+    const char *crash, *pid, *tid, *time;
+    char rules[RULES];
+    const char *directory; /* for all orphans */
+    uint64_t limit;        /* bytes of a core; 0: any number */
+    uint64_t reserve;      /* per mille of the disk that stay free */
+    unsigned most, seconds;
+    bool head_only; /* no memory of anybody's */
+    struct timespec end;
+    const char *fault;
+} job;
+
+static bool is_over(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec >= job.end.tv_sec;
+}
+
+/* The file's lines are "<key> <value>"; those that begin with "off" are read when it is known who
+ * crashed. */
+static const char *read_rules(const char *helper) {
+    char path[PATH_MAX];
+    const char *slash = strrchr(helper, '/');
+    if (!slash || snprintf(path, sizeof path, "%.*s/rules", (int)(slash - helper), helper) >=
+                      (int)sizeof path)
+        return "the helper's place is not known";
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+    ssize_t size = fd < 0 ? -1 : read(fd, job.rules, RULES - 1);
+    if (size < 0) return "the recorder took nothing and left no rules";
+    close(fd);
+    if (size == RULES - 1) return "the rules are too long";
+    return NULL;
+}
+
+/* Take in a rule that holds for every crash; true if this was one. */
+static bool is_general(const char *key, char *value) {
+    if (!strcmp(key, "directory")) job.directory = value;
+    else if (!strcmp(key, "limit")) job.limit = strtoull(value, NULL, 10);
+    else if (!strcmp(key, "reserve")) job.reserve = strtoull(value, NULL, 10);
+    else if (!strcmp(key, "most")) job.most = (unsigned)strtoul(value, NULL, 10);
+    else if (!strcmp(key, "seconds")) job.seconds = (unsigned)strtoul(value, NULL, 10);
+    else return false;
+    return true;
+}
+
+static size_t read_at(int directory, const char *name, char *text, size_t room) {
+    int fd = openat(directory, name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+    size_t got = 0;
+    for (ssize_t more; fd >= 0 && got < room - 1; got += (size_t)more)
+        if ((more = read(fd, text + got, room - 1 - got)) <= 0) break;
+    if (fd >= 0) close(fd);
+    text[got] = '\0';
+    return got;
+}
+
+/* Tell whether a cgroup's path names a container whose ID begins so. */
+static bool is_in_container(const char *cgroup, const char *begin) {
+    size_t digits = 0, size = strlen(begin);
+    for (const char *at = cgroup; *at; at++) {
+        digits = strchr("0123456789abcdef", *at) ? digits + 1 : 0;
+        if (digits >= CONTAINER_ID && size <= CONTAINER_ID &&
+            !strncmp(at + 1 - CONTAINER_ID, begin, size))
+            return true;
+    }
+    return false;
+}
+
+/* Tell whether a rule that follows "off" is about this process. One that is not understood is:
+ * memory that nobody may keep must not be kept by mistake. */
+static bool fits(char *rule, const char *executable, const char *user, const char *cgroup) {
+    char *value = strchr(rule, ' ');
+    if (value) *value++ = '\0';
+    if (!strcmp(rule, "containers")) return is_in_container(cgroup, "");
+    if (value && !strcmp(rule, "executable")) return !fnmatch(value, executable, FNM_NOESCAPE);
+    if (value && !strcmp(rule, "user")) return !strcmp(value, user);
+    if (value && !strcmp(rule, "container")) return is_in_container(cgroup, value);
+    return true;
+}
+
+/* Decide what may be kept of a process, before a byte of its memory is. */
+static void apply_rules(int process, int thread) {
+    static char status[MAX_SMALL], cgroup[MAX_SMALL], executable[PATH_MAX];
+    char user[16] = "";
+    read_at(process, "status", status, sizeof status);
+    read_at(process, "cgroup", cgroup, sizeof cgroup);
+    const char *line = strstr(status, "\nUid:");
+    if (line) sscanf(line, "\nUid: %15s", user);
+    ssize_t size = readlinkat(thread, "exe", executable, sizeof executable - 1);
+    if (size > 0) executable[size] = '\0';
+    else if ((size = (ssize_t)read_at(process, "comm", executable, sizeof executable)) > 0)
+        executable[size - 1] = '\0';
+    char *rest = job.rules;
+    for (char *rule; (rule = strsep(&rest, "\n"));) {
+        char *value = strchr(rule, ' ');
+        if (value) *value++ = '\0';
+        if (!*rule || (value && is_general(rule, value))) continue;
+        if (!value || strcmp(rule, "off") || fits(value, executable, user, cgroup))
+            job.head_only = true;
+    }
+}
+
+static bool write_all(int fd, const char *data, size_t size) {
+    for (ssize_t more; size; data += more, size -= (size_t)more)
+        if ((more = write(fd, data, size)) <= 0) return false;
+    return true;
+}
+
+static int make_file(int directory, const char *name) {
+    return openat(directory, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+}
+
+static void write_file(int directory, const char *name, const char *text) {
+    int fd = make_file(directory, name);
+    if (fd < 0) return;
+    write_all(fd, text, strlen(text));
+    close(fd);
+}
+
+/* Append what a file holds; what cannot be read is left out. */
+static void append(int from, const char *name, int to, size_t most) {
+    static char part[PAGE * 4];
+    int fd = openat(from, name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0) return;
+    for (ssize_t more; most && !is_over(); most -= (size_t)more) {
+        more = read(fd, part, most < sizeof part ? most : sizeof part);
+        if (more <= 0 || !write_all(to, part, (size_t)more)) break;
+    }
+    close(fd);
+}
+
+static void copy_file(int from, const char *name, int directory, size_t most) {
+    int to = make_file(directory, name);
+    if (to < 0) return;
+    append(from, name, to, most);
+    close(to);
+}
+
+static void copy_link(int from, const char *name, int directory) {
+    char target[PATH_MAX];
+    ssize_t size = readlinkat(from, name, target, sizeof target - 1);
+    if (size <= 0) return;
+    target[size] = '\0';
+    if (symlinkat(target, directory, name)) return;
+}
+
+/* The threads' names: each one's status, one after the other. */
+static void copy_tasks(int process, int directory) {
+    char name[NAME_MAX + sizeof "/status"];
+    int to = make_file(directory, "tasks"), fd = openat(process, "task", O_RDONLY | O_DIRECTORY);
+    DIR *tasks = fd < 0 ? NULL : fdopendir(fd);
+    unsigned count = 0;
+    for (struct dirent *one; tasks && (one = readdir(tasks)) && count < TASKS && !is_over();) {
+        if (*one->d_name == '.') continue;
+        snprintf(name, sizeof name, "%s/status", one->d_name);
+        append(fd, name, to, PAGE);
+        count++;
+    }
+    if (tasks) closedir(tasks);
+    if (to >= 0) close(to);
+}
+
+static void copy_facts(int process, int thread, int directory) {
+    static const char *const of_process[] = {"stat", "status", "comm", "cgroup"};
+    static const char *const of_thread[] = {"cmdline", "limits", "mountinfo", "oom_score_adj"};
+    static const char *const links[] = {"exe", "cwd", "root"};
+    for (size_t i = 0; i < 4; i++) copy_file(process, of_process[i], directory, MAX_SMALL);
+    /* When its first thread has ended, the process shows no memory; the one that crashed does. */
+    for (size_t i = 0; i < 4; i++) copy_file(thread, of_thread[i], directory, MAX_SMALL);
+    for (size_t i = 0; i < 3; i++) copy_link(thread, links[i], directory);
+    copy_file(thread, "environ", directory, MAX_ENVIRON);
+    copy_file(thread, "maps", directory, MAX_MAPS);
+    copy_tasks(process, directory);
+}
+
+/* Return where headers and notes of a core end and memory begins; 0 where that is not seen. */
+static size_t head_end(const char *raw, size_t size) {
+    Elf64_Ehdr header;
+    Elf64_Phdr entry;
+    if (size < sizeof header) return 0;
+    memcpy(&header, raw, sizeof header);
+    if (memcmp(header.e_ident, ELFMAG, SELFMAG) || header.e_ident[EI_CLASS] != ELFCLASS64 ||
+        header.e_phentsize != sizeof entry || header.e_phnum == PN_XNUM)
+        return 0;
+    if (header.e_phoff > size || header.e_phnum * sizeof entry > size - header.e_phoff) return 0;
+    for (unsigned i = 0; i < header.e_phnum; i++) {
+        memcpy(&entry, raw + header.e_phoff + i * sizeof entry, sizeof entry);
+        if (entry.p_type == PT_LOAD && entry.p_filesz)
+            return entry.p_offset <= size ? entry.p_offset : 0;
+    }
+    return 0;
+}
+
+/* Read until a block is full; less comes only at the end, or when the time is over. */
+static size_t fill(char *block) {
+    size_t got = 0;
+    struct pollfd waiting = {.fd = STDIN_FILENO, .events = POLLIN};
+    while (got < BLOCK && !is_over()) {
+        /* Never longer: standard input cannot be closed under a poll(2). */
+        if (poll(&waiting, 1, 500) <= 0) continue;
+        ssize_t more = read(STDIN_FILENO, block + got, BLOCK - got);
+        if (more < 0 && errno == EAGAIN) continue;
+        if (more <= 0) break;
+        got += (size_t)more;
+    }
+    return got;
+}
+
+/* Write a block, with holes where there are only zeros. */
+static bool write_sparse(int core, const char *block, size_t size, uint64_t place) {
+    static const char zeros[PAGE];
+    for (size_t at = 0; at < size; at += PAGE) {
+        size_t part = size - at < PAGE ? size - at : PAGE;
+        if (!memcmp(block + at, zeros, part)) continue;
+        if (pwrite(core, block + at, part, (off_t)(place + at)) != (ssize_t)part) return false;
+    }
+    return true;
+}
+
+static uint64_t room_for_core(int core) {
+    struct statvfs disk;
+    if (fstatvfs(core, &disk)) return 0;
+    uint64_t kept = disk.f_blocks / 1000 * job.reserve, room = 0;
+    if (disk.f_bavail > kept) room = (disk.f_bavail - kept) * disk.f_frsize;
+    return job.limit && job.limit < room ? job.limit : room;
+}
+
+/* Copy the core as far as it goes; return why it is not whole, or "". */
+static const char *copy_core(int directory) {
+    static char block[BLOCK];
+    int core = make_file(directory, "core");
+    if (core < 0) return "no file could be made for it";
+    uint64_t size = 0, limit = room_for_core(core);
+    const char *fault = "";
+    fcntl(STDIN_FILENO, F_SETFL, O_NONBLOCK);
+    fcntl(STDIN_FILENO, F_SETPIPE_SZ, 1 << 20);
+    for (size_t got; (got = fill(block));) {
+        if (job.head_only) got = head_end(block, got);
+        bool is_cut = size + got > limit;
+        if (is_cut) got = (size_t)(limit - size);
+        if (!write_sparse(core, block, got, size)) {
+            fault = "there was no room on the disk";
+            break;
+        }
+        size += got;
+        if (is_cut) fault = "it was at its limit, or the disk at its reserve";
+        if (job.head_only) fault = "no memory may be kept";
+        if (*fault || got < BLOCK) break;
+    }
+    if (!*fault && is_over()) fault = "it took too long";
+    if (ftruncate(core, (off_t)size)) fault = "there was no room on the disk";
+    close(core);
+    return fault;
+}
+
+/* Open the directory of all orphans, if it is root's alone and has room for one more. */
+static int open_orphans(void) {
+    struct stat status;
+    int fd = job.directory
+                 ? open(job.directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)
+                 : -1;
+    if (fd < 0 || fstat(fd, &status) || status.st_uid != geteuid() || status.st_mode & 077) {
+        job.fault = "the recorder took nothing, and its directory for that is missing or not ours";
+        return -1;
+    }
+    unsigned count = 0;
+    DIR *orphans = fdopendir(dup(fd));
+    while (orphans && readdir(orphans)) count++;
+    if (orphans) closedir(orphans);
+    if (count < job.most + 2) return fd; /* "." and ".." */
+    job.fault = "the recorder took nothing, and too many crashes wait for it already";
+    return -1;
+}
+
+static void *keep(void *unused) {
+    (void)unused;
+    char name[64];
+    int proc = open("/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int process = openat(proc, job.pid, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int thread = openat(proc, job.tid, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (process < 0 || thread < 0) {
+        job.fault = "the recorder took nothing, and the process is gone";
+        return NULL;
+    }
+    apply_rules(process, thread);
+    int orphans = open_orphans();
+    if (orphans < 0) return NULL;
+    snprintf(name, sizeof name, "%.20s-%.20s", job.time, job.pid);
+    int directory = -1;
+    if (!mkdirat(orphans, name, 0700))
+        directory = openat(orphans, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (directory < 0 || flock(directory, LOCK_EX)) {
+        job.fault = "the recorder took nothing, and no directory could be made";
+        return NULL;
+    }
+    write_file(directory, "crash", job.crash);
+    int boot = make_file(directory, "boot_id");
+    append(proc, "sys/kernel/random/boot_id", boot, PAGE);
+    copy_facts(process, thread, directory);
+    write_file(directory, "end", copy_core(directory));
+    return NULL;
+}
+
+const char *keep_orphan(const char *helper, const char *crash, const char *pid, const char *tid,
+                        const char *time) {
+    pthread_t thread;
+    job.crash = crash, job.pid = pid, job.tid = tid, job.time = time;
+    job.seconds = 60;
+    const char *fault = read_rules(helper);
+    if (fault) return fault;
+    const char *seconds = strstr(job.rules, "seconds ");
+    if (seconds) job.seconds = (unsigned)strtoul(seconds + 8, NULL, 10);
+    clock_gettime(CLOCK_MONOTONIC, &job.end);
+    job.end.tv_sec += job.seconds;
+    if (pthread_create(&thread, NULL, keep, NULL)) return "no thread";
+    struct timespec end = job.end;
+    for (int i = 0; i < 2; i++) {
+        end.tv_sec += GRACE;
+        if (!pthread_clockjoin_np(thread, NULL, CLOCK_MONOTONIC, &end)) return job.fault;
+        close(STDIN_FILENO);
+    }
+    return "the recorder took nothing, and the disk does not answer";
+}

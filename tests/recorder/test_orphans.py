@@ -1,0 +1,331 @@
+"""What the pipe helper keeps of crashes that no recorder takes, and what becomes of it."""
+
+import asyncio
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from crashbus import Bus, DeadLetter, layout
+from crashbus.identity import crash_id
+from services.recorder import orphan_rules
+from services.recorder.settings import RecorderSettings
+from tests.recorder.conftest import MakeRecorder
+from tests.recorder.test_capture import frames, gdb
+from tests.support.crashers import crasher
+from tests.support.nats import NatsServer
+from tests.support.recorder import FILES, RecorderService, crash
+from tests.support.requirements import need_program, need_root
+from tests.support.victim import Victim
+from tests.support.wait import until
+
+WITHIN = 9  # seconds
+_SECRET = "correct horse battery"
+_WITH_SECRET = f"""
+import ctypes
+kept = "".join(reversed({_SECRET[::-1]!r}))
+ctypes.string_at(0)
+"""
+
+
+def orphans(recorder: RecorderService) -> list[Path]:
+    place = recorder.spool / layout.ORPHANS
+    return list(place.iterdir()) if place.exists() else []
+
+
+async def killed(recorder: RecorderService) -> RecorderService:
+    """Start a recorder with the pipe helper and kill it; crashes still go to its helper."""
+    await recorder.start()
+    recorder.kill()
+    await until(lambda: "core_pattern stays" in recorder.log, WITHIN)
+    return recorder
+
+
+async def test_crash_without_a_recorder_is_captured_by_the_next_one(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    recorder = await killed(recorder_with(recorder_mechanism="pipe"))
+    program = crasher("null_pointer")
+    victim = Victim(program, "an argument", cwd=tmp_path, env={"API_KEY": "hunter2", "LANG": "C"})
+
+    assert await asyncio.to_thread(victim.go().process.wait, WITHIN) == -signal.SIGSEGV
+
+    assert not recorder.record(victim.pid)
+    await recorder.start()
+    record = await recorder.captured(victim.pid, WITHIN)
+    assert (record.signal_name, record.fault_address) == ("SIGSEGV", 0)
+    boot = record.process.boot_id
+    assert record.crash_id == crash_id(boot, victim.pid, victim.start_ticks)
+    assert record.process.executable == str(program)
+    assert record.process.command_line[1:] == ("an argument",)
+    assert len(record.files) == len(FILES)
+    assert not any(file.truncated for file in record.files.values())
+    assert any("pipe helper kept it" in note for note in record.notes)
+    core = recorder.file(victim.pid, "core")
+    assert (core.stat().st_uid, core.stat().st_mode & 0o777) == (0, 0o600)
+    assert "crash_here" in gdb(program, core, "bt")
+    assert frames(recorder.file(victim.pid, "backtrace").read_text())[0][2] == "crash_here"
+    snapshot = json.loads(recorder.file(victim.pid, "snapshot").read_bytes())
+    assert (snapshot["Pid"], snapshot["Cwd"]) == (victim.pid, str(tmp_path))
+    assert "API_KEY=<redacted>" in snapshot["Environment"]
+    assert snapshot["Threads"][0]["Name"] == "null_pointer"
+    assert "--- registers" in recorder.file(victim.pid, "backtrace").read_text()
+    await until(lambda: not orphans(recorder), WITHIN)
+
+
+async def test_crash_that_a_stopped_recorder_does_not_take_is_kept(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with(recorder_mechanism="pipe", recorder_watchdog_deadline=3)
+    await recorder.start()
+    os.kill(recorder.pid, signal.SIGSTOP)
+
+    pid, number = await asyncio.to_thread(crash, crasher("null_pointer"), within=WITHIN)
+
+    assert number == signal.SIGSEGV
+    assert recorder.process is not None
+    assert await asyncio.to_thread(recorder.process.wait, WITHIN) == -signal.SIGKILL
+    await until(lambda: "core_pattern stays" in recorder.log, WITHIN)
+    await recorder.start()
+    record = await recorder.captured(pid, WITHIN)
+    assert not any(file.truncated for file in record.files.values())
+
+
+@pytest.mark.parametrize(
+    "setting", [{"core_off": "executable=/usr/bin/python3*"}, {"core": "stacks"}]
+)
+async def test_memory_that_nobody_may_keep_is_not_kept(
+    recorder_with: MakeRecorder, setting: dict[str, str]
+) -> None:
+    settings = {f"recorder_{name}": value for name, value in setting.items()}
+    recorder = await killed(recorder_with(recorder_mechanism="pipe", **settings))
+
+    pid, _ = crash("/usr/bin/python3", "-c", _WITH_SECRET, within=WITHIN)
+
+    (orphan,) = await until(lambda: orphans(recorder))
+    assert 0 < (orphan / "core").stat().st_size < 256 * 1024
+    assert _SECRET.encode() not in (orphan / "core").read_bytes()
+    await recorder.start()
+    record = await recorder.captured(pid, WITHIN)
+    assert not any(name.startswith("core_") for name in record.files)
+    assert "--- registers" in recorder.file(pid, "backtrace").read_text()
+
+
+async def test_core_that_is_cut_is_flagged(recorder_with: MakeRecorder) -> None:
+    recorder = await killed(
+        recorder_with(recorder_mechanism="pipe", recorder_max_core_bytes=300_000)
+    )
+
+    pid, _ = crash("/usr/bin/python3", "-c", _WITH_SECRET, within=WITHIN)
+
+    await recorder.start()
+    record = await recorder.captured(pid, WITHIN)
+    core = record.files[recorder.file(pid, "core").name]
+    assert (core.size, core.truncated) == (300_000, True)
+    assert re.search(r"\d+ of \d+ bytes are missing: kept by the pipe helper", core.note or "")
+
+
+async def test_what_cannot_be_read_is_told_and_put_aside(
+    recorder_with: MakeRecorder, nats_server: NatsServer, bus: Bus
+) -> None:
+    recorder = await killed(recorder_with(recorder_mechanism="pipe", nats_url=nats_server.url))
+    broken = recorder.spool / layout.ORPHANS / "1795396543-4194000"
+    broken.mkdir(mode=0o700)
+    (broken / "crash").write_bytes(b"4194000 4194000 11 1795396543\n")
+
+    await recorder.start()
+
+    letters = await until(lambda: bus.stored(DeadLetter), WITHIN)
+    assert letters[0].reason == "capture_failed"
+    assert "cannot be read" in letters[0].error
+    names = await until(lambda: [path.name for path in orphans(recorder)])
+    assert names == [f"unreadable-{broken.name}"]
+
+
+async def test_directory_that_is_not_root_s_alone_is_put_aside(
+    recorder_with: MakeRecorder,
+) -> None:
+    need_root()
+    recorder = recorder_with(recorder_mechanism="pipe")
+    planted = recorder.spool / layout.ORPHANS / "1795396543-1"
+    planted.mkdir(parents=True)
+    os.chown(planted.parent, 65534, 65534)
+
+    await recorder.start()
+
+    assert not orphans(recorder)
+    assert (recorder.spool / layout.ORPHANS).stat().st_mode & 0o777 == 0o700
+
+
+class Helper:
+    """The helper, as the kernel starts it, with a place and rules of its own."""
+
+    def __init__(self, place: Path, **settings: object) -> None:
+        need_root()
+        self.orphans = place / layout.ORPHANS
+        self.orphans.mkdir(mode=0o700)
+        self._program = Path(shutil.copy("build/corepipe", place))
+        self._rules = place / orphan_rules.NAME
+        chosen = RecorderSettings.model_validate(settings)
+        self._rules.write_text(orphan_rules.text(place, chosen))
+
+    def rule(self, line: str) -> None:
+        self._rules.write_text(self._rules.read_text() + line + "\n")
+
+    def start(self, pid: int, core: int, at: int = 1795396543) -> subprocess.Popen[bytes]:
+        arguments = ["/nowhere", str(pid), str(pid), "11", str(at)]
+        return subprocess.Popen([self._program, *arguments], stdin=core)
+
+
+@pytest.fixture
+def sleeper() -> Iterator[int]:
+    process = subprocess.Popen(["/bin/sleep", "600"])
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def endless() -> Iterator[tuple[int, int]]:
+    """A pipe that somebody has open for writing."""
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+def test_helper_does_not_wait_for_ever_for_a_core(
+    tmp_path: Path, sleeper: int, endless: tuple[int, int]
+) -> None:
+    helper = Helper(tmp_path, hold_deadline=1)
+    os.write(endless[1], b"\x7fELF" * 1000)
+
+    assert helper.start(sleeper, endless[0]).wait(WITHIN) == 0
+
+    (orphan,) = helper.orphans.iterdir()
+    assert (orphan / "core").read_bytes() == b"\x7fELF" * 1000
+    assert (orphan / "end").read_text() == "it took too long"
+
+
+def test_disk_that_does_not_answer_does_not_hold_the_process(tmp_path: Path, sleeper: int) -> None:
+    need_program("mkfs.ext4")
+    place, image = tmp_path / "disk", tmp_path / "image"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(32 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(place)], check=True)
+    try:
+        helper = Helper(place, hold_deadline=1)
+        subprocess.run(["fsfreeze", "-f", str(place)], check=True)
+        try:
+            # It cannot end: its thread waits for the disk. But it holds nothing any more.
+            reading, writing = os.pipe()
+            stuck = helper.start(sleeper, reading)
+            os.close(reading)
+            with os.fdopen(writing, "wb"):
+                held = select.poll()
+                held.register(writing, 0)  # POLLERR comes unasked: nobody can read any more
+                assert held.poll(WITHIN * 1000) == [(writing, select.POLLERR)]
+        finally:
+            subprocess.run(["fsfreeze", "-u", str(place)], check=True)
+        stuck.wait(WITHIN)
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_only_so_many_are_kept(tmp_path: Path, sleeper: int) -> None:
+    helper = Helper(tmp_path)
+    for number in range(orphan_rules.MOST):
+        (helper.orphans / str(number)).mkdir()
+
+    assert helper.start(sleeper, subprocess.DEVNULL).wait(WITHIN) == 1
+
+    assert len(list(helper.orphans.iterdir())) == orphan_rules.MOST
+
+
+def test_directory_that_others_can_enter_gets_nothing(tmp_path: Path, sleeper: int) -> None:
+    helper = Helper(tmp_path)
+    helper.orphans.chmod(0o755)
+
+    assert helper.start(sleeper, subprocess.DEVNULL).wait(WITHIN) == 1
+
+    assert not list(helper.orphans.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rule", "keeps"),
+    [
+        ("off executable /usr/bin/vault*", True),
+        ("off executable */sleep", False),
+        ("off user 65534", True),
+        ("off user 0", False),
+        ("off container abc", True),
+        ("off colour red", False),
+        ("of executable /usr/bin/vault*", False),
+        ("nonsense", False),
+    ],
+)
+def test_rule(tmp_path: Path, sleeper: int, rule: str, keeps: bool) -> None:
+    helper = Helper(tmp_path)
+    helper.rule(rule)
+    core = tmp_path / "core"
+    core.write_bytes(b"no core at all")
+
+    with core.open("rb") as file:
+        assert helper.start(sleeper, file.fileno()).wait(WITHIN) == 0
+
+    (orphan,) = helper.orphans.iterdir()
+    assert (orphan / "core").read_bytes() == (core.read_bytes() if keeps else b"")
+
+
+# ELF header of a core and one PT_LOAD, whose memory begins at 4096; elf(5).
+_HEAD = struct.pack(
+    "<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 4, 62, 1, 0, 64, 0, 0, 64, 56, 1, 0, 0, 0
+) + struct.pack("<IIQQQQQQ", 1, 4, 4096, 0, 0, 6000, 6000, 4096)
+
+
+@pytest.mark.parametrize("at", [None, 0, 16, 32, 40, 54, 56, 64, 72])
+def test_head_that_lies_gives_no_memory_away(tmp_path: Path, sleeper: int, at: int | None) -> None:
+    """With any field of it as large as can be, all that is kept is headers and notes."""
+    helper = Helper(tmp_path)
+    helper.rule("off everyone")
+    raw = bytearray(_HEAD.ljust(4096, b"\0") + b"memory" * 1000)
+    if at is not None:
+        raw[at : at + 8] = b"\xff" * 8
+    core = tmp_path / "core"
+    core.write_bytes(raw)
+
+    with core.open("rb") as file:
+        assert helper.start(sleeper, file.fileno()).wait(WITHIN) == 0
+
+    (orphan,) = helper.orphans.iterdir()
+    kept = (orphan / "core").read_bytes()
+    assert b"memory" not in kept
+    assert at is not None or kept == bytes(raw[:4096])
+
+
+def test_rules_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = RecorderSettings.model_validate(
+        {
+            "core_off": "executable=/usr/bin/vault*, user=root, user=7, container=ab, label=x",
+            "max_core_bytes": 5,
+            "disk_reserve": 2.5,
+        }
+    )
+
+    lines = orphan_rules.text(Path("/spool"), settings).splitlines()
+
+    assert lines == [
+        *("directory /spool/.orphans", "limit 5", "reserve 25", "most 64", "seconds 60"),
+        *("off executable /usr/bin/vault*", "off user 0", "off user 7", "off container ab"),
+        "off containers",
+    ]
