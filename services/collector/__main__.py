@@ -3,13 +3,13 @@
 import asyncio
 
 from crashbus import identity
-from services.collector import retention
 from services.collector.ahead import Ahead
 from services.collector.deaths import Deaths
 from services.collector.delivery import Deliverer
 from services.collector.gather import Gatherer
 from services.collector.ledger import Ledger
 from services.collector.publish import Publisher
+from services.collector.retention import Retention
 from services.collector.settings import CollectorSettings
 from services.common.service import Runtime, run
 from services.common.settings import SettingsError
@@ -56,9 +56,8 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
             tasks.create_task(gatherer.run(), name="gather")
             tasks.create_task(deliverer.run(), name="deliver")
             tasks.create_task(deaths.run(), name="deaths")
-            tasks.create_task(
-                retention.run(str(shared.spool), ledger, settings.keep_delivered), name="retention"
-            )
+            retention = Retention(str(shared.spool), ledger, deliverer, settings)
+            tasks.create_task(retention.run(), name="retention")
 
 
 def main() -> None:

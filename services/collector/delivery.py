@@ -29,6 +29,14 @@ SMALL_AT_ONCE = 4
 CORES_AT_ONCE = 1  # one core already keeps compression busy; two would only be slower each
 RENEWALS = 5  # times that chunks are published again because a shipper missed or misread some
 _RENEW = {"chunks_missing", "damaged_file"}  # reasons that a fresh copy of the source mends
+_LOST = {"source_vanished", "dropped_for_room"}  # reasons after which no try can succeed
+_NO_MEND = "nothing can bring this file back; the crash's other files are delivered"
+_MEND = {
+    "dropped_for_room": "make the destinations faster, or give the spool more room: "
+    "CRASHBUS_COLLECTOR_SPOOL_BYTES, CRASHBUS_COLLECTOR_DISK_RESERVE",
+    "larger_than_bus": "enlarge the stream CRASH_CHUNKS (nats stream edit), or limit cores with "
+    "CRASHBUS_RECORDER_MAX_CORE_BYTES; the file is kept here",
+}
 TRY_AGAIN = 2.0  # seconds after a failure of the bus or of the disk
 
 
@@ -112,6 +120,7 @@ class Deliverer:
         self._queued: set[tuple[int, str]] = set()
         self._active: set[tuple[int, str]] = set()
         self._again: set[tuple[int, str]] = set()
+        self._in_hand: set[tuple[str, str]] = set()  # crash and file put on the bus now
         self._ends: dict[str, asyncio.Lock] = {}
 
     async def run(self) -> None:
@@ -128,6 +137,24 @@ class Deliverer:
     def start(self, crash: Crash) -> None:
         """Bring a crash on its way, or further on it."""
         self._enqueue(self._small, crash.crash_id)
+
+    def is_sending(self, crash: Crash, source: Source) -> bool:
+        """Tell whether a file is put on the bus just now, and does not only wait for room."""
+        is_in_hand = (crash.crash_id, source.name) in self._in_hand
+        return is_in_hand and crash.crash_id not in self._publisher.without_room
+
+    async def is_on_bus(self, crash: Crash, source: Source) -> bool:
+        """Tell whether all chunks of a file lie on the bus, and are waited for."""
+        if source.file is None or not waiting(crash, source):
+            return False
+        held = await self._bus.chunk_count(crash.crash_id, source.name)
+        return held >= max(source.file.chunks, source.on_bus)
+
+    async def drop(self, crash: Crash, source: Source) -> None:
+        """Give a file up for want of room, for all to see; the caller removes it."""
+        text = f"{source.name} was dropped before it was delivered: there was no room for it"
+        await self._lose(crash, source, SourceLost("dropped_for_room", text))
+        await self._end(crash)
 
     def start_ahead(self, crash_id: str, directory: str, name: str) -> None:
         """Send a core that is still being written."""
@@ -188,6 +215,9 @@ class Deliverer:
         await self._publish_missing(crash, core)
         if not core and _has_large_to_send(crash):
             self._enqueue(self._cores, crash.crash_id)
+        await self._end(crash)
+
+    async def _end(self, crash: Crash) -> None:
         # Both lanes may come to a crash's end at once.
         async with self._ends.setdefault(crash.crash_id, asyncio.Lock()):
             await self._conclude(crash)
@@ -199,7 +229,12 @@ class Deliverer:
             await self._catch_up(crash)
         for source in crash.in_order():
             if (source.kind in LARGE) is core and waiting(crash, source):
-                await self._publish_source(crash, source)
+                in_hand = crash.crash_id, source.name
+                self._in_hand.add(in_hand)
+                try:
+                    await self._publish_source(crash, source)
+                finally:
+                    self._in_hand.discard(in_hand)
         await self._offer(crash, work_items(crash, core))
 
     async def _catch_up(self, crash: Crash) -> None:
@@ -246,13 +281,14 @@ class Deliverer:
                 service="collector",
                 reason=error.reason,
                 error=str(error),
-                mend="nothing can bring this file back; the crash's other files are delivered",
+                mend=_MEND.get(error.reason, _NO_MEND),
             )
         )
         await self._bus.purge_chunks(crash.crash_id, source.name)
         metrics.FAILED.inc()
         for place in waiting(crash, source):
             source.failed[place] = error.reason
+        source.lost = error.reason in _LOST
         crash.notes.append(str(error))
         await self._ledger.save(crash)
 
@@ -300,6 +336,8 @@ class Deliverer:
     async def _release_chunks(self, crash: Crash) -> None:
         """Remove from the bus the chunks that no destination waits for any more."""
         for source in _all_sources(crash):
+            if source.removed and source.failed:
+                continue  # no other copy is left for a replay
             if source.file and not source.released and not waiting(crash, source):
                 await self._bus.purge_chunks(crash.crash_id, source.name)
                 source.released = True
@@ -334,9 +372,12 @@ class Deliverer:
         if crash.delivered_at is not None or crash.reported is None:
             return
         places = [p for p in crash.destinations if wants(p, Kind.MANIFEST)]
-        manifest_there = all(crash.manifest and p in crash.manifest.delivered for p in places)
+        is_whole = not any(source.lost for source in crash.sources.values())
+        manifest_there = not is_whole or all(
+            crash.manifest and p in crash.manifest.delivered for p in places
+        )
         files_there = all(
-            place in source.delivered
+            source.lost or place in source.delivered
             for source in crash.sources.values()
             for place in crash.destinations
             if wants(place, source.kind)
@@ -346,8 +387,9 @@ class Deliverer:
             await self._release_chunks(crash)
             crash.delivered_at = time.time()
             await self._ledger.save(crash)
-            metrics.DELIVERED.inc()
-            log.info("delivered", crash_id=crash.crash_id, files=len(crash.sources))
+            if is_whole:
+                metrics.DELIVERED.inc()
+            log.info("delivered", crash_id=crash.crash_id, files=len(crash.sources), whole=is_whole)
 
     async def _take(self, kind: type[Receipt] | type[DeadLetter]) -> None:
         """Apply receipts or dead letters of this host as they come."""

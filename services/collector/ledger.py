@@ -39,6 +39,8 @@ class Source(BaseModel):
         file: size, hash and form; None until it was read for the first time.
         delivered: the destinations that confirmed it.
         failed: the destinations that gave it up, each with its reason.
+        lost: there is nothing left of it that could be delivered.
+        removed: its copy here was removed for room, when its chunks were on the bus.
         released: its chunks are off the bus, for no destination waits for them.
         on_bus: how many chunks the bus held when all had been published, copies included.
         offered_at: when its last work item was published; older failures count no more.
@@ -55,6 +57,8 @@ class Source(BaseModel):
     file: CrashFile | None = None
     delivered: list[str] = Field(default_factory=list)
     failed: dict[str, str] = Field(default_factory=dict)
+    lost: bool = False
+    removed: bool = False
     released: bool = False
     on_bus: int = 0
     offered_at: float = 0.0

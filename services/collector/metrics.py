@@ -22,5 +22,10 @@ OLDEST_UNDELIVERED = Gauge(
 )
 DELIVERED = Counter("crashbus_collector_delivered", "Crashes confirmed by every destination")
 FAILED = Counter("crashbus_collector_failed_files", "Crash files given up by a shipper")
+DROPPED = Counter(
+    "crashbus_collector_dropped_files",
+    "Crash files removed for want of room before they were delivered",
+    ["loss"],  # copy: its chunks on the bus are delivered all the same; large; small
+)
 BUS_FULL = Counter("crashbus_collector_bus_full", "Times a chunk was refused for want of room")
 FAULTS = Counter("crashbus_collector_faults", "Faults of our own, each told in the log", ["task"])

@@ -78,12 +78,14 @@ class Publisher:
     Attributes:
         level: zstd level for core dumps; 0 leaves them as they are.
         limit: bytes of a file that are read at most.
+        without_room: IDs of the crashes that wait for room on the bus just now.
     """
 
     bus: Bus
     root: Path
     level: int
     limit: int
+    without_room: set[str] = field(default_factory=set)
     _background: ThreadPoolExecutor = field(default_factory=_in_background)
 
     async def publish(self, crash_id: str, source: Source) -> CrashFile:
@@ -119,7 +121,7 @@ class Publisher:
     async def publish_bytes(self, crash_id: str, source: Source, data: bytes) -> CrashFile:
         """Do the same with a file that exists in memory only."""
         encoder = Encoder(chunk_size(self.bus.max_payload), "identity")
-        sending = Sending(self.bus, crash_id, source.name)
+        sending = Sending(self.bus, crash_id, source.name, self.without_room)
         for chunk in encoder.chunks(io.BytesIO(data)):
             await sending.send(chunk)
         await sending.flush()
@@ -154,7 +156,7 @@ class Publisher:
         encoder = Encoder(
             chunk_size(self.bus.max_payload), "zstd" if compressed else "identity", self.level or 1
         )
-        sending = Sending(self.bus, crash_id, source.name)
+        sending = Sending(self.bus, crash_id, source.name, self.without_room)
         limit = self.limit if source.kind in LARGE else min(self.limit, MAX_SMALL)
         try:
             size = await self._send(source, file, reach, limit, encoder, sending)

@@ -1,37 +1,166 @@
-"""Retention: removes crash files from this host once every destination has confirmed them."""
+"""Retention: removes crash files from this host, once they are delivered or for want of room."""
 
 import asyncio
 import errno
 import os
+import random
 import time
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
 
 import structlog
 
 from crashbus import layout
-from crashbus.layout import Kind
-from services.collector import spool
-from services.collector.ledger import Crash, Ledger
+from crashbus.errors import BusFull, BusUnreachable
+from crashbus.layout import LARGE, Kind
+from services.collector import metrics, room, spool
+from services.collector.delivery import Deliverer
+from services.collector.ledger import Crash, Ledger, Source
+from services.collector.room import Candidate, Loss
+from services.collector.settings import CollectorSettings
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 SWEEP_EVERY = 5.0  # seconds
 STRAY_AFTER = 86400.0  # seconds; a crash that is being captured has none so old
+_BLOCK = 512  # bytes of a block in st_blocks, stat(2)
 
 
-async def run(root: str, ledger: Ledger, keep: float) -> None:
-    """Remove what has been kept for `keep` seconds after its delivery, until cancelled."""
-    while True:
-        for crash in ledger.expired(keep):
-            await _remove_crash(root, ledger, crash)
-        try:
-            await asyncio.to_thread(_remove_strays, root, ledger)
-        except OSError as error:
-            log.warning("binaries of no crash stay", error=str(error))
-        await asyncio.sleep(SWEEP_EVERY)
+@dataclass(frozen=True)
+class Usage:
+    """What the crash files of the ledger take on the disk.
+
+    Attributes:
+        files: bytes of each file, by directory and name.
+        disk: bytes of the whole disk.
+        free: bytes of it that are free.
+    """
+
+    files: dict[tuple[str, str], int]
+    disk: int
+    free: int
+
+    def of(self, *sources: Source) -> int:
+        """Return what some files take."""
+        return sum(self.files.get((one.directory, one.name), 0) for one in sources)
 
 
-async def _remove_crash(root: str, ledger: Ledger, crash: Crash) -> None:
+class Retention:
+    """Sweeps the spool from time to time."""
+
+    def __init__(
+        self, root: str, ledger: Ledger, deliverer: Deliverer, settings: CollectorSettings
+    ) -> None:
+        self._root = root
+        self._ledger = ledger
+        self._deliverer = deliverer
+        self._settings = settings
+
+    async def run(self) -> None:
+        """Remove what may go, until cancelled."""
+        while True:
+            for crash in self._ledger.expired(self._settings.keep_delivered):
+                await remove_crash(self._root, self._ledger, crash)
+            try:
+                await self._make_room()
+                await asyncio.to_thread(remove_strays, self._root, self._ledger)
+            except (OSError, BusUnreachable, BusFull) as error:
+                log.warning("files stay for now", error=str(error))
+            # Out of step with the rechecks, during which no file may be removed.
+            every = min(SWEEP_EVERY, self._settings.recheck)
+            await asyncio.sleep(every * random.uniform(0.7, 1.3))  # noqa: S311 - no secret
+
+    async def _make_room(self) -> None:
+        crashes = self._ledger.crashes()
+        files = [(s.directory, s.name) for c in crashes for s in c.sources.values()]
+        usage = await asyncio.to_thread(measure, self._root, files)
+        settings = self._settings
+        delivered = [_whole(c, usage) for c in crashes if c.delivered_at is not None]
+        kept = sum(one.size for one in delivered)
+        for one in room.to_remove(delivered, room.excess(kept, settings.keep_delivered_bytes)):
+            await self._remove(one)
+        excess = max(
+            room.excess(sum(usage.files.values()), settings.spool_bytes),
+            room.excess_on_disk(usage.disk, usage.free, settings.disk_reserve),
+        )
+        if excess:
+            found = [one for one in delivered if self._ledger.get(one.crash_id)]
+            for crash in crashes:
+                found += await self._candidates(crash, usage)
+            for one in room.to_remove(found, excess):
+                await self._remove(one)
+
+    async def _candidates(self, crash: Crash, usage: Usage) -> list[Candidate]:
+        """Return the files of a crash that wait, and have waited long enough."""
+        if crash.delivered_at is not None:
+            return []
+        if time.time() - max(crash.crashed_at, crash.reported_at) < self._settings.drop_after:
+            return []
+        found = []
+        for source in crash.sources.values():
+            size = usage.of(source)
+            if size and not self._deliverer.is_sending(crash, source):
+                loss = Loss.SMALL
+                if source.kind in LARGE:
+                    on_bus = await self._deliverer.is_on_bus(crash, source)
+                    loss = Loss.COPY if on_bus else Loss.LARGE
+                found.append(_candidate(crash, crash.crashed_at, source.name, size, loss))
+        return found
+
+    async def _remove(self, one: Candidate) -> None:
+        crash = self._ledger.get(one.crash_id)
+        if crash is None:
+            return
+        if one.loss is Loss.NOTHING:
+            await remove_crash(self._root, self._ledger, crash)
+            return
+        source = crash.sources[one.name]
+        if one.loss is Loss.COPY:
+            source.removed = True
+            await self._ledger.save(crash)
+            log.info("copy removed for room", crash_id=one.crash_id, file=one.name)
+        else:
+            await self._deliverer.drop(crash, source)
+        metrics.DROPPED.labels(one.loss.name.lower()).inc()
+        await asyncio.to_thread(_unlink, self._root, source)
+
+
+def _whole(crash: Crash, usage: Usage) -> Candidate:
+    size = usage.of(*crash.sources.values())
+    return _candidate(crash, crash.delivered_at or 0.0, "", size, Loss.NOTHING)
+
+
+def _candidate(crash: Crash, since: float, name: str, size: int, loss: Loss) -> Candidate:
+    executable = crash.process.executable or crash.process.comm
+    return Candidate(crash.crash_id, name, executable, since, size, loss)
+
+
+def measure(root: str, files: list[tuple[str, str]]) -> Usage:
+    """Look at crash files, given by directory and name; one that is gone takes nothing."""
+    sizes: dict[tuple[str, str], int] = {}
+    with spool.open_directory(root) as parent:
+        for directory, group in groupby(sorted(set(files)), key=lambda file: file[0]):
+            with suppress(OSError), spool.open_directory(directory, parent) as descriptor:
+                for file in group:
+                    with suppress(FileNotFoundError):
+                        status = os.stat(file[1], dir_fd=descriptor, follow_symlinks=False)
+                        sizes[file] = status.st_blocks * _BLOCK
+        disk = os.fstatvfs(parent)
+    return Usage(sizes, disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize)
+
+
+def _unlink(root: str, source: Source) -> None:
+    with (
+        suppress(FileNotFoundError),
+        spool.open_directory(root) as parent,
+        spool.open_directory(source.directory, parent) as directory,
+    ):
+        os.unlink(source.name, dir_fd=directory)
+
+
+async def remove_crash(root: str, ledger: Ledger, crash: Crash) -> None:
+    """Remove a delivered crash with its files."""
     # A further set may have been entered since the sweep began, or while files are removed.
     if crash.delivered_at is None:
         return
@@ -46,7 +175,7 @@ async def _remove_crash(root: str, ledger: Ledger, crash: Crash) -> None:
         log.info("removed", crash_id=crash.crash_id, files=len(files))
 
 
-def _remove_strays(root: str, ledger: Ledger) -> None:
+def remove_strays(root: str, ledger: Ledger) -> None:
     """Remove binaries that belong to no crash: their recorder was killed, or their record."""
     with (
         suppress(FileNotFoundError),

@@ -18,12 +18,17 @@ FULL_PATIENCE = 30.0  # seconds to wait for room before our own half file makes 
 
 
 class Sending:
-    """The chunks of one file on their way."""
+    """The chunks of one file on their way.
 
-    def __init__(self, bus: Bus, crash_id: str, name: str) -> None:
+    Args:
+        without_room: gets the crash's ID while the bus has no room for them.
+    """
+
+    def __init__(self, bus: Bus, crash_id: str, name: str, without_room: set[str]) -> None:
         self._bus = bus
         self._crash_id = crash_id
         self._name = name
+        self._without_room = without_room
         self._sent: deque[tuple[Chunk, asyncio.Task[None]]] = deque()
 
     async def send(self, chunk: Chunk) -> None:
@@ -63,7 +68,10 @@ class Sending:
             await task
         except (BusUnreachable, BusFull) as error:
             await self._settle()
-            await self._again(error)
+            try:
+                await self._again(error)
+            finally:
+                self._without_room.discard(self._crash_id)
         self._sent.popleft()
 
     async def _again(self, error: CrashbusError) -> None:
@@ -71,6 +79,7 @@ class Sending:
         while True:
             if isinstance(error, BusFull):
                 metrics.BUS_FULL.inc()
+                self._without_room.add(self._crash_id)
                 if waited >= FULL_PATIENCE:
                     await self.give_up()
                     raise error

@@ -25,6 +25,29 @@ class CollectorSettings(Settings):
         ge=0,
         description="seconds to keep crash files here once every destination has confirmed them",
     )
+    keep_delivered_bytes: int = Field(
+        0,
+        ge=0,
+        description="bytes of such files to keep at most, the oldest go first; 0: any number",
+    )
+    spool_bytes: int = Field(
+        0,
+        ge=0,
+        description="bytes that all crash files may take here; above it files go, delivered "
+        "ones first; 0: any number",
+    )
+    disk_reserve: float = Field(
+        6,
+        ge=0,
+        le=100,
+        description="percent of the spool's disk below which files go in the same way; more than "
+        "CRASHBUS_RECORDER_DISK_RESERVE, so that the next core finds room",
+    )
+    drop_after: float = Field(
+        60,
+        ge=0,
+        description="seconds that an undelivered file is kept whatever the room: it is on its way",
+    )
     recheck: float = Field(
         30,
         gt=0,

@@ -1,12 +1,14 @@
 """A real collector on a spool of the test's own."""
 
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from nats.js.api import StreamConfig
 
-from crashbus import Bus
+from crashbus import Bus, streams
 from tests.collector.stand_in import StandInShipper
 from tests.support.nats import NatsServer
 from tests.support.requirements import need_root
@@ -51,3 +53,12 @@ async def setup(tmp_path: Path, nats_server: NatsServer, bus: Bus) -> AsyncItera
     )
     yield Setup(bus, spool, state, collector, StandInShipper(bus), nats_server)
     await collector.stop()
+
+
+async def fill_chunk_store(setup: Setup) -> StreamConfig:
+    """Leave no room for a core."""
+    config = (await setup.bus._js.stream_info(streams.CHUNKS)).config
+    config.max_bytes = 1_000_000
+    await setup.bus._js.update_stream(config)
+    await setup.bus.publish_raw("crash.chunk.filler.x", os.urandom(960_000))
+    return config

@@ -11,12 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from nats.js.api import StreamConfig
 from nats.js.errors import NotFoundError
 
 from crashbus import DeadLetter, Manifest, crash_id, identity, layout, streams
 from crashbus.errors import BusUnreachable
-from tests.collector.conftest import FILE, TCP, Setup
+from tests.collector.conftest import FILE, TCP, Setup, fill_chunk_store
 from tests.collector.stand_in import signal_event
 from tests.support.crashers import crasher
 from tests.support.wait import until
@@ -216,15 +215,6 @@ async def test_nats_killed_and_restarted_loses_nothing(setup: Setup) -> None:
     setup.nats.start()
     (manifest,) = await reports(setup)
     await setup.shipper.has(FILE, *(file.name for file in manifest.files), "manifest.json")
-
-
-async def fill_chunk_store(setup: Setup) -> StreamConfig:
-    """Leave no room for a core."""
-    config = (await setup.bus._js.stream_info(streams.CHUNKS)).config
-    config.max_bytes = 1_000_000
-    await setup.bus._js.update_stream(config)
-    await setup.bus.publish_raw("crash.chunk.filler.x", os.urandom(960_000))
-    return config
 
 
 async def test_full_bus_holds_the_core_back_and_loses_nothing(setup: Setup) -> None:

@@ -34,7 +34,7 @@ def source(epoch: int) -> Source:
 
 async def test_delivered_files_are_removed_with_their_entry(tmp_path: Path, ledger: Ledger) -> None:
     (crash,) = ledger.expired(keep=0)
-    await retention._remove_crash(str(tmp_path / "spool"), ledger, crash)
+    await retention.remove_crash(str(tmp_path / "spool"), ledger, crash)
     assert not (tmp_path / "spool" / "7").exists()
     assert ledger.get(CRASH_ID) is None
     assert not ledger.knows_file("7", "info_1")
@@ -45,7 +45,7 @@ async def test_set_entered_after_the_sweep_began_stays(tmp_path: Path, ledger: L
     (tmp_path / "spool" / "7" / "info_2").write_text("not delivered yet")
     crash.sources["info_2"], crash.delivered_at = source(2), None
     await ledger.save(crash)
-    await retention._remove_crash(str(tmp_path / "spool"), ledger, crash)
+    await retention.remove_crash(str(tmp_path / "spool"), ledger, crash)
     assert (tmp_path / "spool" / "7" / "info_2").read_text() == "not delivered yet"
     assert ledger.get(CRASH_ID) is crash
 
@@ -54,7 +54,7 @@ async def test_file_of_another_crash_in_the_directory_stays(tmp_path: Path, ledg
     other = tmp_path / "spool" / "7" / "info_9"
     other.write_text("another's")
     (crash,) = ledger.expired(keep=0)
-    await retention._remove_crash(str(tmp_path / "spool"), ledger, crash)
+    await retention.remove_crash(str(tmp_path / "spool"), ledger, crash)
     assert other.read_text() == "another's"
     assert not (tmp_path / "spool" / "7" / "info_1").exists()
 
@@ -69,7 +69,7 @@ async def test_binary_goes_with_the_crash_it_came_with(tmp_path: Path, ledger: L
     crash.sources[name] = Source(directory=BINARIES, name=name, kind=Kind.EXECUTABLE)
     await ledger.save(crash)
 
-    await retention._remove_crash(str(tmp_path / "spool"), ledger, crash)
+    await retention.remove_crash(str(tmp_path / "spool"), ledger, crash)
 
     assert [path.name for path in directory.iterdir()] == ["another"]
     assert not ledger.knows_file(BINARIES, name)
@@ -88,8 +88,8 @@ async def test_only_old_binaries_of_no_crash_are_strays(tmp_path: Path, ledger: 
     crash.sources["known"] = Source(directory=BINARIES, name="known", kind=Kind.EXECUTABLE)
     await ledger.save(crash)
 
-    retention._remove_strays(str(tmp_path / "spool"), ledger)
+    retention.remove_strays(str(tmp_path / "spool"), ledger)
 
     assert sorted(path.name for path in directory.iterdir()) == ["known", "new"]
     assert Path("/etc/passwd").exists()
-    retention._remove_strays(str(tmp_path / "nowhere"), ledger)
+    retention.remove_strays(str(tmp_path / "nowhere"), ledger)

@@ -1,0 +1,78 @@
+"""A spool that has too little room."""
+
+import asyncio
+import subprocess
+from pathlib import Path
+
+from crashbus import DeadLetter
+from tests.collector.conftest import FILE, Setup, fill_chunk_store
+from tests.support.crashers import crasher
+from tests.support.wait import until
+
+CORE_AND_MORE = 300_000  # bytes: more than small files take, less than a core
+
+
+async def start(setup: Setup, **settings: str) -> Path:
+    """Let a process crash and its files wait; return their directory."""
+    for name, value in settings.items():
+        setup.collector._environment[f"CRASHBUS_COLLECTOR_{name.upper()}"] = value
+    await setup.collector.start()
+    await setup.collector.healthy()
+    process = subprocess.Popen([crasher("appscope_like"), setup.spool])
+    process.wait()
+    return setup.spool / str(process.pid)
+
+
+async def without_core(directory: Path) -> set[str]:
+    """Wait until the core is gone; return what is still there."""
+    await until(lambda: directory.exists() and len(list(directory.iterdir())) == 3)
+    return {path.name.partition("_")[0] for path in directory.iterdir()}
+
+
+async def test_copy_of_a_core_that_lies_on_the_bus_goes_and_nothing_is_lost(setup: Setup) -> None:
+    directory = await start(setup, spool_bytes=str(CORE_AND_MORE), drop_after="0")
+    assert await without_core(directory) == {"info", "cfg", "backtrace"}
+    await until(
+        lambda: setup.collector.metric("crashbus_collector_dropped_files_total") == 1, every=0.2
+    )
+
+    shipping = setup.shipper.start()
+    await until(lambda: "manifest.json" in setup.shipper.names(FILE))
+
+    (core,) = [name for name in setup.shipper.names(FILE) if name.startswith("core")]
+    assert len(setup.shipper.content(FILE, core)) > CORE_AND_MORE
+    assert await setup.bus.stored(DeadLetter) == []
+    shipping.cancel()
+
+
+async def test_core_that_nothing_else_holds_is_told_when_it_is_dropped(setup: Setup) -> None:
+    config = await fill_chunk_store(setup)
+    shipping = setup.shipper.start()
+    directory = await start(
+        setup, spool_bytes=str(CORE_AND_MORE), drop_after="0", keep_delivered="0"
+    )
+
+    (letter,) = await until(lambda: setup.bus.stored(DeadLetter))
+    assert letter.reason == "dropped_for_room"
+    assert "CRASHBUS_COLLECTOR_SPOOL_BYTES" in letter.mend
+    # The small files are delivered, and then nothing is left of it.
+    await until(lambda: len(setup.shipper.names(FILE)) == 3)
+    config.max_bytes = 64 * 1024**2
+    await setup.bus._js.update_stream(config)
+    await until(lambda: not directory.exists() and not setup.ledger())
+    assert len(await setup.bus.stored(DeadLetter)) == 1
+    shipping.cancel()
+    await asyncio.wait({shipping})
+
+
+async def test_delivered_crashes_go_first_when_they_take_too_much(setup: Setup) -> None:
+    shipping = setup.shipper.start()
+    directory = await start(setup, keep_delivered_bytes="1000")
+
+    await until(lambda: not directory.exists())
+
+    assert "manifest.json" in setup.shipper.names(FILE)
+    assert await setup.bus.stored(DeadLetter) == []
+    assert not setup.ledger()
+    shipping.cancel()
+    await asyncio.wait({shipping})
