@@ -92,7 +92,8 @@ class Bus:
         self._client = client
         self._js: JetStreamContext = client.jetstream(timeout=PUBLISH_TIMEOUT)
         self._host = host
-        self._chunk_store: int | None = None  # set where this connection makes streams
+        # Room for chunks and replicas, set where this connection makes streams.
+        self._streams: tuple[int, int] | None = None
         self.malformed = 0  # messages skipped or put aside since the start
 
     @property
@@ -105,14 +106,16 @@ class Bus:
         """Whether the server can be reached just now."""
         return self._client.is_listening
 
-    async def ensure_streams(self, chunk_store_bytes: int = DEFAULT_CHUNK_STORE) -> None:
+    async def ensure_streams(
+        self, chunk_store_bytes: int = DEFAULT_CHUNK_STORE, replicas: int = 1
+    ) -> None:
         """Make the streams that do not exist; one that exists stays as its owner made it.
 
         From then on this connection makes them anew should the server lose them.
         """
-        self._chunk_store = chunk_store_bytes
+        self._streams = chunk_store_bytes, replicas
         with _as_bus_errors():
-            for config in streams.all_streams(chunk_store_bytes):
+            for config in streams.all_streams(chunk_store_bytes, replicas):
                 assert config.name is not None
                 try:
                     await self._js.stream_info(config.name)
@@ -154,9 +157,9 @@ class Bus:
 
     async def _restore_streams(self) -> None:
         """Make streams that the server lost, if making them is our business."""
-        if self._chunk_store is not None:
-            log.warning("the bus has lost streams, making them anew")
-            await self.ensure_streams(self._chunk_store)
+        if self._streams is not None:
+            log.warning("no stream takes messages, making those anew that are lost")
+            await self.ensure_streams(*self._streams)
 
     async def publish_chunk(self, crash_id: str, file: str, chunk: Chunk) -> None:
         """Publish one chunk of a crash file and wait until it is stored."""
@@ -292,9 +295,31 @@ class Bus:
             BusUnreachable: also where the server lost its place in between; ask again.
         """
         try:
+            if subject and since is None and not {"*", ">"} & set(subject.split(".")):
+                return await self._stored_on(kind, subject)
             return await self._stored(kind, subject or kind.SUBJECT, since)
         except NotStored as lost:
             raise BusUnreachable(f"the bus lost its place while it was read: {lost}") from lost
+
+    async def _stored_on(self, kind: type[M], subject: str) -> list[M]:
+        """Read one subject message by message.
+
+        There are few on it, and a consumer would cost more; in a cluster that has just lost a
+        server it may be put on that one, too.
+        """
+        name, sequence = streams.stream_of(kind), 0
+        messages: list[M] = []
+        while True:
+            try:
+                with _as_bus_errors():
+                    raw = await self._js.get_msg(name, seq=sequence + 1, subject=subject, next=True)
+            except NotStored:
+                return messages
+            assert raw.seq is not None
+            sequence = raw.seq
+            message = self._read(kind, raw.subject or "", raw.data or b"")
+            if message is not None:
+                messages.append(message)
 
     async def _stored(self, kind: type[M], subject: str, since: float | None) -> list[M]:
         config = ConsumerConfig(inactive_threshold=60, ack_policy=AckPolicy.NONE)

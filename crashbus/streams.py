@@ -1,5 +1,7 @@
 """The JetStream streams: what the bus keeps, for how long, and what happens when it is full."""
 
+from dataclasses import replace
+
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 
 from crashbus import layout
@@ -45,15 +47,16 @@ def _kept(name: str, *subjects: str, days: float, mib: int) -> StreamConfig:
     )
 
 
-def all_streams(chunk_store_bytes: int) -> tuple[StreamConfig, ...]:
+def all_streams(chunk_store_bytes: int, replicas: int = 1) -> tuple[StreamConfig, ...]:
     """Return the configuration of every stream.
 
     Args:
         chunk_store_bytes: room for chunks that are not delivered yet; when it is taken, the
             collector waits with its data on disk. A part of it is for small files alone.
+        replicas: servers of a cluster that each keep all of it.
     """
     small = max(chunk_store_bytes // _SMALL_PART, min(_SMALL_LEAST, chunk_store_bytes // 2))
-    return (
+    made = (
         _kept(
             SIGNALS, SignalEvent.SUBJECT, SignalCount.SUBJECT, EventsLost.SUBJECT, days=7, mib=256
         ),
@@ -72,6 +75,7 @@ def all_streams(chunk_store_bytes: int) -> tuple[StreamConfig, ...]:
         _chunks(CHUNKS, CHUNK_SUBJECT, chunk_store_bytes - small),
         _chunks(SMALL_CHUNKS, SMALL_CHUNK_SUBJECT, small),
     )
+    return tuple(replace(one, num_replicas=replicas) for one in made)
 
 
 def _chunks(name: str, subject: str, room: int) -> StreamConfig:

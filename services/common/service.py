@@ -86,7 +86,9 @@ class Runtime:
                         **self.bus_settings.connection_options(f"crashbus-{self.name}"),
                     )
                 )
-                await bus.ensure_streams(self.bus_settings.chunk_store_bytes)
+                await bus.ensure_streams(
+                    self.bus_settings.chunk_store_bytes, self.bus_settings.nats_replicas
+                )
             except (BusUnreachable, BusFull) as error:
                 if "bus" not in health.faults():
                     log.warning("waiting for the bus", error=str(error))

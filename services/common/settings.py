@@ -194,6 +194,13 @@ class BusSettings(Settings):
         ge=64 * 1024**2,
         description="room on the bus for chunks not yet delivered, in bytes",
     )
+    nats_replicas: int = Field(
+        1,
+        ge=1,
+        le=5,
+        description="servers of a JetStream cluster that each keep what is on the bus; 3 survive "
+        "the loss of any one; taken when the streams are made",
+    )
     redact_names: str = Field(
         "",
         description="regular expression: variables, options and keys whose name it is found in "

@@ -61,3 +61,33 @@ class NatsServer:
             os.kill(self._process.pid, number)
             self._process.wait(60)
         self._process = None
+
+
+class NatsCluster:
+    """Three servers that keep everything together, and bear the loss of any one.
+
+    Attributes:
+        servers: by name.
+        url: all of them, for a client.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        ports = {f"n{number}": free_port() for number in range(3)}
+        routes = ", ".join(f"nats://127.0.0.1:{port}" for port in ports.values())
+        self.servers: dict[str, NatsServer] = {}
+        for name, port in ports.items():
+            (directory / name).mkdir(parents=True)
+            self.servers[name] = NatsServer(
+                directory / name,
+                f"server_name: {name}\n"
+                f"cluster {{\n  name: test\n  listen: 127.0.0.1:{port}\n  routes: [{routes}]\n}}\n",
+            )
+        self.url = ",".join(server.url for server in self.servers.values())
+
+    def start(self) -> None:
+        for server in self.servers.values():
+            server.start()
+
+    def stop(self) -> None:
+        for server in self.servers.values():
+            server.kill()
