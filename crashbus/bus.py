@@ -228,6 +228,12 @@ class Bus:
                 streams.chunks_of(file), subject=chunk_subject(crash_id, file)
             )
 
+    async def purge_crash(self, crash_id: str) -> None:
+        """Remove all chunks of all files of a crash from the bus."""
+        for stream, subject in streams.chunks_of_crash(crash_id):
+            with suppress(NoStreams), _as_bus_errors():
+                await self._js.purge_stream(stream, subject=subject)
+
     async def subscribe(self, kind: type[M], subject: str | None = None) -> AsyncIterator[M]:
         """Yield messages from now on, in order, each once; over reconnects and restarts, too.
 

@@ -96,6 +96,14 @@ def chunks_of(file: str) -> str:
     return CHUNKS if layout.is_large(file) else SMALL_CHUNKS
 
 
+def chunks_of_crash(crash_id: str) -> tuple[tuple[str, str], ...]:
+    """Return each stream that keeps chunks, and the subject of those of a crash in it."""
+    return tuple(
+        (stream, f"{subject.removesuffix('>')}{crash_id}.>")
+        for stream, subject in ((CHUNKS, CHUNK_SUBJECT), (SMALL_CHUNKS, SMALL_CHUNK_SUBJECT))
+    )
+
+
 def stream_of(kind: type[Message]) -> str:
     """Return the name of the stream that keeps messages of this kind."""
     return _STREAM_OF[kind]

@@ -56,7 +56,7 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
             tasks.create_task(gatherer.run(), name="gather")
             tasks.create_task(deliverer.run(), name="deliver")
             tasks.create_task(deaths.run(), name="deaths")
-            retention = Retention(str(shared.spool), ledger, deliverer, settings)
+            retention = Retention(str(shared.spool), ledger, bus, deliverer, settings)
             tasks.create_task(retention.run(), name="retention")
 
 

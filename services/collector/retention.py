@@ -12,6 +12,7 @@ from itertools import groupby
 import structlog
 
 from crashbus import layout
+from crashbus.bus import Bus
 from crashbus.errors import BusFull, BusUnreachable
 from crashbus.layout import LARGE, Kind
 from services.collector import metrics, room, spool
@@ -50,19 +51,25 @@ class Retention:
     """Sweeps the spool from time to time."""
 
     def __init__(
-        self, root: str, ledger: Ledger, deliverer: Deliverer, settings: CollectorSettings
+        self,
+        root: str,
+        ledger: Ledger,
+        bus: Bus,
+        deliverer: Deliverer,
+        settings: CollectorSettings,
     ) -> None:
         self._root = root
         self._ledger = ledger
+        self._bus = bus
         self._deliverer = deliverer
         self._settings = settings
 
     async def run(self) -> None:
         """Remove what may go, until cancelled."""
         while True:
-            for crash in self._ledger.expired(self._settings.keep_delivered):
-                await remove_crash(self._root, self._ledger, crash)
             try:
+                for crash in self._ledger.expired(self._settings.keep_delivered):
+                    await self._remove_crash(crash)
                 await self._make_room()
                 await asyncio.to_thread(remove_strays, self._root, self._ledger)
             except (OSError, BusUnreachable, BusFull) as error:
@@ -70,6 +77,14 @@ class Retention:
             # Out of step with the rechecks, during which no file may be removed.
             every = min(SWEEP_EVERY, self._settings.recheck)
             await asyncio.sleep(every * random.uniform(0.7, 1.3))  # noqa: S311 - no secret
+
+    async def _remove_crash(self, crash: Crash) -> None:
+        await remove_crash(self._root, self._ledger, crash)
+        if self._ledger.get(crash.crash_id) is None:
+            # A copy that was long on its way can have come after its file was delivered, and
+            # now nobody would ever take it off the bus. Room is made without a bus, too.
+            with suppress(BusUnreachable):
+                await self._bus.purge_crash(crash.crash_id)
 
     async def _make_room(self) -> None:
         crashes = self._ledger.crashes()
@@ -113,7 +128,7 @@ class Retention:
         if crash is None:
             return
         if one.loss is Loss.NOTHING:
-            await remove_crash(self._root, self._ledger, crash)
+            await self._remove_crash(crash)
             return
         source = crash.sources[one.name]
         if one.loss is Loss.COPY:

@@ -3,13 +3,18 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from crashbus import Bus
+from crashbus.chunks import Chunk
 from crashbus.layout import BINARIES, Kind
 from crashbus.messages import Process
 from services.collector import retention
 from services.collector.ledger import Crash, Ledger, Source
+from services.collector.retention import Retention
+from services.collector.settings import CollectorSettings
 
 CRASH_ID = "0" * 16
 
@@ -38,6 +43,22 @@ async def test_delivered_files_are_removed_with_their_entry(tmp_path: Path, ledg
     assert not (tmp_path / "spool" / "7").exists()
     assert ledger.get(CRASH_ID) is None
     assert not ledger.knows_file("7", "info_1")
+
+
+async def test_copies_of_chunks_that_came_late_leave_the_bus_with_it(
+    tmp_path: Path, ledger: Ledger, bus: Bus
+) -> None:
+    other = "1" * 16
+    for crash_id in (CRASH_ID, other):
+        for name in ("info_1", "core_1"):
+            await bus.publish_chunk(crash_id, name, Chunk(0, 1, b"x", ""))
+    (crash,) = ledger.expired(keep=0)
+    spool, settings = str(tmp_path / "spool"), CollectorSettings()
+    deliverer: Any = None  # only asked about what is not delivered
+    await Retention(spool, ledger, bus, deliverer, settings)._remove_crash(crash)
+    for name in ("info_1", "core_1"):
+        assert await bus.chunk_count(CRASH_ID, name) == 0
+        assert await bus.chunk_count(other, name) == 1
 
 
 async def test_set_entered_after_the_sweep_began_stays(tmp_path: Path, ledger: Ledger) -> None:
