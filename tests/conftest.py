@@ -10,7 +10,7 @@ from tests.support.nats import NatsServer
 from tests.support.requirements import need_program
 
 # A real S3 server, started once for all tests that want it.
-pytest_plugins = ["tests.support.s3"]
+pytest_plugins = ["tests.support.s3", "tests.faults.report"]
 
 
 @pytest.fixture

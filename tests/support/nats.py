@@ -1,6 +1,7 @@
 """A real nats-server of a test's own, on a free port, with its own store."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -55,6 +56,20 @@ class NatsServer:
 
     def stop(self) -> None:
         self._end(signal.SIGTERM)
+
+    def pause(self) -> None:
+        """Let it hang: it is there and does not answer."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def lose_store(self) -> None:
+        """Remove all it stored, while it does not run."""
+        assert self._process is None
+        shutil.rmtree(self._directory / "store")
 
     def _end(self, number: int) -> None:
         if self._process is not None and self._process.poll() is None:

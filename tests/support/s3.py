@@ -150,9 +150,9 @@ class S3Server:
                 start_new_session=True,  # so that Ctrl-C reaches pytest first
             )
 
-    def start_gateway(self) -> None:
-        """Start the gateway and wait until it listens."""
-        self._spawn("rgw", "radosgw", "-n", "client.rgw")
+    def start_gateway(self, *options: str) -> None:
+        """Start the gateway, with more of its options, and wait until it listens."""
+        self._spawn("rgw", "radosgw", "-n", "client.rgw", *options)
         end = time.monotonic() + 60
         while time.monotonic() < end and self._daemons["rgw"].poll() is None:
             with socket.socket() as probe:

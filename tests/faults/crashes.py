@@ -1,0 +1,118 @@
+"""Crash sets as the recorder leaves them, of a given random seed, without a crash.
+
+They let a fault of the delivery be tried many times without touching the host's core_pattern.
+"""
+
+import hashlib
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from crashbus import capture, crash_id, layout
+from crashbus.capture import CapturedFile, CaptureRecord
+from crashbus.layout import Kind
+from crashbus.messages import Process
+
+MIB = 1024 * 1024
+# Above any PID that the kernel gives (PID_MAX_LIMIT, 4 Mi), so none of them is alive.
+_pids = itertools.count(5_000_000)
+
+
+@dataclass(frozen=True)
+class CrashSet:
+    """What was written.
+
+    Attributes:
+        size: of its core, in bytes.
+        sha256: of each file, by its name.
+    """
+
+    crash_id: str
+    size: int
+    sha256: dict[str, str]
+
+
+def core_size(random: Random, largest: int) -> int:
+    """Return a size from 1 MiB to `largest` MiB, small ones as likely as large ones, in bytes."""
+    return int(MIB * largest ** random.random()) + random.randrange(4096)
+
+
+def write_set(spool: Path, host: str, size: int, random: Random, noisy: bool) -> CrashSet:
+    """Write a set with a core of so many bytes, in the recorder's order.
+
+    Args:
+        noisy: the core does not compress.
+    """
+    pid, epoch = next(_pids), int(time.time())
+    process = Process(
+        boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        pid=pid,
+        ns_pid=pid,
+        start_ticks=random.getrandbits(40),
+        uid=0,
+        gid=0,
+        comm="fault",
+    )
+    record = CaptureRecord(
+        state="writing",
+        crash_id=crash_id(process.boot_id, pid, process.start_ticks),
+        host=host,
+        crashed_at=float(epoch),
+        process=process,
+        signal=11,
+        signal_name="SIGSEGV",
+    )
+    place = spool / str(pid)
+    place.mkdir(mode=0o755)
+    directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = capture.create(directory, epoch, record)
+    finally:
+        os.close(directory)
+    try:
+        sizes, hashes = {}, {}
+        for kind in layout.SHIPPING_ORDER:
+            if kind in layout.SHARED:
+                continue
+            name = layout.crash_file_name(kind, epoch)
+            pieces = _core(size, random, noisy) if kind is Kind.CORE else _text(kind, random)
+            sizes[name], hashes[name] = _write(place / name, pieces)
+        files = {name: CapturedFile(size=size) for name, size in sizes.items()}
+        capture.write(descriptor, record.model_copy(update={"state": "complete", "files": files}))
+    finally:
+        os.close(descriptor)
+    return CrashSet(record.crash_id, size, hashes)
+
+
+def _write(path: Path, pieces: Iterator[bytes]) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
+    return size, digest.hexdigest()
+
+
+def _text(kind: Kind, random: Random) -> Iterator[bytes]:
+    yield f"{kind} {random.getrandbits(64):x}\n".encode() * random.randrange(1, 200)
+
+
+def _core(size: int, random: Random, noisy: bool) -> Iterator[bytes]:
+    """Yield what memory is made of: noise, text and zeros."""
+    left = size
+    while left:
+        piece = min(left, MIB)
+        left -= piece
+        match 4 if noisy else random.randrange(4):
+            case 0:
+                yield bytes(piece)
+            case 1:
+                word = random.randbytes(8)
+                yield (word * (piece // 8 + 1))[:piece]
+            case _:
+                yield random.randbytes(piece)

@@ -1,0 +1,64 @@
+"""A small disk of a test's own: a file system in a file, which can be filled up."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.support.requirements import need_program, need_root
+
+_BLOCK = 4096  # bytes
+
+
+class SmallDisk:
+    """A mounted file system.
+
+    Attributes:
+        place: where it is mounted.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self._ballast = place / "ballast"
+
+    def fill(self, leaving: int = 0) -> None:
+        """Take its room but for so many bytes."""
+        status = os.statvfs(self.place)
+        wanted = status.f_bavail * status.f_frsize - leaving
+        with self._ballast.open("ab") as file:
+            size = os.fstat(file.fileno()).st_size
+            while wanted >= _BLOCK:
+                try:
+                    os.posix_fallocate(file.fileno(), size, wanted)
+                except OSError:  # it needs some blocks for itself
+                    wanted //= 2
+                else:
+                    size += wanted
+            if not leaving:
+                with suppress(OSError):
+                    while True:
+                        os.write(file.fileno(), bytes(_BLOCK))
+
+    def empty(self) -> None:
+        """Give the room back."""
+        self._ballast.unlink(missing_ok=True)
+
+
+@contextmanager
+def small_disk(place: Path, mib: int) -> Iterator[SmallDisk]:
+    """Mount a file system of so many MiB on a directory, which is made."""
+    need_root()
+    need_program("mkfs.ext4")
+    image = place.with_suffix(".img")
+    with image.open("wb") as file:
+        file.truncate(mib * 1024 * 1024)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", image], check=True)
+    place.mkdir()
+    subprocess.run(["mount", "-o", "loop", image, place], check=True)
+    try:
+        yield SmallDisk(place)
+    finally:
+        # A process that was just ended may not be quite gone.
+        subprocess.run(["umount", "--lazy", place], check=True)
+        image.unlink()
