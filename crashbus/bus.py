@@ -229,8 +229,8 @@ class Bus:
             )
 
     async def purge_crash(self, crash_id: str) -> None:
-        """Remove all chunks of all files of a crash from the bus."""
-        for stream, subject in streams.chunks_of_crash(crash_id):
+        """Remove all chunks and work items of a crash from the bus."""
+        for stream, subject in streams.on_the_way(crash_id):
             with suppress(NoStreams), _as_bus_errors():
                 await self._js.purge_stream(stream, subject=subject)
 

@@ -96,11 +96,12 @@ def chunks_of(file: str) -> str:
     return CHUNKS if layout.is_large(file) else SMALL_CHUNKS
 
 
-def chunks_of_crash(crash_id: str) -> tuple[tuple[str, str], ...]:
-    """Return each stream that keeps chunks, and the subject of those of a crash in it."""
-    return tuple(
-        (stream, f"{subject.removesuffix('>')}{crash_id}.>")
-        for stream, subject in ((CHUNKS, CHUNK_SUBJECT), (SMALL_CHUNKS, SMALL_CHUNK_SUBJECT))
+def on_the_way(crash_id: str) -> tuple[tuple[str, str], ...]:
+    """Return the streams that keep work items and chunks, and the subject of a crash's in each."""
+    return (
+        (FILES, WorkItem.SUBJECT.replace(">", f"*.{crash_id}.>")),
+        (CHUNKS, CHUNK_SUBJECT.replace(">", f"{crash_id}.>")),
+        (SMALL_CHUNKS, SMALL_CHUNK_SUBJECT.replace(">", f"{crash_id}.>")),
     )
 
 

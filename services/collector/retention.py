@@ -81,8 +81,9 @@ class Retention:
     async def _remove_crash(self, crash: Crash) -> None:
         await remove_crash(self._root, self._ledger, crash)
         if self._ledger.get(crash.crash_id) is None:
-            # A copy that was long on its way can have come after its file was delivered, and
-            # now nobody would ever take it off the bus. Room is made without a bus, too.
+            # A copy of a chunk can have come after its file was delivered, and a nats-server
+            # 2.9 that is killed has items back that were acknowledged, for nobody. Now none would
+            # ever take them off the bus. Room is made without a bus, too.
             with suppress(BusUnreachable):
                 await self._bus.purge_crash(crash.crash_id)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from crashbus import Bus
+from crashbus import Bus, streams
 from crashbus.chunks import Chunk
 from crashbus.layout import BINARIES, Kind
 from crashbus.messages import Process
@@ -45,13 +45,14 @@ async def test_delivered_files_are_removed_with_their_entry(tmp_path: Path, ledg
     assert not ledger.knows_file("7", "info_1")
 
 
-async def test_copies_of_chunks_that_came_late_leave_the_bus_with_it(
+async def test_what_nobody_waits_for_leaves_the_bus_with_it(
     tmp_path: Path, ledger: Ledger, bus: Bus
 ) -> None:
     other = "1" * 16
     for crash_id in (CRASH_ID, other):
         for name in ("info_1", "core_1"):
             await bus.publish_chunk(crash_id, name, Chunk(0, 1, b"x", ""))
+        await bus._js.publish(f"crash.file.h.{crash_id}.info_1.x", b"was acknowledged")
     (crash,) = ledger.expired(keep=0)
     spool, settings = str(tmp_path / "spool"), CollectorSettings()
     deliverer: Any = None  # only asked about what is not delivered
@@ -59,6 +60,7 @@ async def test_copies_of_chunks_that_came_late_leave_the_bus_with_it(
     for name in ("info_1", "core_1"):
         assert await bus.chunk_count(CRASH_ID, name) == 0
         assert await bus.chunk_count(other, name) == 1
+    assert (await bus._js.stream_info(streams.FILES)).state.messages == 1
 
 
 async def test_set_entered_after_the_sweep_began_stays(tmp_path: Path, ledger: Ledger) -> None:
