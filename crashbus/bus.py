@@ -10,9 +10,8 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
 import nats
@@ -23,6 +22,7 @@ from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from crashbus import names, streams
+from crashbus.cancellation import obeying_cancellation
 from crashbus.chunks import Chunk
 from crashbus.client import Client
 from crashbus.errors import (
@@ -34,6 +34,7 @@ from crashbus.errors import (
     NoStreams,
 )
 from crashbus.messages import DeadLetter, Message, chunk_subject
+from crashbus.reading import StreamReader, follow
 
 log = logging.getLogger("crashbus.bus")
 
@@ -43,7 +44,7 @@ CONNECT_TIMEOUT = 2.0  # seconds for one try; a server on the next host answers 
 RECONNECT_WAIT = 0.5  # seconds between tries: short, so that little piles up meanwhile
 PUBLISH_TIMEOUT = 5.0  # seconds for the server to store a message; its disk may be busy
 FETCH_TIMEOUT = 5.0  # seconds one fetch waits before it asks again
-FOLLOW_BATCH = 64  # messages asked for at once by one who only listens
+MOST_REFUSALS = 100  # told for one connection
 DEFAULT_CHUNK_STORE = 8 * 1024**3
 _STREAM_NOT_FOUND = 10059
 _STORE_FULL = {10023, 10047, 10077}  # resources exceeded, store full, maximum bytes exceeded
@@ -108,12 +109,13 @@ class Bus:
 
     async def ensure_streams(
         self, chunk_store_bytes: int = DEFAULT_CHUNK_STORE, replicas: int = 1
-    ) -> None:
-        """Make the streams that do not exist; one that exists stays as its owner made it.
+    ) -> bool:
+        """Make the streams that do not exist, and tell whether there were such.
 
-        From then on this connection makes them anew should the server lose them.
+        One that exists stays as its owner made it. From then on this connection makes them anew
+        should the server lose them.
         """
-        self._streams = chunk_store_bytes, replicas
+        self._streams, made = (chunk_store_bytes, replicas), False
         with _as_bus_errors():
             for config in streams.all_streams(chunk_store_bytes, replicas):
                 assert config.name is not None
@@ -121,6 +123,8 @@ class Bus:
                     await self._js.stream_info(config.name)
                 except nats.js.errors.NotFoundError:
                     await self._js.add_stream(config)
+                    made = True
+        return made
 
     async def publish(self, message: Message) -> None:
         """Publish a message and wait until the server has stored it.
@@ -151,15 +155,21 @@ class Bus:
         with _as_bus_errors():
             try:
                 await self._js.publish(subject, payload, headers=headers)
-            except nats.js.errors.NoStreamResponseError:
-                await self._restore_streams()
+            except (nats.js.errors.NoStreamResponseError, nats.errors.TimeoutError):
+                # A stream that is not there does not answer, and the server says so only where
+                # nobody else listens.
+                if not await self._restore_streams():
+                    raise
                 await self._js.publish(subject, payload, headers=headers)
 
-    async def _restore_streams(self) -> None:
-        """Make streams that the server lost, if making them is our business."""
-        if self._streams is not None:
-            log.warning("no stream takes messages, making those anew that are lost")
-            await self.ensure_streams(*self._streams)
+    async def _restore_streams(self) -> bool:
+        """Make streams that the server lost, if making them is our business; tell if any was."""
+        if self._streams is None or not self.is_connected:
+            return False
+        made = await self.ensure_streams(*self._streams)
+        if made:
+            log.warning("the bus had lost streams, they were made anew")
+        return made
 
     async def publish_chunk(self, crash_id: str, file: str, chunk: Chunk) -> None:
         """Publish one chunk of a crash file and wait until it is stored."""
@@ -239,55 +249,14 @@ class Bus:
 
         Malformed messages are logged, counted and skipped.
         """
-        name = streams.stream_of(kind)
         with _as_bus_errors():
-            stream = await self._js.stream_info(name)
-        made, seen, troubled = stream.created, stream.state.last_seq, False
-        # nats-py's ordered consumer takes 20 s to see that the server has lost it, and begins
-        # at the first message ever stored if it had none by then.
-        subscription: JetStreamContext.PullSubscription | None = None
-        try:
-            while True:
-                try:
-                    if subscription is None:
-                        stream = await self._js.stream_info(name)
-                        if stream.created != made:  # made anew: all in it came since
-                            made, seen = stream.created, 0
-                        subscription = await self._follow(name, subject or kind.SUBJECT, seen + 1)
-                        troubled = False
-                    with _obeying_cancellation():
-                        arrived = await subscription.fetch(FOLLOW_BATCH, timeout=FETCH_TIMEOUT)
-                except nats.errors.TimeoutError:
-                    subscription = await self._if_there(subscription)
-                    continue
-                except (nats.errors.Error, OSError) as error:
-                    if not troubled:
-                        log.warning("cannot follow %s, trying again: %s", name, error)
-                    subscription, troubled = None, True
-                    await asyncio.sleep(RECONNECT_WAIT)
-                    continue
-                for raw in arrived:
-                    metadata = self._metadata(raw)
-                    if metadata is None:
-                        continue
-                    seen = metadata.sequence.stream
-                    message = self._read(kind, raw.subject, raw.data)
-                    if message is not None:
-                        yield message
-        finally:
-            await self._end_fetching(subscription)
-
-    async def _follow(
-        self, stream: str, subject: str, start: int
-    ) -> JetStreamContext.PullSubscription:
-        config = ConsumerConfig(
-            ack_policy=AckPolicy.NONE,
-            deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
-            opt_start_seq=start,
-            inactive_threshold=60,
-            mem_storage=True,
-        )
-        return await self._js.pull_subscribe(subject, stream=stream, config=config)
+            stream = await self._js.stream_info(streams.stream_of(kind))
+        following = follow(self._client, self._js, stream, subject or kind.SUBJECT)
+        async with aclosing(following) as messages:
+            async for raw in messages:
+                message = self._read(kind, raw.subject or "", raw.data or b"")
+                if message is not None:
+                    yield message
 
     async def stored(
         self, kind: type[M], subject: str | None = None, since: float | None = None
@@ -298,58 +267,16 @@ class Bus:
             since: leave out what the bus stored before this Unix time.
 
         Raises:
-            BusUnreachable: also where the server lost its place in between; ask again.
+            BusUnreachable: the bus does not answer.
         """
-        try:
-            if subject and since is None and not {"*", ">"} & set(subject.split(".")):
-                return await self._stored_on(kind, subject)
-            return await self._stored(kind, subject or kind.SUBJECT, since)
-        except NotStored as lost:
-            raise BusUnreachable(f"the bus lost its place while it was read: {lost}") from lost
-
-    async def _stored_on(self, kind: type[M], subject: str) -> list[M]:
-        """Read one subject message by message.
-
-        There are few on it, and a consumer would cost more; in a cluster that has just lost a
-        server it may be put on that one, too.
-        """
-        name, sequence = streams.stream_of(kind), 0
-        messages: list[M] = []
-        while True:
-            try:
-                with _as_bus_errors():
-                    raw = await self._js.get_msg(name, seq=sequence + 1, subject=subject, next=True)
-            except NotStored:
-                return messages
-            assert raw.seq is not None
-            sequence = raw.seq
-            message = self._read(kind, raw.subject or "", raw.data or b"")
-            if message is not None:
-                messages.append(message)
-
-    async def _stored(self, kind: type[M], subject: str, since: float | None) -> list[M]:
-        config = ConsumerConfig(inactive_threshold=60, ack_policy=AckPolicy.NONE)
-        if since is not None:
-            config.deliver_policy = DeliverPolicy.BY_START_TIME
-            config.opt_start_time = datetime.fromtimestamp(since, UTC)
+        stream, messages = streams.stream_of(kind), []
         with _as_bus_errors():
-            subscription = await self._js.pull_subscribe(
-                subject, stream=streams.stream_of(kind), config=config
-            )
-            try:
-                info = await subscription.consumer_info()
-                remaining, messages = info.num_pending or 0, []
-                while remaining:
-                    for raw in await subscription.fetch(min(remaining, 256), timeout=FETCH_TIMEOUT):
-                        if self._metadata(raw) is None:
-                            continue
-                        remaining -= 1
-                        message = self._read(kind, raw.subject, raw.data)
-                        if message is not None:
-                            messages.append(message)
-                await self._js.delete_consumer(streams.stream_of(kind), info.name)
-            finally:
-                await self._end_fetching(subscription)
+            last = (await self._js.stream_info(stream)).state.last_seq
+            reader = StreamReader(self._js, stream, subject or kind.SUBJECT)
+            async for raw in reader.until(last, since):
+                message = self._read(kind, raw.subject or "", raw.data or b"")
+                if message is not None:
+                    messages.append(message)
         return messages
 
     def _metadata(self, raw: Msg) -> Msg.Metadata | None:
@@ -416,7 +343,7 @@ class Bus:
                         subscription = await self._js.pull_subscribe(
                             subject or kind.SUBJECT, durable=durable, stream=name, config=config
                         )
-                    with _obeying_cancellation():
+                    with obeying_cancellation():
                         arrived = await subscription.fetch(batch, timeout=FETCH_TIMEOUT)
                 except nats.errors.TimeoutError:
                     subscription = await self._if_there(subscription)
@@ -456,7 +383,7 @@ class Bus:
         """
         if subscription is not None:
             try:
-                with _obeying_cancellation():
+                with obeying_cancellation():
                     await subscription.consumer_info()
             except (nats.errors.Error, OSError):
                 return None
@@ -509,28 +436,7 @@ class NotStored(nats.js.errors.NotFoundError):
     """The server has no such message."""
 
 
-class _obeying_cancellation:  # noqa: N801 - reads as the statement it is
-    """Context that a cancellation always leaves.
-
-    Before Python 3.12 asyncio.wait_for, by which the client waits, returns a result that came
-    at the same moment and forgets the cancellation (python/cpython#86296). A loop around it
-    would then go on for ever.
-    """
-
-    def __enter__(self) -> None:
-        self._before = _cancellations()
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if _cancellations() > self._before and not isinstance(error, asyncio.CancelledError):
-            raise asyncio.CancelledError
-
-
-def _cancellations() -> int:
-    task = asyncio.current_task()
-    return task.cancelling() if task else 0
-
-
-class _as_bus_errors(_obeying_cancellation):  # noqa: N801
+class _as_bus_errors(obeying_cancellation):  # noqa: N801
     """Context in which NATS's many errors become ours."""
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -539,6 +445,8 @@ class _as_bus_errors(_obeying_cancellation):  # noqa: N801
             return
         if isinstance(error, nats.errors.MaxPayloadError):
             raise MessageTooLarge("above the server's max_payload; raise it") from error
+        if isinstance(error, nats.js.errors.NoStreamResponseError):
+            raise NoStreams("the bus has no Crashbus streams; a collector makes them") from error
         if isinstance(error, nats.js.errors.NotFoundError):
             if error.err_code == _STREAM_NOT_FOUND:
                 raise NoStreams("the bus has no Crashbus streams") from error
@@ -558,7 +466,8 @@ async def connect(
     Args:
         url: one or more server addresses, separated by commas.
         host: the name that dead letters of this connection carry.
-        options: further options of ``nats.connect``, such as ``user_credentials`` or ``tls``.
+        options: further options of ``nats.connect``, such as ``nkeys_seed``,
+            ``user_credentials`` or ``tls``.
 
     Raises:
         BusUnreachable: no server answers; later losses are mended silently.
@@ -574,8 +483,15 @@ async def connect(
     async def on_reconnect() -> None:
         log.info("the bus at %s is back", shown)
 
+    refused: set[str] = set()
+
     async def on_error(error: Exception) -> None:
-        log.debug("bus: %s", error)
+        text = str(error)[:500]
+        if "permissions violation" not in text or text in refused or len(refused) >= MOST_REFUSALS:
+            log.debug("bus: %s", error)
+            return
+        refused.add(text)  # what is asked for again and again is told once
+        log.warning("the bus does not let us: %s; see its account's permissions", text)
 
     settings: dict[str, Any] = {
         "connect_timeout": CONNECT_TIMEOUT,

@@ -5,10 +5,12 @@ method here closes one such gap of nats-py 2.15; all else is its own.
 """
 
 import asyncio
+import logging
 import re
 from typing import Any
 
 import nats.errors
+from nats.aio.client import DEFAULT_INBOX_PREFIX
 from nats.aio.client import Client as NatsClient
 from nats.aio.msg import Msg
 from nats.protocol import parser
@@ -24,6 +26,11 @@ parser.HMSG_RE = re.compile(rb"\AHMSG" + _SUBJECTS + rb"(\d+)[ \t]+(\d+)\r\n")
 _FROM_A_STREAM = b"$JS.ACK."
 _STATUS = re.compile(r"[0-9]{3}")
 
+# Said of every TLS connection that ends, about how nats-py begins it; nothing follows from it.
+logging.getLogger("asyncio").addFilter(
+    lambda record: "returning true from eof_received()" not in record.getMessage()
+)
+
 
 class Client(NatsClient):
     """A NATS client that hears on, whatever it hears."""
@@ -33,6 +40,42 @@ class Client(NatsClient):
         """Whether it is connected and its reader is at work."""
         reader = self._reading_task
         return self.is_connected and reader is not None and not reader.done()
+
+    def _setup_nkeys_seed_connect(self) -> None:
+        """Keep answers to ourselves: each key may listen below its own inbox alone.
+
+        With the usual prefix, who may hear its own answers hears those of all others.
+        """
+        super()._setup_nkeys_seed_connect()
+        if bytes(self._inbox_prefix) == DEFAULT_INBOX_PREFIX and self._public_nkey:
+            self._inbox_prefix = bytearray(DEFAULT_INBOX_PREFIX + b"." + self._public_nkey.encode())
+
+    def _connect_command(self) -> bytes:
+        """Say who we are, but never in the clear where TLS was asked for.
+
+        The server's first line, which tells whether it wants TLS, is in the clear: whoever is
+        on the way could leave it out, and nats-py would go on without.
+        """
+        wanted = "tls" in self.options or self._scheme in ("tls", "wss")
+        is_tls = self._server_info.get("tls_required") or self.options["tls_handshake_first"]
+        if wanted and not is_tls and self._scheme != "wss":  # which begins with TLS
+            raise nats.errors.Error("nats: TLS is asked for, and the server offers none")
+        command: bytes = super()._connect_command()
+        return command
+
+    @property
+    def _scheme(self) -> str:
+        return self._current_server.uri.scheme if self._current_server else ""
+
+    async def _process_err(self, err_msg: str) -> None:
+        """Come back after any error of the server's but a refusal of one subject.
+
+        nats-py would close for good, as after a change of keys or too many connections.
+        """
+        if "permissions violation" in err_msg:
+            await super()._process_err(err_msg)
+        else:
+            await self._process_op_err(nats.errors.Error(f"nats: {err_msg}"))
 
     async def _read_loop(self) -> None:
         await super()._read_loop()

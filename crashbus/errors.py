@@ -44,4 +44,4 @@ class MessageTooLarge(CrashbusError):
 
 
 class NoStreams(BusUnreachable):
-    """The server answers, but has no Crashbus streams: no service ever ran on it."""
+    """The server answers, but has no Crashbus streams: no collector ever ran on it."""

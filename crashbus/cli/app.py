@@ -11,6 +11,7 @@ from crashbus.cli.debug import debug
 from crashbus.cli.demo import demo
 from crashbus.cli.doctor import doctor
 from crashbus.cli.get import get
+from crashbus.cli.keys import keys
 from crashbus.cli.ls import ls
 from crashbus.cli.run import run
 from crashbus.cli.schema import schema
@@ -60,8 +61,9 @@ def crashbus(
 ) -> None:
     """Every crash on a Linux host, captured whole and delivered.
 
-    Further settings of the bus (user, password, credentials) are the environment variables
-    CRASHBUS_NATS_USER, CRASHBUS_NATS_PASSWORD and CRASHBUS_NATS_CREDENTIALS.
+    Further settings of the bus are environment variables: CRASHBUS_NATS_NKEY_FILE,
+    CRASHBUS_NATS_USER, CRASHBUS_NATS_PASSWORD_FILE, CRASHBUS_NATS_CREDENTIALS and, for TLS,
+    CRASHBUS_NATS_CA_FILE.
     """
     if nats_url:
         os.environ["CRASHBUS_NATS_URL"] = nats_url  # for services started from here, too
@@ -80,7 +82,7 @@ def _register_service(name: str, summary: str) -> None:
         services.become(name, ctx.args)
 
 
-for command in (run, demo, tail, ls, show, get, debug, snapshot, doctor, schema):
+for command in (run, demo, tail, ls, show, get, debug, snapshot, doctor, keys, schema):
     app.command()(command)
 for service_name, service_summary in services.SERVICES.items():
     _register_service(service_name, service_summary)

@@ -11,14 +11,12 @@ from crashbus.cli.errors import Trouble
 from crashbus.errors import BusUnreachable, NoStreams
 from services.common.settings import BusSettings
 
-NO_STREAMS = Trouble(
-    "the bus has no Crashbus streams", "start a service of Crashbus on it, it makes them"
-)
+NO_STREAMS = Trouble("the bus has no Crashbus streams", "start a collector on it, it makes them")
 
 
 MEND_KEYS = (
-    "set CRASHBUS_NATS_USER and CRASHBUS_NATS_PASSWORD, or CRASHBUS_NATS_CREDENTIALS, "
-    "to what the server knows"
+    "set CRASHBUS_NATS_NKEY_FILE, CRASHBUS_NATS_CREDENTIALS, or CRASHBUS_NATS_USER and "
+    "CRASHBUS_NATS_PASSWORD_FILE, to what the server knows"
 )
 
 

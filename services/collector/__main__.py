@@ -29,7 +29,7 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
         raise SettingsError(
             f"CRASHBUS_STATE: {shared.state} cannot be used: {error}; name a directory on a disk"
         ) from error
-    async with runtime.bus() as bus:
+    async with runtime.bus(makes_streams=True) as bus:
         publisher = Publisher(
             bus,
             shared.spool,

@@ -62,21 +62,23 @@ class Runtime:
         return self.bus_settings.host
 
     @asynccontextmanager
-    async def bus(self, needed: bool = True) -> AsyncIterator[Bus]:
-        """Connect to the bus, with its streams made; waits as long as it takes.
+    async def bus(self, needed: bool = True, makes_streams: bool = False) -> AsyncIterator[Bus]:
+        """Connect to the bus; waits as long as it takes.
 
         Args:
             needed: the service is not healthy without it.
+            makes_streams: this service makes the streams. Others go on without, and try what
+                they do until they are there: who may not change the bus needs no right to.
         """
         health = self.health if needed else Health()
         async with AsyncExitStack() as stack:
-            bus = await self._connected(stack, health)
+            bus = await self._connected(stack, health, makes_streams)
             health.watch(
                 "bus_connection", lambda: None if bus.is_connected else "lost, reconnecting"
             )
             yield bus
 
-    async def _connected(self, stack: AsyncExitStack, health: Health) -> Bus:
+    async def _connected(self, stack: AsyncExitStack, health: Health, makes_streams: bool) -> Bus:
         while True:
             try:
                 bus = await stack.enter_async_context(
@@ -86,9 +88,10 @@ class Runtime:
                         **self.bus_settings.connection_options(f"crashbus-{self.name}"),
                     )
                 )
-                await bus.ensure_streams(
-                    self.bus_settings.chunk_store_bytes, self.bus_settings.nats_replicas
-                )
+                if makes_streams:
+                    await bus.ensure_streams(
+                        self.bus_settings.chunk_store_bytes, self.bus_settings.nats_replicas
+                    )
             except (BusUnreachable, BusFull) as error:
                 if "bus" not in health.faults():
                     log.warning("waiting for the bus", error=str(error))

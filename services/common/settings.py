@@ -11,6 +11,7 @@ A field ``nats_url`` of a class with the section ``bus`` is read, first found fi
 import difflib
 import os
 import re
+import ssl
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,10 +115,12 @@ class Settings(BaseSettings):
         """A misspelt setting would otherwise be a default in silence."""
         prefix = prefix_of(cls.SECTION)
         others = tuple(prefix_of(one) for one in SECTIONS if one not in (cls.SECTION, "bus"))
-        known = {variable_of(cls, field) for field in cls.model_fields}
+        fields = cls.model_fields.items()
+        known = {variable_of(cls, field) for field, _ in fields}
+        known |= {f"{variable_of(cls, field)}_FILE" for field, info in fields if _is_secret(info)}
         for name in sorted(os.environ):
             ours = name.startswith(prefix) and (cls.SECTION != "bus" or not name.startswith(others))
-            if ours and name != CONFIG_VARIABLE and name.removesuffix("_FILE") not in known:
+            if ours and name != CONFIG_VARIABLE and name not in known:
                 raise SettingsError(f"{name}: there is no such setting{_closest(name, known)}")
 
     @classmethod
@@ -170,7 +173,22 @@ class BusSettings(Settings):
     nats_url: str = Field("nats://127.0.0.1:4222", description="NATS servers, separated by commas")
     nats_user: str | None = Field(None, description="NATS user name")
     nats_password: SecretStr | None = Field(None, description="NATS password")
+    nats_nkey: SecretStr | None = Field(
+        None, description="seed of the nkey that names us to NATS (SU…)"
+    )
     nats_credentials: Path | None = Field(None, description="NATS credentials file (.creds)")
+    nats_ca_file: Path | None = Field(
+        None,
+        description="CA certificates to check NATS servers with, instead of the usual ones; "
+        "with it, or a server given as tls://, nothing is said to a server without TLS",
+    )
+    nats_cert_file: Path | None = Field(
+        None, description="our certificate, where NATS servers want one, with its chain"
+    )
+    nats_key_file: Path | None = Field(None, description="private key of that certificate")
+    nats_server_name: str | None = Field(
+        None, description="name that NATS servers' certificates must have, if not the URL's host"
+    )
     host: str = Field(
         default_factory=lambda: os.uname().nodename,
         min_length=1,
@@ -252,7 +270,8 @@ class BusSettings(Settings):
             name: how the NATS server shall call the connection.
 
         Raises:
-            SettingsError: credentials are set, and what reads them is not installed.
+            SettingsError: a key, certificate or credentials cannot be used, or what reads them is
+                not installed.
         """
         options: dict[str, Any] = {"name": name}
         if self.nats_user:
@@ -260,8 +279,52 @@ class BusSettings(Settings):
         if self.nats_password:
             options["password"] = self.nats_password.get_secret_value()
         if self.nats_credentials:
-            if find_spec("nkeys") is None:
-                variable = variable_of(BusSettings, "nats_credentials")
-                raise SettingsError(f"{variable} needs the package nkeys: pip install nkeys")
+            _need_nkeys("nats_credentials")
             options["user_credentials"] = str(self.nats_credentials)
+        if self.nats_nkey:
+            options["nkeys_seed_str"] = _checked_seed(self.nats_nkey.get_secret_value())
+        if self.nats_ca_file or self.nats_cert_file or self.nats_key_file:
+            options["tls"] = self._tls()
+        if self.nats_server_name:
+            options["tls_hostname"] = self.nats_server_name
         return options
+
+    def _tls(self) -> ssl.SSLContext:
+        if self.nats_key_file and not self.nats_cert_file:
+            variable = variable_of(BusSettings, "nats_key_file")
+            raise SettingsError(f"{variable} is the key of a certificate: set its CERT_FILE, too")
+        variable = variable_of(BusSettings, "nats_ca_file")
+        try:
+            context = ssl.create_default_context(cafile=self.nats_ca_file)
+            if self.nats_cert_file:
+                variable = variable_of(BusSettings, "nats_cert_file")
+                # Without a password of its own OpenSSL would ask for one at the terminal.
+                context.load_cert_chain(self.nats_cert_file, self.nats_key_file, password="")
+        except (OSError, ValueError) as error:  # SSLError is an OSError
+            raise SettingsError(f"{variable}: cannot use it: {error}") from None
+        return context
+
+
+def _need_nkeys(field: str) -> None:
+    if find_spec("nkeys") is None:
+        variable = variable_of(BusSettings, field)
+        raise SettingsError(f"{variable} needs the package nkeys: pip install nkeys")
+
+
+def _checked_seed(seed: str) -> str:
+    """Return the seed if it is one; what is wrong with it is said without showing it.
+
+    Raises:
+        SettingsError: it is none, or what reads it is not installed.
+    """
+    _need_nkeys("nats_nkey")
+    import nkeys
+
+    try:
+        nkeys.from_seed(bytearray(seed.strip().encode())).wipe()
+    except Exception:  # noqa: BLE001 - binascii's, struct's, its own
+        variable = variable_of(BusSettings, "nats_nkey")
+        raise SettingsError(
+            f"{variable} is no seed of a user's nkey: SU and 56 more characters"
+        ) from None
+    return seed.strip()

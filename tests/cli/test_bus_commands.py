@@ -191,8 +191,7 @@ async def test_a_bus_without_streams(nats_server: NatsServer) -> None:
         result = await crashbus(command, env=settings(nats_server))
         assert result.status == 1
         assert result.err == (
-            "crashbus: the bus has no Crashbus streams; "
-            "start a service of Crashbus on it, it makes them\n"
+            "crashbus: the bus has no Crashbus streams; start a collector on it, it makes them\n"
         )
 
 
@@ -219,7 +218,7 @@ async def test_a_bus_that_wants_a_password(tmp_path: Path) -> None:
         wrong = {"CRASHBUS_NATS_USER": "crash", "CRASHBUS_NATS_PASSWORD": "wrong"}
         result = await crashbus("ls", env={**settings(server), **wrong})
         assert result.status == 1
-        assert "refuses us: nats: 'Authorization Violation'; set CRASHBUS_NATS_USER" in result.err
+        assert "refuses us: nats: 'Authorization Violation'; set CRASHBUS_" in result.err
         assert "wrong" not in result.err
         right = {**wrong, "CRASHBUS_NATS_PASSWORD": "right"}
         result = await crashbus("ls", env={**settings(server), **right})

@@ -30,7 +30,7 @@ class Publishing:
 
     def start(self) -> None:
         async def publish() -> None:
-            async with self.runtime.bus() as bus:
+            async with self.runtime.bus(makes_streams=True) as bus:
                 await self.publisher.run(bus)
 
         self.task = asyncio.create_task(publish())

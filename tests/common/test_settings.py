@@ -116,3 +116,27 @@ def test_help_names_every_setting_with_its_default(service: str) -> None:
     assert f"CRASHBUS_{service.upper()}_HTTP" in text
     assert "CRASHBUS_NATS_URL" in text
     assert "default: nats://127.0.0.1:4222" in text
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("CRASHBUS_NATS_NKEY", "SUnotaseed", "CRASHBUS_NATS_NKEY is no seed"),
+        ("CRASHBUS_NATS_CA_FILE", "/nowhere/ca.pem", "CRASHBUS_NATS_CA_FILE: cannot use it"),
+        ("CRASHBUS_NATS_CERT_FILE", "/nowhere/own.pem", "CRASHBUS_NATS_CERT_FILE: cannot use it"),
+        ("CRASHBUS_NATS_KEY_FILE", "/nowhere/own.key", "CRASHBUS_NATS_KEY_FILE is the key of"),
+    ],
+)
+def test_keys_and_certificates_that_cannot_be_used_are_said(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=said) as raised:
+        BusSettings.load().connection_options("test")
+    assert "SUnotaseed" not in str(raised.value)
+
+
+def test_a_file_is_no_way_to_give_what_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRASHBUS_NATS_URL_FILE", "/etc/crashbus/url")
+    with pytest.raises(SettingsError, match="CRASHBUS_NATS_URL_FILE: there is no such setting"):
+        BusSettings.load()

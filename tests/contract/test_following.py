@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from crashbus import Bus, SignalEvent, names
 from crashbus.errors import BusUnreachable
 from tests.cli.support import make
-from tests.support.nats import NatsServer
+from tests.support.nats import NatsServer, listens
 from tests.support.wait import until
 
 
@@ -55,7 +56,7 @@ async def test_who_listens_misses_and_repeats_nothing_over_a_restart(
             heard.append(one.event_id)  # noqa: PERF401 - it never ends
 
     listening = asyncio.create_task(listen())
-    await until(lambda: _consumers(bus))
+    await until(lambda: listens(bus), within=60)
     await asyncio.to_thread(nats_server.kill)
     await asyncio.to_thread(nats_server.start)
     for name in ("a", "b", "c"):
@@ -77,7 +78,7 @@ async def test_who_listens_hears_what_comes_after_the_bus_lost_its_store(
             heard.append(one.event_id)  # noqa: PERF401 - it never ends
 
     listening = asyncio.create_task(listen())
-    await until(lambda: _consumers(bus))
+    await until(lambda: listens(bus), within=60)
     await asyncio.to_thread(nats_server.kill)
     shutil.rmtree(tmp_path / "nats" / "store")
     await asyncio.to_thread(nats_server.start)
@@ -86,10 +87,6 @@ async def test_who_listens_hears_what_comes_after_the_bus_lost_its_store(
     await until(lambda: len(heard) >= 2, within=60)
     listening.cancel()
     assert heard == ["a", "b"]
-
-
-async def _consumers(bus: Bus) -> int:
-    return (await bus._js.stream_info("CRASH_SIGNALS")).state.consumer_count or 0
 
 
 async def test_work_for_a_host_with_dots_in_its_name(bus: Bus) -> None:
@@ -130,3 +127,32 @@ async def test_work_is_taken_again_when_the_bus_lost_its_store(
     await publish(bus, "after")
     await until(lambda: taken == ["before", "after"], within=60)
     working.cancel()
+
+
+async def test_all_that_is_stored_is_read_in_order_however_far_apart(bus: Bus) -> None:
+    wanted = []
+    for number in range(150):
+        # Neighbours at first, then ever more of another host between them.
+        for other in range(number // 50):
+            await bus.publish(event(f"other{number}-{other}").model_copy(update={"host": "other"}))
+        await bus.publish(event(f"wanted{number}"))
+        wanted.append(f"wanted{number}")
+
+    own = f"crash.signal.{names.token(event('').host)}.>"
+    assert [one.event_id for one in await bus.stored(SignalEvent, own)] == wanted
+    assert len(await bus.stored(SignalEvent)) == 150 + 50 + 100
+
+
+async def test_what_was_stored_before_a_moment_is_left_out(bus: Bus) -> None:
+    for number in range(10):
+        await bus.publish(event(f"before{number}"))
+    await asyncio.sleep(0.01)
+    moment = time.time()
+    await asyncio.sleep(0.01)
+    for number in range(5):
+        await bus.publish(event(f"since{number}"))
+
+    found = [one.event_id for one in await bus.stored(SignalEvent, since=moment)]
+    assert found == [f"since{number}" for number in range(5)]
+    assert len(await bus.stored(SignalEvent, since=moment - 60)) == 15
+    assert await bus.stored(SignalEvent, since=moment + 60) == []

@@ -13,7 +13,7 @@ import pytest_asyncio
 from crashbus import Bus, DeadLetter, Manifest, Receipt, SignalEvent, connect, layout
 from crashbus.messages import CrashFile
 from tests.support.core_pattern import core_pattern_kept
-from tests.support.nats import NatsServer
+from tests.support.nats import SecuredNats
 from tests.support.requirements import need_btf, need_program, need_root
 from tests.support.s3 import S3Server
 from tests.support.service import ServiceProcess
@@ -27,7 +27,7 @@ SERVICES = ("recorder", "detector", "shipper", "collector")
 @dataclass
 class Pipeline:
     bus: Bus
-    nats: NatsServer
+    nats: SecuredNats
     services: dict[str, ServiceProcess]
     spool: Path
     directory: Path
@@ -103,7 +103,7 @@ class Pipeline:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pipeline(s3_session: S3Server) -> AsyncIterator[Pipeline]:
-    """Everything, running; shared by the tests of a module, each with crashes of its own."""
+    """Everything, running, on a secured bus; the tests of a module share it."""
     need_root()
     need_btf()
     need_program("nats-server")
@@ -113,7 +113,7 @@ async def pipeline(s3_session: S3Server) -> AsyncIterator[Pipeline]:
         # A socket's path is bounded, so not below pytest's own long directories.
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cb-", dir="/tmp")))
         scratch.chmod(0o755)
-        nats = NatsServer(scratch)
+        nats = SecuredNats(scratch)
         nats.start()
         stack.callback(nats.stop)
         receiver = Receiver()
@@ -133,7 +133,6 @@ async def pipeline(s3_session: S3Server) -> AsyncIterator[Pipeline]:
         )
         made.directory.mkdir()
         environment = {
-            "CRASHBUS_NATS_URL": nats.url,
             "CRASHBUS_HOST": HOST,
             "CRASHBUS_STATE": str(scratch / "state"),
             "CRASHBUS_SPOOL": str(made.spool),
@@ -141,14 +140,19 @@ async def pipeline(s3_session: S3Server) -> AsyncIterator[Pipeline]:
             "CRASHBUS_RECORDER_SOCKET": str(scratch / "run" / "s"),
             **s3_session.settings(),
         }
-        made.services = {name: ServiceProcess(name, scratch, environment) for name in SERVICES}
-        async with connect(nats.url) as made.bus:
+        made.services = {
+            name: ServiceProcess(name, scratch, {**environment, **nats.settings(name)})
+            for name in SERVICES
+        }
+        async with connect(**nats.options("operator")) as made.bus:
             try:
                 await asyncio.gather(*(service.start() for service in made.services.values()))
                 await asyncio.gather(*(s.healthy(30) for s in made.services.values()))
                 yield made
             finally:
                 await asyncio.gather(*(service.stop() for service in made.services.values()))
+        refused = [line for line in nats.log.splitlines() if "Permissions Violation" in line]
+        assert not refused, "a service needs what deploy/nats/nats.conf does not allow it"
 
 
 def top_frames(executable: Path | str, core: Path) -> str:

@@ -4,14 +4,26 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 from pathlib import Path
+from typing import Any
+
+from crashbus import Bus
+from crashbus.keys import SEED, make_keys
+
+DEPLOY = Path(__file__).parents[2] / "deploy" / "nats"
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def listens(bus: Bus) -> bool:
+    """Tell whether someone has begun to listen to crashes on this connection."""
+    return any(one.subject.startswith("crash.") for one in bus._client._subs.values())
 
 
 class NatsServer:
@@ -26,16 +38,28 @@ class NatsServer:
         self.url = f"nats://127.0.0.1:{self.port}"
         self._directory = directory
         self._config = directory / "nats.conf"
+        self._arguments: list[str] = []
+        self._environment = dict(os.environ)
+        self._configure(extra)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def _configure(self, extra: str) -> None:
         self._config.write_text(
             f"listen: 127.0.0.1:{self.port}\n"
-            f"jetstream {{\n  store_dir: {directory / 'store'}\n}}\n{extra}"
+            f"jetstream {{\n  store_dir: {self._directory / 'store'}\n}}\n{extra}"
         )
-        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> str:
+        return (self._directory / "nats.log").read_text()
 
     def start(self) -> None:
         log = (self._directory / "nats.log").open("ab")
         self._process = subprocess.Popen(
-            ["nats-server", "-c", str(self._config)], stdout=log, stderr=log
+            ["nats-server", "-c", str(self._config), *self._arguments],
+            env=self._environment,
+            stdout=log,
+            stderr=log,
         )
         for _ in range(500):
             with socket.socket() as probe:
@@ -48,7 +72,7 @@ class NatsServer:
                 self._process.wait(0.02)
             except subprocess.TimeoutExpired:
                 continue
-        raise RuntimeError((self._directory / "nats.log").read_text())
+        raise RuntimeError(self.log)
 
     def kill(self) -> None:
         """End it as a power cut would."""
@@ -70,6 +94,11 @@ class NatsServer:
         """Remove all it stored, while it does not run."""
         assert self._process is None
         shutil.rmtree(self._directory / "store")
+
+    def reload(self) -> None:
+        """Have it read its configuration again."""
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGHUP)
 
     def _end(self, number: int) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -106,3 +135,33 @@ class NatsCluster:
     def stop(self) -> None:
         for server in self.servers.values():
             server.kill()
+
+
+class SecuredNats(NatsServer):
+    """The bus as deploy/nats/ secures it: a key for each user, and TLS."""
+
+    def _configure(self, extra: str) -> None:
+        shutil.copy(DEPLOY / "nats.conf", self._config)
+        self.keys = self._directory / "keys"
+        make_keys(self.keys)
+        command = [str(DEPLOY / "make-certificates.sh"), str(self.keys)]
+        subprocess.run(command, check=True, capture_output=True)
+        self._arguments = ["-a", "127.0.0.1", "-p", str(self.port), "-m", str(free_port())]
+        self._environment = {**os.environ, "NATS_STORE": str(self._directory / "store")}
+
+    def settings(self, user: str) -> dict[str, str]:
+        """Return what one of its users sets."""
+        return {
+            "CRASHBUS_NATS_URL": f"tls://localhost:{self.port}",
+            "CRASHBUS_NATS_NKEY_FILE": str(self.keys / user / SEED),
+            "CRASHBUS_NATS_CA_FILE": str(self.keys / "ca.pem"),
+        }
+
+    def options(self, user: str) -> dict[str, Any]:
+        """Return what one of its users gives to `crashbus.connect`."""
+        context = ssl.create_default_context(cafile=self.keys / "ca.pem")
+        return {
+            "url": f"tls://localhost:{self.port}",
+            "nkeys_seed": str(self.keys / user / SEED),
+            "tls": context,
+        }

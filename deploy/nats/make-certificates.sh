@@ -1,0 +1,59 @@
+#!/bin/sh
+# Makes a CA of your own and a server certificate, for development and for small sites, and
+# switches TLS on for nats.conf. For production take certificates that are renewed.
+#
+#   make-certificates.sh DIRECTORY [NAME…]
+#
+# DIRECTORY  where crashbus keys put its keys; there is a directory `server` in it
+# NAME       by which clients call the server: host names or addresses; localhost always is one
+#
+# Environment: SEEN_AT, the path of DIRECTORY as nats-server will see it, if that is another, as in
+# a container; DAYS the certificates last (365).
+#
+# Clients take DIRECTORY/ca.pem (CRASHBUS_NATS_CA_FILE). A CA that is there is kept: delete ca.key
+# when you need no further certificates from it.
+set -eu
+umask 077
+[ $# -ge 1 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+directory=$1 days=${DAYS:-365}
+shift
+[ -d "$directory/server" ] || { echo "make-certificates: no $directory/server; run crashbus keys $directory first" >&2; exit 1; }
+seen_at=${SEEN_AT:-$(cd "$directory" && pwd)}
+
+names=DNS:localhost,IP:127.0.0.1,IP:::1
+for name; do
+  case $name in
+    *:*) names=$names,IP:$name ;;
+    *[!0-9.]*) names=$names,DNS:$name ;;
+    *) names=$names,IP:$name ;;
+  esac
+done
+
+cd "$directory"
+if [ ! -e ca.key ]; then
+  openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -sha256 -days "$days" \
+    -subj '/CN=Crashbus development CA' -addext keyUsage=critical,keyCertSign,cRLSign \
+    -keyout ca.key -out ca.pem 2>/dev/null
+fi
+openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj '/CN=crashbus-nats' \
+  -keyout server/tls.key.new -out server/request.pem 2>/dev/null
+extensions=$(mktemp)
+trap 'rm -f "$extensions"' EXIT
+printf 'subjectAltName=%s\nbasicConstraints=critical,CA:false\nextendedKeyUsage=serverAuth\n' "$names" >"$extensions"
+openssl x509 -req -sha256 -days "$days" -in server/request.pem -CA ca.pem -CAkey ca.key \
+  -CAcreateserial -extfile "$extensions" -out server/tls.pem 2>/dev/null
+mv server/tls.key.new server/tls.key
+rm -f server/request.pem
+cat >server/tls.conf <<END
+tls {
+  cert_file: "$seen_at/server/tls.pem"
+  key_file: "$seen_at/server/tls.key"
+  timeout: 5
+}
+END
+# The server may run as another user than whoever made the keys: what it reads belongs to the
+# owner of its directory.
+if [ "$(id -u)" = 0 ]; then chown "$(stat -c %u:%g server)" server/*; fi
+chmod 644 ca.pem server/tls.pem server/tls.conf
+echo "TLS is on at the next start of nats-server, for $names"
+echo "clients: CRASHBUS_NATS_URL=tls://…:4222 CRASHBUS_NATS_CA_FILE=$directory/ca.pem"
