@@ -1,4 +1,8 @@
-"""The JetStream streams: what the bus keeps, for how long, and what happens when it is full."""
+"""The JetStream streams: what the bus keeps, for how long, and what happens when it is full.
+
+Who may do what with them on a secured bus stands in deploy/nats/nats.conf: a new stream, subject
+or request needs a line there, and in tests/security/test_accounts.py.
+"""
 
 from dataclasses import replace
 

@@ -59,7 +59,7 @@ ALLOWED = {
     "recorder": (r"crash\.failed\..*", ""),
     "collector": (
         r"crash\.(file|chunk|small|report|failed)\..*"
-        r"|\$JS\.API\.STREAM\.(INFO\..*|CREATE\.CRASH_.*|PURGE\.CRASH_(CHUNKS|SMALL))"
+        r"|\$JS\.API\.STREAM\.(INFO\..*|CREATE\.CRASH_.*|PURGE\.CRASH_(CHUNKS|SMALL|FILES))"
         rf"|{LISTEN}|\$JS\.API\.STREAM\.MSG\.GET\.CRASH_FILES"
         rf"|{works_on('CRASH_SIGNALS', 'CRASH_RECEIPTS', 'CRASH_FAILURES')}",
         "",
