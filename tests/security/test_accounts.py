@@ -67,6 +67,7 @@ ALLOWED = {
     "shipper": (
         r"crash\.(shipped|failed)\..*"
         r"|\$JS\.API\.STREAM\.(INFO|MSG\.GET|MSG\.DELETE)\.CRASH_FILES"
+        r"|\$JS\.API\.STREAM\.(INFO|MSG\.GET)\.CRASH_RECEIPTS"
         r"|\$JS\.API\.CONSUMER\.(LIST\.CRASH_FILES|DELETE\.CRASH_FILES\.x)"
         r"|\$JS\.API\.DIRECT\.GET\.CRASH_(CHUNKS|SMALL)"
         rf"|{works_on('CRASH_FILES')}",
