@@ -49,7 +49,8 @@ class _SecretFiles(PydanticBaseSettingsSource):
         if not path or not _is_secret(field):
             return None, field_name, False
         try:
-            return Path(path).read_text().rstrip("\r\n"), field_name, False
+            # An empty one stands for none: containers and units name files that need not be given.
+            return Path(path).read_text().rstrip("\r\n") or None, field_name, False
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"{variable} names {path}, which cannot be read: {error}") from None
 

@@ -140,3 +140,9 @@ def test_a_file_is_no_way_to_give_what_is_no_secret(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CRASHBUS_NATS_URL_FILE", "/etc/crashbus/url")
     with pytest.raises(SettingsError, match="CRASHBUS_NATS_URL_FILE: there is no such setting"):
         BusSettings.load()
+
+
+def test_an_empty_secret_file_is_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").write_text("\n")
+    monkeypatch.setenv("CRASHBUS_SHIPPER_S3_SECRET_KEY_FILE", str(tmp_path / "empty"))
+    assert ShipperSettings.load().s3_secret_key is None

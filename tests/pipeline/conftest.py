@@ -18,6 +18,7 @@ from tests.support.requirements import need_btf, need_program, need_root
 from tests.support.s3 import S3Server
 from tests.support.service import ServiceProcess
 from tests.support.tcp import Receiver
+from tests.support.units import confined
 from tests.support.wait import until
 
 HOST = "test-host"
@@ -103,7 +104,7 @@ class Pipeline:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pipeline(s3_session: S3Server) -> AsyncIterator[Pipeline]:
-    """Everything, running, on a secured bus; the tests of a module share it."""
+    """Everything, running, confined and on a secured bus; the tests of a module share it."""
     need_root()
     need_btf()
     need_program("nats-server")
@@ -141,7 +142,9 @@ async def pipeline(s3_session: S3Server) -> AsyncIterator[Pipeline]:
             **s3_session.settings(),
         }
         made.services = {
-            name: ServiceProcess(name, scratch, {**environment, **nats.settings(name)})
+            name: ServiceProcess(
+                name, scratch, {**environment, **nats.settings(name)}, confined(name)
+            )
             for name in SERVICES
         }
         async with connect(**nats.options("operator")) as made.bus:

@@ -6,7 +6,7 @@ import signal
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.support.nats import free_port
@@ -18,9 +18,16 @@ class ServiceProcess:
 
     Args:
         environment: its settings; health and metrics get a free port.
+        wrapper: a command that replaces itself by the service.
     """
 
-    def __init__(self, name: str, directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        environment: Mapping[str, str],
+        wrapper: Sequence[str] = (),
+    ) -> None:
         self.name = name
         self.http = f"127.0.0.1:{free_port()}"
         self._log = directory / f"{name}.log"
@@ -30,6 +37,7 @@ class ServiceProcess:
             "CRASHBUS_LOG_LEVEL": "debug",
             **environment,
         }
+        self._wrapper = wrapper
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -44,6 +52,7 @@ class ServiceProcess:
     async def start(self) -> None:
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
+                *self._wrapper,
                 sys.executable,
                 "-m",
                 f"services.{self.name}",

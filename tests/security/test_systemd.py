@@ -1,0 +1,57 @@
+"""The systemd units: valid, confined, and their files exist."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.requirements import need_program
+from tests.support.units import UNITS, values
+
+PYTHON = "/opt/crashbus/bin/python"
+NAMES = sorted(path.name for path in UNITS.glob("*.service"))
+# What `systemd-analyze security` may say of a unit, of 10: a rise is a loss of confinement.
+EXPOSURE = {"nats": 1.6, "shipper@": 1.6, "detector": 3.3, "collector": 3.7, "recorder": 5.7}
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> list[Path]:
+    """The units as on a host, with the programs that are here."""
+    paths = []
+    for name in NAMES:
+        path = tmp_path / name.replace("@", "@9604")
+        path.write_text((UNITS / name).read_text().replace(PYTHON, sys.executable))
+        paths.append(path)
+    return paths
+
+
+def test_systemd_understands_every_line(installed: list[Path]) -> None:
+    need_program("systemd-analyze")
+    command = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *installed]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ours = [line for line in done.stderr.splitlines() if "crashbus" in line]
+    assert (done.returncode, ours) == (0, [])
+
+
+@pytest.mark.parametrize("service", EXPOSURE)
+def test_a_unit_is_confined(service: str) -> None:
+    need_program("systemd-analyze")
+    threshold = f"--threshold={round(10 * EXPOSURE[service])}"
+    unit = UNITS / f"crashbus-{service}.service"
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", threshold, unit]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_there_is_a_unit_for_each_service_and_a_limit_for_each_unit() -> None:
+    assert {f"crashbus-{service}.service" for service in EXPOSURE} == set(NAMES)
+
+
+@pytest.mark.parametrize("unit", NAMES)
+def test_a_credential_that_need_not_be_there_has_a_stand_in(unit: str) -> None:
+    loaded = {value.partition(":")[0] for value in values(unit, "LoadCredential")}
+    stands_in = {value.partition(":")[0] for value in values(unit, "SetCredential")}
+    assert loaded == stands_in
+    named = [value for value in values(unit, "Environment") if "%d/" in value]
+    assert {value.rpartition("/")[2] for value in named} == loaded
