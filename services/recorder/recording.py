@@ -48,6 +48,7 @@ from services.recorder.hold import Hold, Stalled
 from services.recorder.mechanism import Mechanism
 from services.recorder.orphans import Orphan
 from services.recorder.settings import RecorderSettings
+from services.recorder.unwind_process import Server as UnwindServer
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -64,6 +65,7 @@ class Conditions:
         configuration: what ``cfg`` shows.
         module_files: how many descriptors one crash may keep open for its modules now.
         on_disk_full: told whether the last core found room.
+        unwind_server: has workers ready; without it each is started for itself.
     """
 
     mechanism: Mechanism
@@ -81,6 +83,7 @@ class Conditions:
     configuration: Mapping[str, Any]
     module_files: Callable[[], int]
     on_disk_full: Callable[[bool], None]
+    unwind_server: UnwindServer | None = None
 
     @classmethod
     def of(
@@ -510,6 +513,7 @@ def _backtrace(recording: Recording, known: Facts, within: float, on: Conditions
         recording.head,
         recording.code,
         on.debug_directory,
+        on.unwind_server,
     )
 
 

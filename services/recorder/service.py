@@ -9,6 +9,7 @@ import os
 import queue
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from services.recorder.mechanism import Mechanism, Plan
 from services.recorder.orphans import Orphan, Orphans
 from services.recorder.recording import MODULE_FILES, Conditions, Recording
 from services.recorder.settings import RecorderSettings
+from services.recorder.unwind_process import Server as UnwindServer
 from services.recorder.watchdog import Watchdog
 from services.recorder.workers import Workers
 
@@ -111,7 +113,8 @@ class Recorder:
         self._watchdog = Watchdog(
             self._state, settings.watchdog_deadline, runtime.bus_settings.log_format
         )
-        self._conditions = Conditions.of(
+        self._unwind_server = UnwindServer()
+        conditions = Conditions.of(
             runtime.bus_settings,
             settings,
             _configuration(runtime, settings, self._plan),
@@ -119,9 +122,11 @@ class Recorder:
             self._module_files_left,
             self._on_disk_full,
         )
+        self._conditions = replace(conditions, unwind_server=self._unwind_server)
 
     def start(self) -> None:
         """Listen, then have the kernel send crashes here."""
+        self._unwind_server.start()
         self._captures.start()
         self._finishers.start()
         self._listener.start()
@@ -162,6 +167,7 @@ class Recorder:
         self._wait_until_idle(end)
         for hold in (*self._captures.in_work(), *self._waiting()):
             hold.let_go("it was stopped")
+        self._unwind_server.stop()
 
     def stop_watchdog(self) -> None:
         """From here on nobody waits for us who is not let go within `STOP_WITHIN`."""

@@ -38,9 +38,13 @@ _DATA = 1024**3  # bytes of memory of its own
 
 
 def main() -> None:
-    """Give up all rights, then unwind."""
+    """Read the request from standard input and do it."""
     hardening.never_dump_core()
-    request = Request.model_validate_json(sys.stdin.buffer.read())
+    answer(Request.model_validate_json(sys.stdin.buffer.read()))
+
+
+def answer(request: Request) -> None:
+    """Give up all rights, then unwind, and write the answer to standard output."""
     give_up_rights(request.cpu_seconds)
     try:
         trace = unwind(request)
@@ -48,6 +52,7 @@ def main() -> None:
         trace = Backtrace(fault=_short(f"{type(error).__name__}: {error}"))
     trace = trace.model_copy(update={"instruction": _instruction(request)})
     sys.stdout.write(trace.model_dump_json())
+    sys.stdout.flush()
 
 
 def _instruction(request: Request) -> Instruction | None:

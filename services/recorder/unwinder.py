@@ -3,22 +3,19 @@
 import os
 import select
 import signal
-import subprocess
-import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from services.recorder import metrics
+from services.recorder import metrics, unwind_process
 from services.recorder.backtrace import Backtrace, ModuleFile, Request
 from services.recorder.core_head import Head
 from services.recorder.facts import Module
+from services.recorder.unwind_process import Server, Started, Worker, ready
 
-_COMMAND = (sys.executable, "-I", "-m", "services.recorder.unwind_worker")
+_COMMAND = unwind_process.WORKER
 _MAX_ANSWER = 16 * 1024 * 1024  # bytes; 20,000 frames take about 6 MB
-_KILLED_WITHIN = 2.0  # seconds from SIGKILL to its end
 _NO_TIME = 0.2  # seconds; less is not worth a process
 
 
@@ -29,6 +26,7 @@ def unwind(
     head: Head | None = None,
     code: bytes | None = None,
     debug_directory: Path = Path("/usr/lib/debug"),
+    server: Server | None = None,
 ) -> Backtrace:
     """Return the backtrace of a core; what goes wrong is told in it, never raised.
 
@@ -38,6 +36,7 @@ def unwind(
         head: of the core, for its registers.
         debug_directory: of separate debug information.
         code: what the crashing thread's program counter pointed at, if it faulted there.
+        server: forks the worker; without one it is started, which takes longer.
     """
     if within < _NO_TIME:
         return _failed("there was no time for it", "skipped")
@@ -49,7 +48,7 @@ def unwind(
     try:
         request = _request(readable, modules, within, head, code)
         request = request.model_copy(update={"debug_directory": str(debug_directory)})
-        return _unwind(request, within)
+        return _unwind(request, within, server)
     finally:
         os.close(readable)
 
@@ -71,53 +70,39 @@ def _request(
     )
 
 
-def _unwind(request: Request, within: float) -> Backtrace:
+def _unwind(request: Request, within: float, server: Server | None) -> Backtrace:
     began = time.monotonic()
     try:
         files = (module.file for module in request.modules)
-        answer, status = _run(request, (request.core, *files), within)
+        answer, status = _run(request, (request.core, *files), within, server)
     except OSError as error:
         return _failed(f"no worker could be started: {error}", "failed")
     metrics.BACKTRACE_SECONDS.observe(time.monotonic() - began)
     return _read(answer, status, within)
 
 
-def _run(request: Request, descriptors: tuple[int, ...], within: float) -> tuple[bytes, int | None]:
+def _run(
+    request: Request, descriptors: tuple[int, ...], within: float, server: Server | None
+) -> tuple[bytes, int | None]:
     """Return what the worker wrote and its exit status; None when it had to be killed."""
-    worker = subprocess.Popen(
-        _COMMAND,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        pass_fds=descriptors,
-        cwd="/",
-        # Nothing of our own environment: it may hold secrets, and drgn reads some of it.
-        # One thread, because RLIMIT_NPROC forbids a second.
-        env={"LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
-    )
-    assert worker.stdin is not None
-    assert worker.stdout is not None
+    end = time.monotonic() + within
+    worker: Worker | None = server.fork(descriptors, within) if server else None
+    if worker is None:
+        worker = Started(_COMMAND, descriptors)
     try:
-        end = time.monotonic() + within
-        _send(worker.stdin.fileno(), request.model_dump_json().encode(), end)
-        worker.stdin.close()
-        answer = _receive(worker.stdout.fileno(), end)
+        _send(worker.requests, request.model_dump_json().encode(), end)
+        worker.no_more_requests()
+        answer = _receive(worker.answers, end)
         status = worker.wait(max(0.0, end - time.monotonic())) if answer is not None else None
         return answer or b"", status
-    except subprocess.TimeoutExpired:
-        return b"", None
     finally:
-        worker.kill()
-        with suppress(subprocess.TimeoutExpired):  # it reads from a dead disk; leave it there
-            worker.wait(_KILLED_WITHIN)
-        for pipe in (worker.stdin, worker.stdout):
-            pipe.close()
+        worker.end()
 
 
 def _send(pipe: int, data: bytes, end: float) -> None:
     os.set_blocking(pipe, False)
     view = memoryview(data)
-    while view and _ready(pipe, select.POLLOUT, end):
+    while view and ready(pipe, select.POLLOUT, end):
         try:
             view = view[os.write(pipe, view) :]
         except BrokenPipeError:
@@ -127,7 +112,7 @@ def _send(pipe: int, data: bytes, end: float) -> None:
 def _receive(pipe: int, end: float) -> bytes | None:
     """Read to the end; None when that does not come in time or after too much."""
     answer = bytearray()
-    while _ready(pipe, select.POLLIN, end):
+    while ready(pipe, select.POLLIN, end):
         part = os.read(pipe, 1 << 20)
         if not part:
             return bytes(answer)
@@ -135,12 +120,6 @@ def _receive(pipe: int, end: float) -> bytes | None:
         if len(answer) > _MAX_ANSWER:
             return None
     return None
-
-
-def _ready(pipe: int, event: int, end: float) -> bool:
-    waiting = select.poll()
-    waiting.register(pipe, event)
-    return bool(waiting.poll(max(0.0, end - time.monotonic()) * 1000))
 
 
 def _read(answer: bytes, status: int | None, within: float) -> Backtrace:

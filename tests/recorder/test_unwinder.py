@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from services.recorder import unwinder
+from services.recorder.unwind_process import Forked, Server
 from tests.recorder.test_core_head import core as make_core
 from tests.recorder.test_core_head import prstatus, siginfo
 from tests.support.requirements import need_root
+from tests.support.wait import until
 
 
 @pytest.fixture
@@ -99,3 +101,70 @@ for act in (os.fork, lambda: os.write(os.memfd_create("x"), b"x"), lambda: os.se
         "1",
         *["refused"] * 3,
     ], done.stderr
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    need_root()
+    made = Server()
+    made.start()
+    yield made
+    made.stop()
+
+
+def test_forked_worker_answers_as_a_started_one(core: int, server: Server) -> None:
+    os.write(core, make_core(prstatus(11, 77) + siginfo(11, 1, 0)))
+    told = unwinder.unwind(core, (), 60)
+
+    for _ in range(3):
+        assert unwinder.unwind(core, (), 60, server=server) == told
+
+
+def test_forked_worker_is_killed_when_it_takes_too_long(core: int, server: Server) -> None:
+    worker = server.fork([core], 60)
+    assert worker is not None
+    assert worker.wait(0.1) is None  # it waits for its request
+    worker.end()
+
+    another = server.fork([core], 60)
+    assert another is not None
+    os.write(another.requests, b"no request at all")
+    another.no_more_requests()
+    assert os.read(another.answers, 1) == b""
+    assert another.wait(60) == 1
+    another.end()
+
+
+async def test_forked_worker_sees_nothing_of_others(
+    core: int, server: Server, tmp_path: Path
+) -> None:
+    """The files of one crash are no business of whoever takes over the worker of another."""
+    others = [server.fork([core], 60) for _ in range(2)]
+    with (tmp_path / "own").open("wb") as own:
+        worker = server.fork([own.fileno()], 60)
+    assert worker is not None
+    pid = _pid(worker)
+
+    def open_files() -> list[str]:
+        return [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+
+    # Beside its standard input, output and error.
+    links = await until(lambda: links if len(links := open_files()) == 4 else None)
+    assert str(tmp_path / "own") in links
+    for one in (worker, *others):
+        assert one is not None
+        one.end()
+
+
+def _pid(worker: Forked) -> int:
+    info = Path(f"/proc/self/fdinfo/{worker._process}").read_text()
+    return int(info.rpartition("Pid:")[2].split()[0])
+
+
+def test_without_a_server_workers_are_started(core: int, server: Server) -> None:
+    assert server._process is not None
+    server._process.kill()
+    server._process.wait()
+    trace = unwinder.unwind(core, (), 60, server=server)
+    assert trace.fault is not None and "worker" not in trace.fault  # it said what it saw
+    assert server.fork([core], 60) is None  # not started anew for each crash
