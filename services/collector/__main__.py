@@ -6,6 +6,7 @@ from crashbus import identity
 from services.collector.ahead import Ahead
 from services.collector.deaths import Deaths
 from services.collector.delivery import Deliverer
+from services.collector.entering import Entering
 from services.collector.gather import Gatherer
 from services.collector.ledger import Ledger
 from services.collector.publish import Publisher
@@ -38,14 +39,16 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
         )
         ahead = Ahead(bus, ledger, publisher, shared.state / "collector" / "ahead")
         deliverer = Deliverer(runtime.host, bus, ledger, publisher, ahead, settings.recheck)
+        boot_id = identity.boot_id()
+        entering = Entering(
+            shared.spool, runtime.host, boot_id, shared.destinations, ledger, deliverer.start
+        )
         gatherer = Gatherer(
             shared.spool,
             runtime.host,
-            identity.boot_id(),
-            shared.destinations,
-            ledger,
+            boot_id,
+            entering,
             bus,
-            deliverer.start,
             deliverer.start_ahead,
             runtime.ready,
         )

@@ -12,23 +12,32 @@ from collections.abc import AsyncIterator
 
 import structlog
 
-from crashbus import destination as destinations
 from crashbus.bus import Bus, Delivery
 from crashbus.errors import BusFull, BusUnreachable
-from crashbus.layout import LARGE, MANIFEST_NAME, Kind, parse_crash_file_name
-from crashbus.messages import CrashFile, DeadLetter, Receipt, WorkItem
+from crashbus.layout import LARGE, MANIFEST_NAME, Kind
+from crashbus.messages import DeadLetter, Receipt, WorkItem
 from crashbus.names import token
 from services.collector import metrics
 from services.collector.ahead import Ahead
 from services.collector.ledger import Crash, Ledger, Source
+from services.collector.plan import (
+    all_sources,
+    apply_failure,
+    apply_receipt,
+    has_large_to_send,
+    is_unfinished,
+    is_wanted,
+    item_for,
+    waiting,
+    wants,
+    work_items,
+)
 from services.collector.publish import Publisher, SourceLost
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 SMALL_AT_ONCE = 4
 CORES_AT_ONCE = 1  # one core already keeps compression busy; two would only be slower each
-RENEWALS = 5  # times that chunks are published again because a shipper missed or misread some
-_RENEW = {"chunks_missing", "damaged_file"}  # reasons that a fresh copy of the source mends
 _LOST = {"source_vanished", "dropped_for_room"}  # reasons after which no try can succeed
 _NO_MEND = "nothing can bring this file back; the crash's other files are delivered"
 _MEND = {
@@ -38,63 +47,6 @@ _MEND = {
     "CRASHBUS_RECORDER_MAX_CORE_BYTES; the file is kept here",
 }
 TRY_AGAIN = 2.0  # seconds after a failure of the bus or of the disk
-
-
-def wants(destination: str, kind: Kind) -> bool:
-    """Tell whether a file of this kind is to be delivered to this destination."""
-    return destinations.parse(destination).wants(kind)
-
-
-def waiting(crash: Crash, source: Source) -> tuple[str, ...]:
-    """Return the destinations that still wait for a file."""
-    wanted = tuple(d for d in crash.destinations if wants(d, source.kind))
-    return source.waits_for(wanted)
-
-
-def work_items(crash: Crash, core: bool) -> list[WorkItem]:
-    """Return what the shippers have to do for a crash, in order.
-
-    A destination that takes its small files together gets one item for each set, whole and
-    in name order, as AppScope's daemon sends them; all others get an item for each file.
-
-    Args:
-        core: return the items of core dumps and binaries, or those of all other files.
-    """
-    sources = [s for s in crash.in_order() if s.file and (s.kind in LARGE) is core]
-    items = []
-    for place in crash.destinations:
-        together = destinations.parse(place).ships_together and not core
-        for group in _sets(sources) if together else [[s] for s in sources]:
-            if any(place in waiting(crash, source) for source in group):
-                files = tuple(s.file for s in group if s.file)
-                items.append(_item(crash, place, files))
-    return sorted(items, key=lambda item: files_rank(item.files))
-
-
-def _sets(sources: list[Source]) -> list[list[Source]]:
-    """Group files by the set they belong to, each in name order."""
-    groups: dict[tuple[str, int], list[Source]] = {}
-    for source in sorted(sources, key=lambda s: s.name):
-        parsed = parse_crash_file_name(source.name)
-        groups.setdefault((source.directory, parsed[1] if parsed else 0), []).append(source)
-    return list(groups.values())
-
-
-def files_rank(files: tuple[CrashFile, ...]) -> int:
-    """Return where a work item stands in shipping order."""
-    order = list(Kind)
-    return min(order.index(file.kind) for file in files)
-
-
-def _item(crash: Crash, destination: str, files: tuple[CrashFile, ...]) -> WorkItem:
-    return WorkItem(
-        host=crash.host,
-        crash_id=crash.crash_id,
-        crashed_at=crash.crashed_at,
-        process_name=crash.process.comm,
-        destination=destination,
-        files=files,
-    )
 
 
 class Deliverer:
@@ -213,7 +165,7 @@ class Deliverer:
 
     async def _work_on(self, crash: Crash, core: bool) -> None:
         await self._publish_missing(crash, core)
-        if not core and _has_large_to_send(crash):
+        if not core and has_large_to_send(crash):
             self._enqueue(self._cores, crash.crash_id)
         await self._end(crash)
 
@@ -241,9 +193,9 @@ class Deliverer:
         """Apply what the bus knows of a crash that was on its way before."""
         subject = f"{token(crash.host)}.{crash.crash_id}"
         for letter in await self._bus.stored(DeadLetter, f"crash.failed.{subject}"):
-            self._apply_failure(crash, letter)
+            apply_failure(crash, letter)
         for receipt in await self._bus.stored(Receipt, f"crash.shipped.{subject}"):
-            _apply_receipt(crash, receipt)
+            apply_receipt(crash, receipt)
 
     async def _publish_source(self, crash: Crash, source: Source) -> None:
         """See that a file's chunks are on the bus."""
@@ -301,11 +253,11 @@ class Deliverer:
         absent = [i for i in items if not await self._bus.holds(WorkItem, i.subject)]
         if any(item.subject in crash.offered for item in absent):
             await self._catch_up(crash)
-        wanted = [item for item in absent if _is_wanted(crash, item)]
+        wanted = [item for item in absent if is_wanted(crash, item)]
         if wanted:
             crash.offered.update(item.subject for item in wanted)
             names = {file.name for item in wanted for file in item.files}
-            for source in _all_sources(crash):
+            for source in all_sources(crash):
                 if source.name in names:
                     source.offered_at = time.time()
             await self._ledger.save(crash)
@@ -335,7 +287,7 @@ class Deliverer:
 
     async def _release_chunks(self, crash: Crash) -> None:
         """Remove from the bus the chunks that no destination waits for any more."""
-        for source in _all_sources(crash):
+        for source in all_sources(crash):
             if source.removed and source.failed:
                 continue  # no other copy is left for a replay
             if source.file and not source.released and not waiting(crash, source):
@@ -366,7 +318,7 @@ class Deliverer:
         file = manifest.file
         assert file is not None
         places = [place for place in ready if place in waiting(crash, manifest)]
-        await self._offer(crash, [_item(crash, place, (file,)) for place in places])
+        await self._offer(crash, [item_for(crash, place, (file,)) for place in places])
 
     async def _finish(self, crash: Crash) -> None:
         if crash.delivered_at is not None or crash.reported is None:
@@ -413,86 +365,10 @@ class Deliverer:
         crash = self._ledger.get(message.crash_id) if message.crash_id else None
         if crash is not None and crash.delivered_at is None:
             if isinstance(message, Receipt):
-                changed = _apply_receipt(crash, message)
+                changed = apply_receipt(crash, message)
             else:
-                changed = self._apply_failure(crash, message)
+                changed = apply_failure(crash, message)
             if changed:
                 await self._ledger.save(crash)
                 self._enqueue(self._small, crash.crash_id)
         await delivery.ack()
-
-    def _apply_failure(self, crash: Crash, letter: DeadLetter) -> bool:
-        if letter.work is None:
-            return False
-        changed = False
-        for file in letter.work.files:
-            source = _source_of(crash, file)
-            place = letter.work.destination
-            if source is None or place not in waiting(crash, source):
-                continue
-            if letter.time < source.offered_at or letter.time <= source.renewed_for:
-                continue  # it speaks of an earlier try, or was heeded already
-            changed = True
-            if letter.reason in _RENEW and source.renewals < RENEWALS:
-                source.renewals += 1
-                source.renewed_for = letter.time
-                source.on_bus = 1 << 40  # more than there are: all are published again
-                log.warning("publishing again", crash_id=crash.crash_id, file=file.name)
-                continue
-            source.failed[place] = letter.reason
-            metrics.FAILED.inc()
-            log.error(
-                "a destination failed for good",
-                crash_id=crash.crash_id,
-                file=file.name,
-                destination=place,
-                reason=letter.reason,
-            )
-        return changed
-
-
-def _is_wanted(crash: Crash, item: WorkItem) -> bool:
-    """Tell whether an item's destination still waits for one of its files."""
-    names = {file.name for file in item.files}
-    return any(
-        source.name in names and item.destination in waiting(crash, source)
-        for source in _all_sources(crash)
-    )
-
-
-def is_unfinished(crash: Crash) -> bool:
-    """Tell whether there is something left to do for a crash, beyond what failed for good."""
-    if crash.reported is None or any(waiting(crash, s) for s in _all_sources(crash)):
-        return True
-    # manifest.json is still to come where nothing failed.
-    return not any(s.failed for s in _all_sources(crash)) and crash.delivered_at is None
-
-
-def _has_large_to_send(crash: Crash) -> bool:
-    return any(s.kind in LARGE and waiting(crash, s) for s in crash.sources.values())
-
-
-def _all_sources(crash: Crash) -> list[Source]:
-    return [*crash.sources.values(), *([crash.manifest] if crash.manifest else [])]
-
-
-def _source_of(crash: Crash, file: CrashFile) -> Source | None:
-    """Return the source a message speaks of, if size and hash are those of the source."""
-    for source in _all_sources(crash):
-        known = source.file
-        if source.name == file.name and known is not None:
-            same = (known.size, known.sha256) == (file.size, file.sha256)
-            return source if same else None
-    return None
-
-
-def _apply_receipt(crash: Crash, receipt: Receipt) -> bool:
-    """Note that a file lies at a destination; a receipt for other bytes counts for nothing."""
-    source = _source_of(crash, receipt.file)
-    if source is None or receipt.destination not in crash.destinations:
-        return False
-    if receipt.destination in source.delivered:
-        return False
-    source.failed.pop(receipt.destination, None)
-    source.delivered.append(receipt.destination)
-    return True

@@ -1,0 +1,183 @@
+"""Entering sets of crash files in the ledger, each under the crash it belongs to."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from crashbus import signals
+from crashbus.capture import CaptureRecord
+from crashbus.identity import crash_id, unknown_crash_id
+from crashbus.layout import BINARIES, Kind
+from crashbus.messages import Module, Process
+from services.collector import metrics, processes, spool
+from services.collector.found import FoundSet, source_of
+from services.collector.judge import Verdict
+from services.collector.ledger import Crash, Ledger, Source
+from services.collector.spool import Entry, Refused
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+MAX_FILES = 512  # of one crash; AppScope writes four for each signal
+_MOST_REFUSALS = 10_000  # remembered; an attacker's names are not kept for ever
+
+
+class Entering:
+    """Enters what was found.
+
+    Args:
+        root: the spool.
+        on_crash: called with each crash that is new or has new files.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        host: str,
+        boot_id: str,
+        destinations: tuple[str, ...],
+        ledger: Ledger,
+        on_crash: Callable[[Crash], None],
+    ) -> None:
+        self._root = root
+        self._host = host
+        self._boot_id = boot_id
+        self._destinations = destinations
+        self._ledger = ledger
+        self._on_crash = on_crash
+        self._refused: set[tuple[str, str]] = set()  # said once
+
+    def is_entered(self, directory: str, entry: Entry) -> bool:
+        """Tell whether there is nothing left to do with a file."""
+        return entry.kind is Kind.CAPTURE or self._ledger.knows_file(directory, entry.name)
+
+    def refuse(self, directory: str, refused: Refused) -> None:
+        """Say what is not touched, and why; once."""
+        key = (directory, str(refused))
+        if key not in self._refused:
+            if len(self._refused) > _MOST_REFUSALS:
+                self._refused.clear()
+            self._refused.add(key)
+            metrics.REFUSED.labels(refused.reason).inc()
+            log.warning("refused", directory=directory, reason=refused.reason, error=str(refused))
+
+    async def enter(self, found: FoundSet, process: Process | None) -> None:
+        """Enter a set in the ledger, under the crash it belongs to.
+
+        Args:
+            process: who made it, where that is known and no record says so.
+        """
+        crash = self._crash_of(found, process)
+        sources = [
+            source_of(found, e)
+            for e in found.entries.values()
+            if self._belongs(found, e, crash) and not self.is_entered(found.directory, e)
+        ]
+        if not sources:
+            return
+        if found.record and found.record.record:
+            crash.modules = found.record.record.modules
+            sources.extend(await asyncio.to_thread(self._binaries, crash.modules))
+        crash.sources.update({source.name: source for source in sources})
+        crash.delivered_at = None
+        if found.verdict is Verdict.CUT_SHORT:
+            metrics.CUT_SHORT.inc()
+            note = f"the set of {found.epoch} is cut short: its writer is gone"
+            if note not in crash.notes:
+                crash.notes.append(note)
+        await self._ledger.save(crash)
+        metrics.CRASHES.labels("appscope" if found.record is None else "recorder").inc()
+        log.info(
+            "gathered",
+            crash_id=crash.crash_id,
+            process=crash.process.comm,
+            files=len(crash.sources),
+        )
+        self._on_crash(crash)
+
+    def _binaries(self, modules: tuple[Module, ...]) -> list[Source]:
+        """Return the binaries of a crash that came with no earlier one."""
+        new: dict[str, Source] = {}
+        with (
+            suppress(FileNotFoundError),
+            spool.open_directory(str(self._root)) as root,
+            spool.open_directory(BINARIES, root) as directory,
+        ):
+            for module in modules:
+                for file in module.files():
+                    known = self._ledger.knows_file(BINARIES, file.name)
+                    if not known and spool.is_root_s(file.name, directory):
+                        new[file.name] = Source(directory=BINARIES, name=file.name, kind=file.kind)
+        return list(new.values())
+
+    def _belongs(self, found: FoundSet, entry: Entry, crash: Crash) -> bool:
+        """Tell whether a file is the crash's own; what is not is refused."""
+        owner = 0 if found.record is not None else crash.process.uid
+        if entry.uid != owner:
+            text = f"{entry.name!r} belongs to UID {entry.uid}, not to {owner}"
+            self.refuse(found.directory, Refused("foreign_owner", text))
+            return False
+        if len(crash.sources) >= MAX_FILES:
+            text = f"more than {MAX_FILES} files of crash {crash.crash_id}"
+            self.refuse(found.directory, Refused("too_many_files", text))
+            return False
+        return True
+
+    def _crash_of(self, found: FoundSet, process: Process | None) -> Crash:
+        record = found.record.record if found.record else None
+        crash = None
+        if record is not None:
+            crash = self._ledger.get(record.crash_id) or self._from_record(record)
+            # AppScope's files of the same crash may have been entered first.
+            crash.fingerprint = record.fingerprint or crash.fingerprint
+        elif process is not None:
+            name = crash_id(process.boot_id, process.pid, process.start_ticks)
+            crash = self._ledger.get(name) or self._from_files(name, process, found)
+        if crash is None or _clashes(crash, found):
+            return self._of_unknown(found)
+        return crash
+
+    def _of_unknown(self, found: FoundSet) -> Crash:
+        """Return the crash of a process that cannot be told: by its files alone."""
+        pid, owner = int(found.directory), min(found.owners)
+        name = unknown_crash_id(self._boot_id, pid, found.epoch, owner)
+        process = processes.unknown(pid, found.epoch, owner, found.comm, self._boot_id)
+        crash = self._ledger.get(name) or self._from_files(name, process, found)
+        note = "the process was gone before anyone saw it: its start is not known"
+        if note not in crash.notes:
+            crash.notes.append(note)
+        return crash
+
+    def _from_files(self, name: str, process: Process, found: FoundSet) -> Crash:
+        cause = found.cause
+        return Crash(
+            crash_id=name,
+            host=self._host,
+            crashed_at=float(found.epoch),
+            process=process,
+            signal=cause.signal if cause else 0,
+            signal_name=signals.name(cause.signal) if cause else "unknown",
+            code_meaning=cause.meaning if cause else None,
+            fault_address=cause.fault_address if cause else None,
+            destinations=self._destinations,
+        )
+
+    def _from_record(self, record: CaptureRecord) -> Crash:
+        return Crash(
+            host=self._host,
+            destinations=self._destinations,
+            notes=list(record.notes),
+            **record.model_dump(exclude={"state", "files", "modules", "notes", "host"}),
+        )
+
+
+def _clashes(crash: Crash, found: FoundSet) -> bool:
+    """Tell whether a crash has files of these names from another directory: a process in a
+    container that shares the spool has one by its own PID and one by the host's."""
+    return any(
+        source.directory != found.directory
+        for entry in found.entries.values()
+        if (source := crash.sources.get(entry.name)) is not None
+    )

@@ -1,0 +1,147 @@
+"""A set of crash files as it was seen: which files, what its record says, who writes it."""
+
+import os
+from collections.abc import Set
+from dataclasses import dataclass, replace
+
+from crashbus import capture
+from crashbus.capture import CapturedFile, UnreadableRecord
+from crashbus.layout import Kind
+from crashbus.messages import Process
+from services.collector import judge, processes, spool
+from services.collector.judge import RecordState, Verdict
+from services.collector.ledger import Source
+from services.collector.spool import Entry, Refused
+
+MAX_SMALL_FILE = 64 * 1024  # read of cfg, info and backtrace to judge a set
+
+
+@dataclass(frozen=True)
+class FoundSet:
+    """A set of files of one epoch, as it was seen.
+
+    Attributes:
+        record: what the recorder says of it; None for a set that AppScope made.
+        writer: the process that made it, if that still lives.
+        promised: the kinds that AppScope's configuration announces, if it could be read.
+    """
+
+    directory: str
+    epoch: int
+    entries: dict[Kind, Entry]
+    verdict: Verdict
+    record: RecordState | None
+    writer: Process | None
+    promised: Set[Kind] | None
+    cause: judge.Cause | None
+    comm: str
+
+    @property
+    def owners(self) -> set[int]:
+        """The UIDs that own its files."""
+        return {entry.uid for entry in self.entries.values()}
+
+    def judged(self, writer: Process | None) -> "FoundSet":
+        """Return a set of AppScope's, judged in the light of who writes it."""
+        open_files = spool.open_by_process(writer.pid) if writer else set()
+        verdict = judge.judge_appscope(
+            present=self.entries.keys(),
+            held_open={k for k, entry in self.entries.items() if entry.identity in open_files},
+            promised=self.promised,
+            process_alive=writer is not None,
+        )
+        return replace(self, writer=writer, verdict=verdict)
+
+
+def look_at(
+    directory: str, descriptor: int, epoch: int, entries: dict[Kind, Entry], boot_id: str
+) -> FoundSet:
+    """Read what tells of a set whether it is whole.
+
+    Args:
+        directory: its name below the spool; `descriptor` is of it.
+        entries: all its files, its record among them.
+    """
+    record = _record(descriptor, entries.get(Kind.CAPTURE))
+    files: dict[Kind, Entry] = {
+        kind: entry for kind, entry in entries.items() if kind is not Kind.CAPTURE
+    }
+    if record is not None:
+        verdict = judge.judge_recorded(record)
+        return FoundSet(directory, epoch, files, verdict, record, None, None, None, "unknown")
+    found = FoundSet(
+        directory,
+        epoch,
+        files,
+        Verdict.WAIT,
+        None,
+        None,
+        judge.promised_kinds(_content(descriptor, files.get(Kind.CFG))),
+        judge.cause_of(_content(descriptor, files.get(Kind.BACKTRACE))),
+        judge.process_name(_content(descriptor, files.get(Kind.INFO))) or "unknown",
+    )
+    writer = processes.writer_of(int(directory), epoch, found.owners, boot_id)
+    return found.judged(writer)
+
+
+def is_stale(found: FoundSet) -> bool:
+    """Tell whether a set was completed between the listing and the reading of its record."""
+    record = found.record.record if found.record else None
+    if record is None or record.state != "complete":
+        return False
+    return not set(record.files) <= {entry.name for entry in found.entries.values()}
+
+
+def _record(directory: int, entry: Entry | None) -> RecordState | None:
+    """Read a set's capture record; one that is not root's is no record."""
+    if entry is None or entry.uid != 0:
+        return None
+    try:
+        descriptor = spool.open_file(entry.name, directory)
+    except (Refused, FileNotFoundError):
+        return None
+    try:
+        being_written = capture.is_being_written(descriptor)
+        return RecordState(capture.read(descriptor), being_written)
+    except UnreadableRecord:
+        return RecordState(None, being_written)
+    finally:
+        os.close(descriptor)
+
+
+def _content(directory: int, entry: Entry | None) -> bytes:
+    """Return the head of a small file; empty where it cannot be read."""
+    if entry is None:
+        return b""
+    try:
+        descriptor = spool.open_file(entry.name, directory)
+    except (Refused, FileNotFoundError):
+        return b""
+    try:
+        return os.pread(descriptor, MAX_SMALL_FILE, 0)
+    finally:
+        os.close(descriptor)
+
+
+def source_of(found: FoundSet, entry: Entry) -> Source:
+    record = found.record.record if found.record else None
+    captured = record.files.get(entry.name) if record else None
+    source = Source(directory=found.directory, name=entry.name, kind=entry.kind)
+    source.note = _note(found, entry, captured)
+    if captured is not None:
+        source.in_order = captured.in_order
+        source.expected = captured.expected
+        if captured.size != entry.size and not captured.truncated:
+            source.expected = captured.size
+    return source
+
+
+def _note(found: FoundSet, entry: Entry, captured: CapturedFile | None) -> str | None:
+    """Return why a file is incomplete; None when it is whole."""
+    if captured is not None and captured.truncated:
+        return captured.note or "cut short by the recorder"
+    if captured is not None and captured.size != entry.size:
+        return f"{entry.size} bytes, {captured.size} were written"
+    if found.verdict is Verdict.CUT_SHORT and entry.kind in judge.doubtful(found.entries.keys()):
+        return "its writer ended before it was whole"
+    return None
