@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import io
+import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import zstandard
@@ -68,6 +70,21 @@ def test_any_chunk_can_be_made_again_from_its_range_alone(
     again = Encoder(size, encoding).encode(content[chunk.index * size :][:size])
 
     assert (again.body, again.sha256, again.size) == (chunk.body, chunk.sha256, chunk.size)
+
+
+@given(FILES, SIZES, ENCODINGS, st.randoms(use_true_random=False))
+def test_chunks_may_be_packed_in_any_order_by_any_thread(
+    content: bytes, size: int, encoding: Encoding, chance: random.Random
+) -> None:
+    encoder, chunks = encode(content, size, encoding)
+    order = list(range(len(chunks)))
+    chance.shuffle(order)
+
+    with ThreadPoolExecutor(3) as threads:
+        packed = threads.map(
+            lambda index: encoder.packer.pack(index, content[index * size :][:size]), order
+        )
+        assert sorted(packed, key=lambda chunk: chunk.index) == chunks
 
 
 @given(FILES, SIZES, ENCODINGS)
