@@ -8,7 +8,8 @@ the next crash never wait behind a core.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from typing import Any
 
 import structlog
 
@@ -36,7 +37,8 @@ from services.collector.publish import Publisher, SourceLost
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-SMALL_AT_ONCE = 4
+SMALL_LANES = 4
+SMALL_AT_ONCE = 8  # files of one crash
 CORES_AT_ONCE = 1  # one core already keeps compression busy; two would only be slower each
 _LOST = {"source_vanished", "dropped_for_room"}  # reasons after which no try can succeed
 _NO_MEND = "nothing can bring this file back; the crash's other files are delivered"
@@ -78,7 +80,7 @@ class Deliverer:
     async def run(self) -> None:
         """Deliver until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(SMALL_AT_ONCE):
+            for _ in range(SMALL_LANES):
                 tasks.create_task(self._lane(self._small, core=False), name="small files")
             for _ in range(CORES_AT_ONCE):
                 tasks.create_task(self._lane(self._cores, core=True), name="cores")
@@ -177,17 +179,24 @@ class Deliverer:
             self._ends.pop(crash.crash_id, None)
 
     async def _publish_missing(self, crash: Crash, core: bool) -> None:
-        if crash.reported is not None:
-            await self._catch_up(crash)
-        for source in crash.in_order():
-            if (source.kind in LARGE) is core and waiting(crash, source):
-                in_hand = crash.crash_id, source.name
-                self._in_hand.add(in_hand)
-                try:
-                    await self._publish_source(crash, source)
-                finally:
-                    self._in_hand.discard(in_hand)
+        wanted = [
+            source
+            for source in crash.in_order()
+            if (source.kind in LARGE) is core and waiting(crash, source)
+        ]
+        # Of the small ones most fit one chunk: what takes time is to wait for the bus.
+        at_once = 1 if core else SMALL_AT_ONCE
+        for first in range(0, len(wanted), at_once):
+            await _all(self._see_to(crash, one) for one in wanted[first : first + at_once])
         await self._offer(crash, work_items(crash, core))
+
+    async def _see_to(self, crash: Crash, source: Source) -> None:
+        in_hand = crash.crash_id, source.name
+        self._in_hand.add(in_hand)
+        try:
+            await self._publish_source(crash, source)
+        finally:
+            self._in_hand.discard(in_hand)
 
     async def _catch_up(self, crash: Crash) -> None:
         """Apply what the bus knows of a crash that was on its way before."""
@@ -210,6 +219,10 @@ class Deliverer:
             source.file = None
         elif held >= max(known.chunks, source.on_bus):
             return
+        else:
+            await self._catch_up(crash)
+            if not waiting(crash, source):  # they were removed because it is delivered
+                return
         if held:  # a part of it, perhaps of another form: of a collector that was killed
             await self._bus.purge_chunks(crash.crash_id, source.name)
         try:
@@ -219,9 +232,13 @@ class Deliverer:
         except SourceLost as error:
             await self._lose(crash, source, error)
             return
-        source.on_bus = await self._bus.chunk_count(crash.crash_id, source.name)
+        if source.kind in LARGE:
+            source.on_bus = await self._bus.chunk_count(crash.crash_id, source.name)
+        else:
+            source.on_bus = file.chunks
         source.file, source.released = file, False
-        await self._ledger.save(crash)
+        if source.kind in LARGE:  # what was small is noted when it is offered, or read anew
+            await self._ledger.save(crash)
 
     async def _lose(self, crash: Crash, source: Source, error: SourceLost) -> None:
         """Give a file up, for all to see."""
@@ -250,7 +267,11 @@ class Deliverer:
         A shipper publishes its receipt before it acknowledges an item. So when an item that
         was offered before is not there any more, the receipt it led to is there already.
         """
-        absent = [i for i in items if not await self._bus.holds(WorkItem, i.subject)]
+        absent = [
+            one
+            for one in items
+            if one.subject not in crash.offered or not await self._bus.holds(WorkItem, one.subject)
+        ]
         if any(item.subject in crash.offered for item in absent):
             await self._catch_up(crash)
         wanted = [item for item in absent if is_wanted(crash, item)]
@@ -261,8 +282,7 @@ class Deliverer:
                 if source.name in names:
                     source.offered_at = time.time()
             await self._ledger.save(crash)
-        for item in wanted:
-            await self._bus.publish(item)
+        await _all(self._bus.publish(item) for item in wanted)
 
     async def _conclude(self, crash: Crash) -> None:
         """Report a crash once all its files are known, and finish it once all are delivered."""
@@ -372,3 +392,10 @@ class Deliverer:
                 await self._ledger.save(crash)
                 self._enqueue(self._small, crash.crash_id)
         await delivery.ack()
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Do several things at a time; when all have ended, raise what one of them raised."""
+    for result in await asyncio.gather(*work, return_exceptions=True):
+        if result is not None:
+            raise result

@@ -175,15 +175,19 @@ class Publisher:
         sending: Sending,
     ) -> int:
         """Send all chunks; return the file's size, which may be above the limit."""
-        room = await self.bus.chunk_store_bytes(source.name)
+        room: int | None = None
         threads: Executor | None = self._background if source.kind in LARGE else None
         run = asyncio.get_running_loop().run_in_executor
         packing: deque[asyncio.Future[Chunk]] = deque()
 
         async def send_first() -> None:
+            nonlocal room
             chunk = await packing.popleft()
             encoder.stored_size += len(chunk.body)
-            if encoder.stored_size + chunk.index * MESSAGE_OVERHEAD > room:
+            # Most small files have one chunk, for which there is room.
+            if room is None and (chunk.index or source.kind in LARGE):
+                room = await self.bus.chunk_store_bytes(source.name)
+            if room is not None and encoder.stored_size + chunk.index * MESSAGE_OVERHEAD > room:
                 raise self._too_large(source, room)
             await sending.send(chunk)
 
