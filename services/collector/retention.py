@@ -6,7 +6,6 @@ import os
 import random
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import groupby
 
 import structlog
@@ -28,23 +27,7 @@ STRAY_AFTER = 86400.0  # seconds; a crash that is being captured has none so old
 _BLOCK = 512  # bytes of a block in st_blocks, stat(2)
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What the crash files of the ledger take on the disk.
-
-    Attributes:
-        files: bytes of each file, by directory and name.
-        disk: bytes of the whole disk.
-        free: bytes of it that are free.
-    """
-
-    files: dict[tuple[str, str], int]
-    disk: int
-    free: int
-
-    def of(self, *sources: Source) -> int:
-        """Return what some files take."""
-        return sum(self.files.get((one.directory, one.name), 0) for one in sources)
+Usage = dict[tuple[str, str], int]  # bytes that each file takes, by directory and name
 
 
 class Retention:
@@ -88,17 +71,19 @@ class Retention:
                 await self._bus.purge_crash(crash.crash_id)
 
     async def _make_room(self) -> None:
-        crashes = self._ledger.crashes()
+        settings, crashes = self._settings, self._ledger.crashes()
+        has_limit = settings.spool_bytes or settings.keep_delivered_bytes
+        if not has_limit and not await asyncio.to_thread(self._excess_on_disk):
+            return
         files = [(s.directory, s.name) for c in crashes for s in c.sources.values()]
         usage = await asyncio.to_thread(measure, self._root, files)
-        settings = self._settings
         delivered = [_whole(c, usage) for c in crashes if c.delivered_at is not None]
         kept = sum(one.size for one in delivered)
         for one in room.to_remove(delivered, room.excess(kept, settings.keep_delivered_bytes)):
             await self._remove(one)
         excess = max(
-            room.excess(sum(usage.files.values()), settings.spool_bytes),
-            room.excess_on_disk(usage.disk, usage.free, settings.disk_reserve),
+            room.excess(sum(usage.values()), settings.spool_bytes),
+            await asyncio.to_thread(self._excess_on_disk),
         )
         if excess:
             found = [one for one in delivered if self._ledger.get(one.crash_id)]
@@ -106,6 +91,11 @@ class Retention:
                 found += await self._candidates(crash, usage)
             for one in room.to_remove(found, excess):
                 await self._remove(one)
+
+    def _excess_on_disk(self) -> int:
+        disk = os.statvfs(self._root)
+        size, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+        return room.excess_on_disk(size, free, self._settings.disk_reserve)
 
     async def _candidates(self, crash: Crash, usage: Usage) -> list[Candidate]:
         """Return the files of a crash that wait, and have waited long enough."""
@@ -115,7 +105,7 @@ class Retention:
             return []
         found = []
         for source in crash.sources.values():
-            size = usage.of(source)
+            size = usage.get((source.directory, source.name), 0)
             if size and not self._deliverer.is_sending(crash, source):
                 loss = Loss.SMALL
                 if source.kind in LARGE:
@@ -143,7 +133,7 @@ class Retention:
 
 
 def _whole(crash: Crash, usage: Usage) -> Candidate:
-    size = usage.of(*crash.sources.values())
+    size = sum(usage.get((one.directory, one.name), 0) for one in crash.sources.values())
     return _candidate(crash, crash.delivered_at or 0.0, "", size, Loss.NOTHING)
 
 
@@ -154,7 +144,7 @@ def _candidate(crash: Crash, since: float, name: str, size: int, loss: Loss) -> 
 
 def measure(root: str, files: list[tuple[str, str]]) -> Usage:
     """Look at crash files, given by directory and name; one that is gone takes nothing."""
-    sizes: dict[tuple[str, str], int] = {}
+    sizes: Usage = {}
     with spool.open_directory(root) as parent:
         for directory, group in groupby(sorted(set(files)), key=lambda file: file[0]):
             with suppress(OSError), spool.open_directory(directory, parent) as descriptor:
@@ -162,8 +152,7 @@ def measure(root: str, files: list[tuple[str, str]]) -> Usage:
                     with suppress(FileNotFoundError):
                         status = os.stat(file[1], dir_fd=descriptor, follow_symlinks=False)
                         sizes[file] = status.st_blocks * _BLOCK
-        disk = os.fstatvfs(parent)
-    return Usage(sizes, disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize)
+    return sizes
 
 
 def _unlink(root: str, source: Source) -> None:
