@@ -10,16 +10,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import nats
 import nats.errors
 import nats.js.errors
 import structlog
 import typer
+from nats.js import JetStreamContext
 from rich.text import Text
 
 from crashbus import chunks, destination, streams
+from crashbus.cli import engine
 from crashbus.cli.bus import MEND_KEYS
 from crashbus.cli.terminal import console, plain, print_json, size
+from crashbus.client import Client
 from crashbus.destination import Destination, DestinationError
 from services.common.finding import Finding
 from services.common.settings import BusSettings, SettingsError
@@ -68,6 +70,7 @@ def findings(given: tuple[str, ...] = ()) -> Iterator[Finding]:
     """
     yield from _of_service("detector")
     yield from _of_service("recorder")
+    yield from engine.findings()
     try:
         settings = BusSettings.load()
         options = settings.connection_options("crashbus-doctor")
@@ -102,9 +105,10 @@ async def _nats(url: str, options: dict[str, Any]) -> list[Finding]:
     async def note(error: Exception) -> None:
         errors.append(f"{type(error).__name__} {error}".strip())
 
+    client = Client()
     try:
-        client = await asyncio.wait_for(
-            nats.connect(
+        await asyncio.wait_for(
+            client.connect(
                 servers,
                 connect_timeout=int(_TIMEOUT),
                 allow_reconnect=False,
@@ -123,7 +127,7 @@ async def _nats(url: str, options: dict[str, Any]) -> list[Finding]:
         return [
             Finding("nats", True, f"connected, messages up to {size(client.max_payload)}"),
             _payload(client.max_payload),
-            await _jetstream(js),
+            await _jetstream(js, errors),
         ]
     finally:
         await client.close()
@@ -143,18 +147,24 @@ def _payload(max_payload: int) -> Finding:
     return Finding("nats max_payload", True, f"chunks of {size(chunk)}")
 
 
-async def _jetstream(js: nats.js.JetStreamContext) -> Finding:
+async def _jetstream(js: JetStreamContext, errors: list[str]) -> Finding:
+    wanted = [str(one.name) for one in streams.all_streams(0)]
+    missing = []
     try:
-        there = {one.config.name for one in await js.streams_info()}
+        for name in wanted:
+            try:
+                await js.stream_info(name)
+            except nats.js.errors.NotFoundError:
+                missing.append(name)
     except (nats.errors.Error, TimeoutError) as error:
+        if any("permissions violation" in one for one in errors):
+            return Finding("jetstream", True, "our key may not look at its streams")
         return Finding(
             "jetstream", False, f"off: {type(error).__name__}", "start nats-server with -js"
         )
-    wanted = {one.name for one in streams.all_streams(0)}
-    missing = sorted(str(name) for name in wanted - there)
     if not missing:
         return Finding("jetstream", True, f"all {len(wanted)} streams are there")
-    return Finding("jetstream", True, f"on; a service will make {', '.join(missing)}")
+    return Finding("jetstream", True, f"on; a collector will make {', '.join(sorted(missing))}")
 
 
 def _state(directory: Path) -> Finding:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from crashbus import Bus
+from crashbus import Bus, connect, streams
+from crashbus.cli import engine
 from tests.cli.support import Result, crashbus
-from tests.support.nats import NatsServer, free_port
+from tests.support.nats import NatsServer, SecuredNats, free_port
 from tests.support.s3 import S3Server
 
 
@@ -35,7 +36,7 @@ async def test_everything_of_the_bus_is_found(nats_server: NatsServer, bus: Bus)
     assert found["jetstream"] == {
         "name": "jetstream",
         "ok": True,
-        "detail": "all 6 streams are there",
+        "detail": f"all {len(streams.all_streams(0))} streams are there",
         "mend": "",
     }
 
@@ -46,7 +47,7 @@ async def test_it_looks_at_kernel_and_core_pattern(nats_server: NatsServer) -> N
     for part in ("kernel", "BTF", "bcc", "core_pattern", "drgn"):
         assert part in text
     assert found["jetstream"]["ok"]
-    assert "a service will make CRASH_CHUNKS" in found["jetstream"]["detail"]
+    assert "a collector will make CRASH_CHUNKS" in found["jetstream"]["detail"]
 
 
 async def test_no_server_is_wrong() -> None:
@@ -135,3 +136,36 @@ async def test_configured_destinations_are_looked_at(s3: S3Server) -> None:
     wrong = found[f"destination s3://{bucket}/x"]
     assert not wrong["ok"]
     assert "not-this-one" not in json.dumps(found)
+
+
+@pytest.mark.parametrize(("user", "said"), [("operator", "streams are there"), ("detector", "may")])
+async def test_a_secured_bus_is_looked_at_with_our_key(
+    tmp_path: Path, user: str, said: str
+) -> None:
+    server = SecuredNats(tmp_path)
+    server.start()
+    try:
+        async with connect(**server.options("collector")) as bus:
+            await bus.ensure_streams()
+        _, found = await doctor(env=server.settings(user))
+        assert found["nats"]["ok"]
+        assert found["jetstream"]["ok"]
+        assert said in found["jetstream"]["detail"]
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "kernel", "override"),
+    [
+        ("Docker", "20.10.24+dfsg1", "6.1.0-30-amd64", True),
+        ("Docker", "27.3.1", "6.1.0-30-amd64", False),
+        ("Docker", "27.3.1", "5.4.0-200-generic", True),
+        ("Podman", "4.3.1", "6.1.0-30-amd64", False),
+        ("Docker", "odd", "6.18", True),
+    ],
+)
+def test_old_engines_and_kernels_get_the_override(
+    name: str, version: str, kernel: str, override: bool
+) -> None:
+    assert ("compose.sysadmin.yaml" in engine.advice(name, version, kernel)) is override

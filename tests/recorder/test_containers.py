@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from crashbus.capture import CaptureRecord
+from crashbus.cli import engine as cli_engine
 from crashbus.messages import Container
 from services.common.redact import REDACTED
 from services.recorder import containers
@@ -258,3 +259,13 @@ async def test_runtime_that_is_not_there(tmp_path: Path) -> None:
 
     assert await asyncio.to_thread(containers.answered, asking.ask(KNOWN)) is None
     assert containers.answered(None) is None
+
+
+async def test_doctor_asks_the_engine_how_to_start_crashbus(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_engine, "SOCKETS", (engine.socket,))
+    (finding,) = cli_engine.findings()
+    assert finding.ok
+    assert finding.detail.startswith("Docker ")
+    assert "docker compose -f compose.yaml" in finding.detail
