@@ -21,6 +21,10 @@ ORPHANS = ".orphans"  # crashes that the pipe helper kept in the spool while the
 
 _CRASH_FILE = re.compile(r"(info|cfg|backtrace|snapshot|core|capture)_([0-9]{1,11})(\.json)?")
 _BINARY = re.compile(r"(executable|debuginfo)_([0-9a-f]{4,128})_([0-9a-f]{16})")
+_OBJECT = re.compile(
+    r"[^/]+/\d{4}-\d\d-\d\d/\d{6}-[^/]+-[0-9a-hjkmnp-tv-z]{16}/[^/]+"
+    rf"|{BINARIES}/[0-9a-f]{{2}}/[0-9a-f]+/[^/]+"
+)
 _YEAR_10000 = 253402300800  # Unix seconds; no later time can be written as a date
 
 
@@ -105,3 +109,8 @@ def folder(host: str, crashed_at: float, process_name: str, crash_id: str) -> st
     process = names.file_name(process_name.encode())[:64] or "unknown"
     place = names.file_name(host.encode())
     return f"{place}/{at:%Y-%m-%d}/{at:%H%M%S}-{process}-{crash_id}"
+
+
+def is_object(key: str) -> bool:
+    """Tell whether a key below a destination's prefix is one that a crash file gets."""
+    return _OBJECT.fullmatch(key) is not None

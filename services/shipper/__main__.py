@@ -19,6 +19,7 @@ from services.shipper.standing import Standing
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 SPARE_THREADS = 4  # for what is no delivery
+TIDY_EVERY = 3600.0  # seconds
 CHECK_AGAIN = 10.0  # seconds between looks at a destination that could not be used at the start
 
 
@@ -31,7 +32,7 @@ async def work(runtime: Runtime, settings: ShipperSettings) -> None:
     places = places_of(runtime, settings)
     threads = threads_for(len(places), settings)
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads))
-    checks = [asyncio.create_task(watch_start(place)) for place in places.values()]
+    checks = [asyncio.create_task(look_after(place)) for place in places.values()]
     try:
         async with runtime.bus() as bus:
             runtime.ready()
@@ -52,7 +53,8 @@ def places_of(runtime: Runtime, settings: ShipperSettings) -> dict[str, Place]:
             "tcp://collector.example:10060 or file:///var/crash/delivered"
         )
     return {
-        url: Place(deliverer(parse(url), settings), Standing(url, runtime.health)) for url in urls
+        url: Place(deliverer(parse(url), settings), Standing(url, runtime.health, settings))
+        for url in urls
     }
 
 
@@ -64,6 +66,12 @@ def threads_for(places: int, settings: ShipperSettings) -> int:
     """
     hands = 2 * settings.concurrency  # for small files and for large ones
     return SPARE_THREADS + places * (2 * hands + 1)  # 1: for the look at the start
+
+
+async def look_after(place: Place) -> None:
+    """See that a destination can be used, and that nothing gathers there."""
+    await watch_start(place)
+    await tidy(place)
 
 
 async def watch_start(place: Place) -> None:
@@ -83,10 +91,22 @@ async def watch_start(place: Place) -> None:
             log.exception("cannot look at a destination", destination=place.url)
             return  # deliveries will tell how it does
         else:
-            place.standing.succeeded()
+            place.standing.usable()
             log.info("destination is ready", destination=place.url)
             return
         await asyncio.sleep(CHECK_AGAIN)
+
+
+async def tidy(place: Place) -> None:
+    """Remove from a destination, from time to time, what dead shippers left there."""
+    while True:
+        try:
+            await place.deliverer.tidy()
+        except Failure as failure:
+            log.warning("cannot tidy a destination", destination=place.url, error=str(failure))
+        except Exception:
+            log.exception("cannot tidy a destination", destination=place.url)
+        await asyncio.sleep(TIDY_EVERY)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar, TypeVarTuple
 
 import structlog
@@ -14,24 +14,23 @@ from crashbus.bus import Bus
 from crashbus.bus import Delivery as Taken
 from crashbus.errors import BusFull, BusUnreachable
 from crashbus.layout import SHARED
-from crashbus.messages import Attempt, CrashFile, DeadLetter, Receipt, WorkItem
+from crashbus.messages import CrashFile, DeadLetter, Receipt, WorkItem
 from services.shipper import metrics, policy
 from services.shipper.destinations.base import Deliverer
 from services.shipper.failure import Failure, Final, Passing, Unfit, not_configured
 from services.shipper.settings import ShipperSettings
 from services.shipper.source import Source
-from services.shipper.standing import Standing
+from services.shipper.standing import Circuit, Standing
+from services.shipper.tries import Memory, Tries, key_of, text_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
 
-MAX_ERROR = 2000  # characters of an error in a dead letter
-MAX_HISTORY = 50  # tries told in a dead letter: the first and the latest
 MAX_URL = 2048  # characters, as the wire contract has it
-MAX_REMEMBERED = 500  # items handed back whose tries are remembered; one forgotten is given more
 HAND_BACK_WITHIN = 1.0  # seconds, on the way out
+TAKE_BACK_WITHIN = 10.0  # seconds; a destination that is given up may well not answer
 
 
 @dataclass(frozen=True)
@@ -45,42 +44,6 @@ class Place:
     def url(self) -> str:
         """As work items name it."""
         return self.deliverer.destination.url
-
-
-@dataclass
-class Tries:
-    """The tries made for one item, as far as this shipper saw them.
-
-    Attributes:
-        before: tries that ended before this shipper had the item, at least.
-        settled: names of files that were made dead letters while others were waited for.
-        placed: files that several crashes share, with the names that they got there.
-        unfit: for each file and reason, when it first failed like this, and how often it did.
-    """
-
-    before: int
-    made: int = 0
-    history: list[Attempt] = field(default_factory=list)
-    settled: set[str] = field(default_factory=set)
-    placed: dict[str, CrashFile] = field(default_factory=dict)
-    unfit: dict[tuple[str, str], tuple[float, int]] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        """All tries, at least."""
-        return self.before + self.made
-
-    def failed(self, error: BaseException) -> None:
-        """Note a try that failed."""
-        self.history.append(Attempt(time=time.time(), error=_text(error)))
-        del self.history[MAX_HISTORY // 2 : -MAX_HISTORY // 2]
-
-    def may_mend_itself(self, failure: Unfit, settings: ShipperSettings) -> bool:
-        """Note that a file cannot be delivered; tell whether it may be, later."""
-        key, now = (failure.file.name, failure.reason), time.monotonic()
-        first, failures = self.unfit.get(key, (now, 0))
-        self.unfit[key] = (first, failures + 1)
-        return policy.may_mend_itself(failure.reason, failures + 1, now - first, settings)
 
 
 class Courier:
@@ -98,27 +61,49 @@ class Courier:
         self._places = places
         self._settings = settings
         self._name = name
-        self._handed_back: dict[tuple[str, ...], Tries] = {}  # so that a dead letter tells all
+        self._memory = Memory()
+        self._in_hand: set[tuple[str, ...]] = set()
 
-    async def settle(self, taken: Taken[WorkItem]) -> None:
-        """Settle one item. When cancelled, take back what was begun and hand the item back."""
+    async def settle(self, taken: Taken[WorkItem]) -> str:
+        """Settle one item, and return how. When cancelled, hand it back."""
         item = taken.message
         place = self._places.get(item.destination)
         label = place.url if place else "unknown"
-        started = time.monotonic()
+        key = key_of(item)
+        if key in self._in_hand:  # the bus took us for dead, or it was published twice
+            result = await self._leave_to_other_hand(taken)
+        else:
+            started = time.monotonic()
+            self._in_hand.add(key)
+            try:
+                result = await self._settle_alone(taken, place)
+            finally:
+                self._in_hand.discard(key)
+            metrics.SECONDS.labels(label).observe(time.monotonic() - started)
+        metrics.DELIVERIES.labels(label, result).inc()
+        return result
+
+    async def _leave_to_other_hand(self, taken: Taken[WorkItem]) -> str:
+        """Hand back what another hand here is at: its acknowledgement counts for both."""
+        with suppress(BusUnreachable):
+            await taken.retry(self._settings.ack_wait)
+        return "in_hand"
+
+    async def _settle_alone(self, taken: Taken[WorkItem], place: Place | None) -> str:
+        if place is None:
+            return await self._refuse(taken)
+        tries = self._memory.recall(taken)
         try:
-            async with self._heartbeat(taken):
-                result = await self._settle(taken, place)
+            async with self._heartbeat(taken, tries):
+                return await self._settle(taken, place, tries)
         except asyncio.CancelledError:
             await self._hand_back_now(taken)
             raise
-        metrics.DELIVERIES.labels(label, result).inc()
-        metrics.SECONDS.labels(label).observe(time.monotonic() - started)
 
-    async def _settle(self, taken: Taken[WorkItem], place: Place | None) -> str:
-        if place is None:
-            return await self._refuse(taken)
-        item, tries = taken.message, self._earlier_tries(taken)
+    async def _settle(self, taken: Taken[WorkItem], place: Place, tries: Tries) -> str:
+        item = taken.message
+        if place.standing.is_open and place.standing.failure is not None:
+            return await self._put_off(taken, place, tries)
         remaining = [file for file in item.files if file.name not in tries.settled]
         if taken.attempts > 1:  # a shipper may have died between receipt and acknowledgement
             remaining = await self._undelivered(item, remaining)
@@ -130,10 +115,24 @@ class Courier:
             await self._deliver_all(item, remaining, place, tries)
         except Passing as failure:
             if not policy.is_too_late(taken.published, time.time(), self._settings):
-                return await self._hand_back(taken, failure, tries)
+                return await self._hand_back(taken, place, failure, tries)
             await self._dead_letter(item, remaining, failure, tries)
         await self._ack(taken)
         return "dead_lettered" if tries.settled else "delivered"
+
+    async def _put_off(self, taken: Taken[WorkItem], place: Place, tries: Tries) -> str:
+        """Settle an item of a destination that nothing is tried with now."""
+        failure = place.standing.failure
+        assert failure is not None
+        item = taken.message
+        if not policy.is_too_late(taken.published, time.time(), self._settings):
+            return await self._hand_back(taken, place, failure, tries)
+        remaining = await self._undelivered(item, item.files)
+        remaining = [file for file in remaining if file.name not in tries.settled]
+        if remaining:
+            await self._dead_letter(item, remaining, failure, tries)
+        await self._ack(taken)
+        return "dead_lettered"
 
     async def _refuse(self, taken: Taken[WorkItem]) -> str:
         item = taken.message
@@ -169,12 +168,29 @@ class Courier:
             except Final as failure:
                 await self._dead_letter(item, remaining, failure, tries)
                 return
+            except Passing as failure:
+                left = await self._left_by_others(item, remaining, failure)
+                if len(left) == len(remaining):
+                    raise
+                remaining[:] = left
             else:
                 await self._publish_receipts(item, files, place, tries)
                 remaining[:] = [file for file in remaining if file.name in waiting]
         if waiting:
             first = next(iter(waiting.values()))
             raise Passing(first.reason, str(first), first.mend)
+
+    async def _left_by_others(
+        self, item: WorkItem, files: list[CrashFile], failure: Passing
+    ) -> list[CrashFile]:
+        """Return what no other shipper has delivered, after a sign that one did.
+
+        An item that was given out twice is begun by two shippers: the first to complete the
+        upload takes it from the other.
+        """
+        if failure.reason != policy.UPLOAD_VANISHED:
+            return files
+        return await self._undelivered(item, files)
 
     async def _is_worth_waiting(self, item: WorkItem, failure: Unfit, tries: Tries) -> bool:
         """Tell whether a file may be delivered later; if not, see that it is settled."""
@@ -191,11 +207,17 @@ class Courier:
     async def _retrying(
         self, item: WorkItem, files: Sequence[CrashFile], place: Place, tries: Tries
     ) -> None:
+        standing = place.standing
+
         def on_retry(error: BaseException) -> None:
+            tries.moved()
             metrics.RETRIES.labels(place.url).inc()
             log.info("trying again", destination=place.url, error=str(error), tries=tries.total)
 
-        retries = policy.in_hand(self._settings, on_retry, place.standing.troubled)
+        def hopeless() -> bool:
+            return standing.circuit is not Circuit.CLOSED
+
+        retries = policy.in_hand(self._settings, on_retry, hopeless)
         await retries(self._try, item, files, place, tries)
 
     async def _try(
@@ -223,7 +245,7 @@ class Courier:
         """Deliver what does not lie there already: what several crashes share may."""
         own = [file for file in files if file.kind not in SHARED]
         if own:
-            await self._deliver(item, own, deliverer)
+            await self._deliver(item, own, deliverer, tries)
         for file in files:
             if file.kind in SHARED:
                 placed, is_there = await _placed(item, file, deliverer)
@@ -231,10 +253,10 @@ class Courier:
                 if is_there:
                     log.info("lies there already", url=deliverer.url_of(item.folder_of(file), file))
                 else:
-                    await self._deliver(item, [placed], deliverer)
+                    await self._deliver(item, [placed], deliverer, tries)
 
     async def _deliver(
-        self, item: WorkItem, files: Sequence[CrashFile], deliverer: Deliverer
+        self, item: WorkItem, files: Sequence[CrashFile], deliverer: Deliverer, tries: Tries
     ) -> None:
         for file in files:
             if len(deliverer.url_of(item.folder_of(file), file)) > MAX_URL:
@@ -243,15 +265,13 @@ class Courier:
         loop, stall = asyncio.get_running_loop(), self._settings.stall
         try:
             async with asyncio.timeout(stall) as limit:
-                sources = [
-                    Source(
-                        self._bus,
-                        item.crash_id,
-                        file,
-                        progress=lambda: limit.reschedule(loop.time() + stall),
-                    )
-                    for file in files
-                ]
+
+                def progress() -> None:
+                    tries.moved()
+                    limit.reschedule(loop.time() + stall)
+
+                sources = [Source(self._bus, item.crash_id, file, progress) for file in files]
+                progress()
                 await deliverer.deliver(item.folder_of(files[0]), sources)
         except TimeoutError as error:
             raise Passing(
@@ -292,7 +312,7 @@ class Courier:
             crash_id=item.crash_id,
             service="shipper",
             reason=failure.reason,
-            error=_text(failure),
+            error=text_of(failure),
             mend=failure.mend,
             attempts=tries.total,
             history=tuple(tries.history),
@@ -303,11 +323,24 @@ class Courier:
             destination=item.destination,
             files=[file.name for file in files],
             reason=failure.reason,
-            error=_text(failure),
+            error=text_of(failure),
             mend=failure.mend,
         )
+        await self._take_back(item, files)
         await self._with_bus(self._bus.publish, letter)
         tries.settled.update(file.name for file in files)
+
+    async def _take_back(self, item: WorkItem, files: Sequence[CrashFile]) -> None:
+        """Leave nothing at a destination of files that are given up, if it can be reached."""
+        place = self._places.get(item.destination)
+        if place is None:
+            return
+        try:
+            async with asyncio.timeout(TAKE_BACK_WITHIN):
+                for file in files:
+                    await place.deliverer.give_up(item.folder_of(file), file)
+        except (Failure, TimeoutError) as error:
+            log.warning("what was begun stays for now", destination=place.url, error=str(error))
 
     async def _undelivered(self, item: WorkItem, files: Sequence[CrashFile]) -> list[CrashFile]:
         """Return those files of an item that have no receipt."""
@@ -328,20 +361,14 @@ class Courier:
 
         return await policy.until_bus_answers(self._settings, on_retry)(call, *args)
 
-    def _earlier_tries(self, taken: Taken[WorkItem]) -> Tries:
-        tries = self._handed_back.pop(_key(taken.message), None) or Tries(before=0)
-        tries.before = max(tries.before, taken.attempts - 1 - tries.made)
-        return tries
-
-    async def _hand_back(self, taken: Taken[WorkItem], failure: Passing, tries: Tries) -> str:
-        self._handed_back[_key(taken.message)] = tries
-        if len(self._handed_back) > MAX_REMEMBERED:
-            self._handed_back.pop(next(iter(self._handed_back)))
+    async def _hand_back(
+        self, taken: Taken[WorkItem], place: Place, failure: Failure, tries: Tries
+    ) -> str:
+        self._memory.keep(taken.message, tries)
         delay = policy.hand_back_delay(taken.attempts, self._settings)
-        # A destination that is away hands back by the thousand; its standing says so once.
-        log.debug(
-            "handed back", destination=taken.message.destination, error=str(failure), seconds=delay
-        )
+        delay = max(delay, place.standing.due_in)
+        # A destination that is away hands back many; its standing says so once.
+        log.debug("handed back", destination=place.url, error=str(failure), seconds=delay)
         with suppress(BusUnreachable):  # it comes again by itself
             await taken.retry(delay)
         return "handed_back"
@@ -359,19 +386,24 @@ class Courier:
             log.warning("could not acknowledge an item", error=str(error))
 
     @asynccontextmanager
-    async def _heartbeat(self, taken: Taken[WorkItem]) -> AsyncIterator[None]:
-        beating = asyncio.create_task(self._beat(taken), name="heartbeat")
+    async def _heartbeat(self, taken: Taken[WorkItem], tries: Tries) -> AsyncIterator[None]:
+        beating = asyncio.create_task(self._beat(taken, tries), name="heartbeat")
         try:
             yield
         finally:
             beating.cancel()
             await asyncio.wait({beating})
 
-    async def _beat(self, taken: Taken[WorkItem]) -> None:
+    async def _beat(self, taken: Taken[WorkItem], tries: Tries) -> None:
+        """Tell the bus that an item is being worked on, as long as something moves.
+
+        A thread that hangs in a dead disk cannot be broken off; the item must not hang with it.
+        """
         while True:
             await asyncio.sleep(self._settings.ack_wait / 3)
-            with suppress(BusUnreachable):
-                await taken.working()
+            if tries.still_for < self._settings.stall:
+                with suppress(BusUnreachable):
+                    await taken.working()
 
 
 async def _placed(item: WorkItem, file: CrashFile, deliverer: Deliverer) -> tuple[CrashFile, bool]:
@@ -385,12 +417,3 @@ async def _placed(item: WorkItem, file: CrashFile, deliverer: Deliverer) -> tupl
         if found in (None, named.sha256):
             return named, found is not None
     return file.beside_another, False
-
-
-def _key(item: WorkItem) -> tuple[str, ...]:
-    return (item.crash_id, item.destination, *(file.name for file in item.files))
-
-
-def _text(error: BaseException) -> str:
-    """Return an error as text that any message can carry, whatever was in it."""
-    return str(error).encode("utf-8", "backslashreplace").decode()[:MAX_ERROR]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
+    retry_if_exception,
     retry_if_exception_type,
     stop_after_delay,
     wait_exponential,
@@ -20,37 +21,75 @@ from services.shipper.settings import ShipperSettings
 
 MISSING_TRIES = 3  # at least, for chunks that are not there
 DAMAGED_TRIES = 2
+UPLOAD_VANISHED = "upload_vanished"
+OVERLOAD = frozenset({"slow_down", "server_unavailable"})
+OVERLOADED = 4  # times the usual waits, for a server that says it is overloaded
 BUS_FAILURES = (BusUnreachable, BusFull)
 
 
-class _AfterDelayUnlessBus(stop_base):
-    """Stop after some seconds, but never for the bus: without it nothing can be handed back."""
+class _UnlessBus(stop_base):
+    """Stop as another policy says, but never for the bus: without it nothing can be handed back."""
 
-    def __init__(self, seconds: float) -> None:
-        self._after = stop_after_delay(seconds)
+    def __init__(self, stop: stop_base) -> None:
+        self._stop = stop
 
     def __call__(self, retry_state: RetryCallState) -> bool:
         error = retry_state.outcome.exception() if retry_state.outcome else None
-        return not isinstance(error, BUS_FAILURES) and self._after(retry_state)
+        return not isinstance(error, BUS_FAILURES) and self._stop(retry_state)
+
+
+class _When(stop_base):
+    """Stop as soon as something is so."""
+
+    def __init__(self, is_so: Callable[[], bool]) -> None:
+        self._is_so = is_so
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        return self._is_so()
+
+
+def worth_another_try(error: BaseException) -> bool:
+    """Tell whether the same call may succeed a little later."""
+    return isinstance(error, (Passing, *BUS_FAILURES)) and not _is_of_another(error)
+
+
+def _is_of_another(error: BaseException) -> bool:
+    """Tell whether another shipper may have done what we were doing: that is looked at first."""
+    return isinstance(error, Passing) and error.reason == UPLOAD_VANISHED
 
 
 def in_hand(
-    settings: ShipperSettings, on_retry: Callable[[BaseException], None], troubled: bool
+    settings: ShipperSettings,
+    on_retry: Callable[[BaseException], None],
+    hopeless: Callable[[], bool],
 ) -> AsyncRetrying:
     """Return the policy for an item in hand.
 
     Args:
         on_retry: called with the error before each wait.
-        troubled: the destination has been failing; one try will do, so that an item does not
-            hold a hand for a try that another has just made.
+        hopeless: the destination has been failing, for others too: an item does not hold a hand
+            for a try that another has just made.
     """
     return AsyncRetrying(
-        retry=retry_if_exception_type((Passing, *BUS_FAILURES)),
-        wait=_backoff(settings),
-        stop=_AfterDelayUnlessBus(0 if troubled else settings.retry_in_hand),
+        retry=retry_if_exception(worth_another_try),
+        wait=_PaceOf(settings),
+        stop=_UnlessBus(stop_after_delay(settings.retry_in_hand) | _When(hopeless)),
         before_sleep=_telling(on_retry),
         reraise=True,
     )
+
+
+class _PaceOf(wait_base):
+    """Wait as is fit for the failure: a server that is overloaded gets more time."""
+
+    def __init__(self, settings: ShipperSettings) -> None:
+        self._usual = _backoff(settings.retry_first, settings.retry_cap)
+        self._patient = _backoff(settings.retry_first * OVERLOADED, settings.retry_cap)
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        error = retry_state.outcome.exception() if retry_state.outcome else None
+        overloaded = isinstance(error, Passing) and error.reason in OVERLOAD
+        return (self._patient if overloaded else self._usual)(retry_state)
 
 
 def until_bus_answers(
@@ -59,15 +98,14 @@ def until_bus_answers(
     """Return the policy for a word that must reach the bus: for ever."""
     return AsyncRetrying(
         retry=retry_if_exception_type(BUS_FAILURES),
-        wait=_backoff(settings),
+        wait=_backoff(settings.retry_first, settings.retry_cap),
         before_sleep=_telling(on_retry),
         reraise=True,
     )
 
 
-def _backoff(settings: ShipperSettings) -> wait_base:
-    growing = wait_exponential(multiplier=settings.retry_first, max=settings.retry_cap)
-    return growing + wait_random(0, settings.retry_first)
+def _backoff(first: float, cap: float) -> wait_base:
+    return wait_exponential(multiplier=first, max=cap) + wait_random(0, first)
 
 
 def _telling(on_retry: Callable[[BaseException], None]) -> Callable[[RetryCallState], None]:

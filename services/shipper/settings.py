@@ -79,6 +79,12 @@ class ShipperSettings(Settings):
         le=64 * MIB,
         description="larger objects are sent in parts of this size, in bytes",
     )
+    s3_abandoned_after: float = Field(
+        172800,
+        gt=0,
+        description="seconds after which an unfinished upload that no shipper goes on with is "
+        "removed; longer than CRASHBUS_SHIPPER_GIVE_UP",
+    )
     s3_connect_timeout: float = Field(5, gt=0, description="seconds to connect to the S3 server")
     s3_read_timeout: float = Field(
         30, gt=0, description="seconds the S3 server may be silent within a request"

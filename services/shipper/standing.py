@@ -1,51 +1,132 @@
-"""How each destination has been doing, for health and for the patience shown to it."""
+"""How each destination has been doing: its circuit breaker, and what health tells of it.
+
+Closed, all hands deliver. After some failures in a row it opens: no item is taken for a while, so
+that a dead destination costs neither hands nor tries. Then the destination is looked at; if that
+goes well it is half open, and one item is tried: its success closes the circuit, its failure opens
+it again, for twice as long.
+"""
+
+import time
+from collections.abc import Callable
+from enum import IntEnum
 
 import structlog
 
 from services.common.health import Health
-from services.shipper.failure import Failure, Unfit
+from services.shipper import metrics
+from services.shipper.failure import Failure, Passing, Unfit
+from services.shipper.settings import ShipperSettings
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-TROUBLED_AFTER = 3  # failures in a row; one or two are what retries are for
+OPENS_AFTER = 3  # failures in a row; one or two are what retries are for
+
+
+class Circuit(IntEnum):
+    """The states of a circuit breaker, as the metric shows them."""
+
+    CLOSED = 0
+    HALF_OPEN = 1
+    OPEN = 2
 
 
 class Standing:
-    """The standing of one destination."""
+    """The standing of one destination.
 
-    def __init__(self, url: str, health: Health) -> None:
+    Args:
+        clock: seconds that never go back.
+
+    Attributes:
+        failure: the last one that concerned the destination itself.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        health: Health,
+        settings: ShipperSettings,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._url = url
         self._check = f"destination {url}"
         self._health = health
-        self._failures = 0
+        self._first, self._cap = settings.retry_first, settings.retry_cap
+        self._clock = clock
+        self._in_a_row = 0
+        self._openings = 0  # since it was closed
+        self._due = 0.0
+        self.failure: Failure | None = None
+        self._enter(Circuit.CLOSED)
 
     @property
-    def troubled(self) -> bool:
-        """Whether it has been failing for a while."""
-        return self._failures >= TROUBLED_AFTER
+    def circuit(self) -> Circuit:
+        """The state of the circuit breaker."""
+        return self._circuit
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing shall be tried now."""
+        return self._circuit is Circuit.OPEN
+
+    @property
+    def due_in(self) -> float:
+        """Seconds until the destination is to be looked at; 0 where it is not open."""
+        return max(0.0, self._due - self._clock()) if self.is_open else 0.0
 
     def failed(self, failure: Failure) -> None:
-        """Note a failure; one that only concerns a file says nothing of the destination."""
+        """Note a failure; one that only concerns a file says nothing of the destination.
+
+        A destination that refuses for good answers: its items become dead letters at once, for
+        all to see, and do not wait behind an open circuit.
+        """
         if isinstance(failure, Unfit):
             return
-        self._failures += 1
-        if self._failures == TROUBLED_AFTER:
+        self.failure = failure
+        self._in_a_row += 1
+        if self._in_a_row == OPENS_AFTER:
             log.warning(
                 "destination keeps failing, trying on",
                 destination=self._url,
                 error=str(failure),
                 mend=failure.mend,
             )
-        if self.troubled:
-            self._health.failing(self._check, f"{failure}; {failure.mend}")
+        if self._in_a_row >= OPENS_AFTER:
+            self._tell(failure)
+        fails_on = self._circuit is Circuit.HALF_OPEN or self._in_a_row >= OPENS_AFTER
+        if isinstance(failure, Passing) and fails_on and not self.is_open:
+            self._open()
 
     def unusable(self, failure: Failure) -> None:
-        """Note that it cannot be used at the start."""
-        self._health.failing(self._check, f"{failure}; {failure.mend}")
+        """Note that a look at it failed."""
+        self.failure = failure
+        self._tell(failure)
+        if self.is_open and not self.due_in:  # both kinds of hands may have looked
+            self._open()
+
+    def usable(self) -> None:
+        """Note that a look at it went well; what it does with an item is to be seen."""
+        if self.is_open:
+            self._enter(Circuit.HALF_OPEN)
+        elif self._in_a_row < OPENS_AFTER:
+            self._health.working(self._check)
 
     def succeeded(self) -> None:
-        """Note a success."""
-        if self.troubled:
+        """Note that something was delivered."""
+        if self._in_a_row >= OPENS_AFTER:
             log.info("destination works again", destination=self._url)
-        self._failures = 0
+        self._in_a_row = self._openings = 0
+        self._enter(Circuit.CLOSED)
         self._health.working(self._check)
+
+    def _tell(self, failure: Failure) -> None:
+        self._health.failing(self._check, f"{failure}; {failure.mend}")
+
+    def _open(self) -> None:
+        self._openings += 1
+        wait = min(self._cap, self._first * 2.0 ** min(self._openings, 30))
+        self._due = self._clock() + wait
+        self._enter(Circuit.OPEN)
+
+    def _enter(self, circuit: Circuit) -> None:
+        self._circuit = circuit
+        metrics.CIRCUIT.labels(self._url).set(circuit)

@@ -29,6 +29,15 @@ from tests.support.wait import until
 
 CRASHED_AT = 1795388839.0
 MIB = 1024 * 1024
+SOME_FILE = CrashFile(
+    name="info_1",
+    kind=Kind.INFO,
+    size=1,
+    sha256="0" * 64,
+    encoding="identity",
+    stored_size=1,
+    chunks=1,
+)
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,8 @@ def shipping(bus: Bus) -> Running:
         settings, health = settings or quick(), Health()
         parsed = [parse(url) for url in urls]
         places = {
-            one.url: Place(deliverer(one, settings), Standing(one.url, health)) for one in parsed
+            one.url: Place(deliverer(one, settings), Standing(one.url, health, settings))
+            for one in parsed
         }
         courier = Courier(bus, places, settings, "test-shipper")
         shipper = Shipper(bus, courier, settings, places, "shipper-host")

@@ -66,7 +66,7 @@ async def test_what_passes_is_tried_until_it_has() -> None:
     seen: list[BaseException] = []
     failing = Failing(passing(), BusUnreachable("away"), passing())
 
-    assert await policy.in_hand(quick(), seen.append, troubled=False)(failing) == "done"
+    assert await policy.in_hand(quick(), seen.append, hopeless=lambda: False)(failing) == "done"
     assert [type(error) for error in seen] == [Passing, BusUnreachable, Passing]
 
 
@@ -74,7 +74,7 @@ async def test_what_is_final_is_not_tried_again() -> None:
     failing = Failing(Final("access_denied", "no", "allow it"))
 
     with pytest.raises(Final):
-        await policy.in_hand(quick(), lambda error: None, troubled=False)(failing)
+        await policy.in_hand(quick(), lambda error: None, hopeless=lambda: False)(failing)
     assert failing.calls == 1
 
 
@@ -82,11 +82,12 @@ async def test_destination_in_trouble_gets_one_try() -> None:
     failing = Failing(passing(), passing())
 
     with pytest.raises(Passing):
-        await policy.in_hand(quick(), lambda error: None, troubled=True)(failing)
+        await policy.in_hand(quick(), lambda error: None, hopeless=lambda: True)(failing)
     assert failing.calls == 1
 
 
 async def test_bus_is_waited_for_even_then() -> None:
     failing = Failing(BusUnreachable("away"), BusUnreachable("away"))
 
-    assert await policy.in_hand(quick(), lambda error: None, troubled=True)(failing) == "done"
+    retries = policy.in_hand(quick(), lambda error: None, hopeless=lambda: True)
+    assert await retries(failing) == "done"

@@ -8,9 +8,9 @@ import urllib3.exceptions as http
 from minio.error import InvalidResponseError, S3Error, ServerError
 from urllib3 import HTTPResponse
 
-from services.shipper.destinations.s3 import META_SHA256, mismatch
 from services.shipper.destinations.s3_api import Stat
 from services.shipper.destinations.s3_failures import as_failure, failure_of
+from services.shipper.destinations.s3_upload import META_SHA256, mismatch
 from services.shipper.failure import Final, Passing
 
 

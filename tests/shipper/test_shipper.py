@@ -13,15 +13,14 @@ from pathlib import Path
 import msgpack
 import pytest
 import zstandard
-from nats.js.errors import NotFoundError
 
 from crashbus import Bus, DeadLetter, WorkItem, streams
 from crashbus.bus import Delivery
 from crashbus.chunks import Chunk
 from crashbus.messages import work_item_filter
 from services.shipper.destinations.file import Upload
+from services.shipper.hands import consumer
 from services.shipper.settings import ShipperSettings
-from services.shipper.shipper import consumer
 from tests.shipper.conftest import (
     MIB,
     Running,
@@ -285,20 +284,24 @@ async def test_dead_destination_does_not_keep_another_from_its_files(
         await receipts_of(bus, sent, 20)
 
 
-async def test_more_items_of_a_dead_destination_than_a_consumer_may_have_out_stop_no_other(
+async def test_items_of_a_dead_destination_stay_on_the_bus_and_stop_no_other(
     bus: Bus, shipping: Running, tmp_path: Path
 ) -> None:
+    """More than a consumer may have out: each that is handed back for a while counts as out."""
     gone = Receiver()
     gone.close()
-    sent = await send(bus, {"info_1": b"x"})
-    for n in range(1100):
-        await bus.publish(sent.item(gone.url, process_name=f"p{n}"))
+    sent = await send(bus, {f"info_{n}": b"x" for n in range(1100)})
+    for name in sent.contents:
+        await bus.publish(sent.item(gone.url, name))
     settings = quick(concurrency=16, retry_in_hand=0, retry_first=100, retry_cap=100)
 
-    async with shipping([gone.url, tmp_path.as_uri()], settings):
-        await until(lambda: all_out(bus, consumer(gone.url)), within=60)
-        await bus.publish(sent.item(tmp_path.as_uri()))
+    async with shipping([gone.url, tmp_path.as_uri()], settings) as health:
+        await until(lambda: f"destination {gone.url}" in health.faults())
+        await bus.publish(sent.item(tmp_path.as_uri(), "info_0"))
         await receipts_of(bus, sent, 1, within=60)
+        info = await bus._js.consumer_info(streams.FILES, consumer(gone.url))
+        assert (info.num_ack_pending or 0) <= 2 * 16
+        assert info.num_pending >= 1000
 
 
 class Absent(Receiver):
@@ -332,13 +335,24 @@ async def test_small_file_passes_while_every_hand_for_cores_is_taken(
         await receipts_of(bus, sent, 2)
 
 
-async def all_out(bus: Bus, durable: str) -> bool:
-    """Tell whether a consumer gives out nothing more before something is settled."""
-    try:
-        info = await bus._js.consumer_info(streams.FILES, durable)
-    except NotFoundError:  # not made yet
-        return False
-    return (info.num_ack_pending or 0) >= 1024
+async def test_item_given_out_twice_holds_one_hand(bus: Bus, shipping: Running) -> None:
+    receiver = Absent()
+    place = f"{receiver.url}?core=true"
+    sent = await send(bus, {"core_1": os.urandom(20 * MIB), "core_2": b"x"})
+    patient = quick(concurrency=2, tcp_write_timeout=120)
+
+    async with shipping([place], patient):
+        await bus.publish(sent.item(place, "core_1"))
+        await until(lambda: receiver.accepted == 1)
+        await bus.publish(sent.item(place, "core_1"))
+        await bus.publish(sent.item(place, "core_2"))
+        (receipt,) = await receipts_of(bus, sent, 1, within=30)
+        assert receipt.file.name == "core_2"
+        receiver.back.set()
+        await receipts_of(bus, sent, 2)
+        await nothing_left(bus)
+
+    assert receiver.accepted == 2, "the second copy found that all was done"
 
 
 async def test_destinations_that_hang_take_no_thread_from_another(

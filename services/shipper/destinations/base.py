@@ -12,7 +12,8 @@ class Deliverer(ABC):
     """Delivers to one destination; used for several items at a time.
 
     Whatever a deliverer began and did not finish, it takes back: on a failure, on a damaged
-    source, and when it is cancelled. The cause of a failure is never hidden by that.
+    source, and when it is cancelled. What another try can go on with may stay until there is
+    none any more. The cause of a failure is never hidden by that.
     """
 
     def __init__(self, destination: Destination) -> None:
@@ -39,6 +40,16 @@ class Deliverer(ABC):
             Passing, Final: nothing can be said of any of the files.
             Unfit: one file cannot be delivered; nothing can be said of the others.
             BusUnreachable: the source did not answer.
+        """
+
+    async def give_up(self, folder: str, file: CrashFile) -> None:  # noqa: B027 - most leave nothing
+        """Take back what tries of a file that is given up left for further tries."""
+
+    async def tidy(self) -> None:  # noqa: B027 - most leave nothing
+        """Remove what shippers that are no more left behind; called from time to time.
+
+        Raises:
+            Failure: it cannot be done now.
         """
 
     async def sha256_of(self, folder: str, name: str) -> str | None:

@@ -4,18 +4,18 @@ minio's calls for single parts are private names. All of them are used here and 
 the package's minor version is fixed.
 """
 
-import hashlib
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import urllib3
 from minio import Minio
-from minio.datatypes import Part
+from minio.datatypes import Part as MinioPart
 
 from services.common.settings import SettingsError
+from services.shipper.destinations.s3_resume import Part
 from services.shipper.settings import ShipperSettings
 
 _KEPT_CONNECTIONS = 64
@@ -33,6 +33,19 @@ class Stat:
     size: int
     etag: str
     headers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A multipart upload that was neither completed nor aborted.
+
+    Attributes:
+        time: when it was begun, in Unix seconds by the server's clock.
+    """
+
+    key: str
+    upload: str
+    time: float
 
 
 class S3Api:
@@ -71,22 +84,47 @@ class S3Api:
         """Make a bucket in the configured region."""
         self._client.make_bucket(bucket)
 
-    def put(self, bucket: str, key: str, data: bytearray, headers: Mapping[str, str]) -> None:
+    def put(
+        self, bucket: str, key: str, data: bytearray, md5: bytes, headers: Mapping[str, str]
+    ) -> None:
         """Write a whole object."""
-        self._client._put_object(bucket, key, data, {**headers, **_md5_header(data)})
+        self._client._put_object(bucket, key, data, {**headers, **_md5_header(md5)})
 
     def begin(self, bucket: str, key: str, headers: Mapping[str, str]) -> str:
         """Begin a multipart upload and return its ID."""
         return str(self._client._create_multipart_upload(bucket, key, dict(headers)))
 
-    def put_part(self, bucket: str, key: str, upload: str, number: int, data: bytearray) -> str:
+    def put_part(
+        self, bucket: str, key: str, upload: str, number: int, data: bytearray, md5: bytes
+    ) -> str:
         """Write one part (numbers begin with 1) and return its ETag."""
-        headers = _md5_header(data)
+        headers = _md5_header(md5)
         return str(self._client._upload_part(bucket, key, data, headers, upload, number))
+
+    def parts(self, bucket: str, key: str, upload: str) -> list[Part]:
+        """Return the parts of an unfinished upload that the server has, in order."""
+        return [
+            Part(one.part_number, one.size or 0, one.etag)
+            for one in self._parts(bucket, key, upload)
+        ]
+
+    def latest_part(self, bucket: str, key: str, upload: str) -> float | None:
+        """Return when the newest part of an unfinished upload came, in Unix seconds."""
+        came = (one.last_modified for one in self._parts(bucket, key, upload))
+        return max((time.timestamp() for time in came if time), default=None)
+
+    def _parts(self, bucket: str, key: str, upload: str) -> Iterator[MinioPart]:
+        marker = None
+        while True:
+            page = self._client._list_parts(bucket, key, upload, part_number_marker=marker)
+            yield from page.parts
+            if not page.is_truncated or page.next_part_number_marker in (None, marker):
+                return
+            marker = page.next_part_number_marker
 
     def complete(self, bucket: str, key: str, upload: str, etags: list[str]) -> None:
         """Make the parts an object."""
-        parts = [Part(number, etag) for number, etag in enumerate(etags, start=1)]
+        parts = [MinioPart(number, etag) for number, etag in enumerate(etags, start=1)]
         self._client._complete_multipart_upload(bucket, key, upload, parts)
 
     def abort(self, bucket: str, key: str, upload: str) -> None:
@@ -94,9 +132,23 @@ class S3Api:
         self._client._abort_multipart_upload(bucket, key, upload)
 
     def unfinished(self, bucket: str, key: str) -> list[str]:
-        """Return the IDs of unfinished uploads to exactly this key, at most 1,000."""
-        found = self._client._list_multipart_uploads(bucket, prefix=key)
-        return [str(one.upload_id) for one in found.uploads if one.object_name == key]
+        """Return the IDs of unfinished uploads to exactly this key."""
+        return [one.upload for one in self.all_unfinished(bucket, key) if one.key == key]
+
+    def all_unfinished(self, bucket: str, prefix: str) -> Iterator[Begun]:
+        """Yield the unfinished uploads to all keys that begin with a prefix."""
+        key, upload = None, None
+        while True:
+            page = self._client._list_multipart_uploads(
+                bucket, prefix=prefix, key_marker=key, upload_id_marker=upload
+            )
+            for one in page.uploads:
+                begun = one.initiated_time.timestamp() if one.initiated_time else 0.0
+                yield Begun(str(one.object_name), str(one.upload_id), begun)
+            after = page.next_key_marker, page.next_upload_id_marker
+            if not page.is_truncated or after in ((None, None), (key, upload)):
+                return
+            key, upload = after
 
     def stat(self, bucket: str, key: str) -> Stat:
         """Ask for an object's size, ETag and headers."""
@@ -119,6 +171,5 @@ def _http_client(settings: ShipperSettings) -> urllib3.PoolManager:
     )
 
 
-def _md5_header(data: bytearray) -> dict[str, str]:
-    digest = hashlib.md5(data, usedforsecurity=False).digest()
+def _md5_header(digest: bytes) -> dict[str, str]:
     return {"Content-MD5": b64encode(digest).decode()}

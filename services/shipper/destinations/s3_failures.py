@@ -20,8 +20,8 @@ _KEYS = "CRASHBUS_SHIPPER_S3_ACCESS_KEY"
 _SECRET = "CRASHBUS_SHIPPER_S3_SECRET_KEY"  # noqa: S105 - a variable's name
 _REGION = "set CRASHBUS_SHIPPER_S3_REGION (and the endpoint) to where the bucket is"
 _ALLOW = (
-    "allow the key s3:PutObject, GetObject, ListBucket, ListBucketMultipartUploads and "
-    "AbortMultipartUpload on the bucket, or use another key"
+    "allow the key s3:PutObject, GetObject, ListBucket, ListBucketMultipartUploads, "
+    "ListMultipartUploadParts and AbortMultipartUpload on the bucket, or use another key"
 )
 
 _FINAL: dict[str, tuple[str, str]] = {
