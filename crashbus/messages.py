@@ -31,6 +31,7 @@ VERSION = "1.0"
 MAX_PATH = 32 * 1024  # characters
 MAX_LABELS = 64  # told of one container
 MAX_MODULES = 256  # told of one crash
+_REASON = r"^[a-z][a-z0-9_]{0,63}$"
 _LARGE = "large"  # last token of a work item that shippers have hands of their own for
 
 
@@ -428,9 +429,7 @@ class DeadLetter(Message):
 
     crash_id: CrashId | None = Field(None, description="absent where no crash could be named")
     service: str = Field(description="who gave up: detector, recorder, collector or shipper")
-    reason: str = Field(
-        pattern=r"^[a-z][a-z0-9_]{0,63}$", description="short, for machines: access_denied, …"
-    )
+    reason: str = Field(pattern=_REASON, description="short, for machines: access_denied, …")
     error: str = Field(description="what happened, in words")
     mend: str = Field(description="what a human can do about it")
     attempts: Count = 0
@@ -444,6 +443,51 @@ class DeadLetter(Message):
         return f"crash.failed.{names.token(self.host)}.{self.crash_id or 'unknown'}"
 
 
+class Postponed(CrashMessage):
+    """A delivery failed and is tried again later; the latest of a work item replaces the others."""
+
+    SUBJECT: ClassVar[str] = "crash.postponed.>"
+
+    destination: Url
+    files: tuple[FileName, ...] = Field(min_length=1, max_length=64)
+    reason: str = Field(pattern=_REASON, description="short, for machines: refused, timeout, …")
+    error: str = Field(description="what happened, in words")
+    mend: str = Field(description="what a human can do about it")
+    attempts: Count = Field(description="tries so far, at least")
+    next_try: Time = Field(description="Unix seconds before which it is not tried again")
+    given_up: Time = Field(description="Unix seconds after which it becomes a dead letter")
+
+    @property
+    def subject(self) -> str:
+        crash = f"{names.token(self.host)}.{self.crash_id}"
+        file = names.token(self.files[0])
+        return f"crash.postponed.{crash}.{file}.{place_token(self.destination)}"
+
+
+class Replay(CrashMessage):
+    """Deliver again what became a dead letter; for the collector of the crash's host."""
+
+    SUBJECT: ClassVar[str] = "crash.retry.>"
+
+    destination: Url
+    files: tuple[FileName, ...] = Field(min_length=1, max_length=64)
+    failed_at: Time = Field(description="time of the latest dead letter that this answers")
+
+    def answers(self, letter: DeadLetter) -> bool:
+        """Tell whether a dead letter was there when this was asked for, and is meant by it."""
+        work = letter.work
+        return (
+            work is not None
+            and work.destination == self.destination
+            and letter.time <= self.failed_at
+            and {file.name for file in work.files} <= set(self.files)
+        )
+
+    @property
+    def subject(self) -> str:
+        return f"crash.retry.{names.token(self.host)}.{self.crash_id}"
+
+
 ALL: tuple[type[Message], ...] = (
     SignalEvent,
     SignalCount,
@@ -452,6 +496,8 @@ ALL: tuple[type[Message], ...] = (
     Manifest,
     Receipt,
     DeadLetter,
+    Postponed,
+    Replay,
 )
 
 

@@ -14,7 +14,9 @@ from crashbus.messages import (
     EventsLost,
     Manifest,
     Message,
+    Postponed,
     Receipt,
+    Replay,
     SignalCount,
     SignalEvent,
     WorkItem,
@@ -32,13 +34,21 @@ SMALL_CHUNKS = "CRASH_SMALL"  # of all other files, which pass when the former i
 REPORTS = "CRASH_REPORTS"
 RECEIPTS = "CRASH_RECEIPTS"
 FAILURES = "CRASH_FAILURES"
+POSTPONED = "CRASH_POSTPONED"
+REPLAYS = "CRASH_RETRIES"
 
 CHUNK_SUBJECT = "crash.chunk.>"
 SMALL_CHUNK_SUBJECT = "crash.small.>"
 
 
-def _kept(name: str, *subjects: str, days: float, mib: int) -> StreamConfig:
-    """A stream that consumers may come late to; the oldest goes when it is full."""
+def _kept(
+    name: str, *subjects: str, days: float, mib: int, newest_only: bool = False
+) -> StreamConfig:
+    """A stream that consumers may come late to; the oldest goes when it is full.
+
+    Args:
+        newest_only: of each subject the newest message replaces the others.
+    """
     return StreamConfig(
         name=name,
         subjects=list(subjects),
@@ -47,6 +57,7 @@ def _kept(name: str, *subjects: str, days: float, mib: int) -> StreamConfig:
         discard=DiscardPolicy.OLD,
         max_age=days * _DAY,
         max_bytes=mib * _MIB,
+        max_msgs_per_subject=1 if newest_only else -1,
         allow_direct=True,
     )
 
@@ -67,6 +78,8 @@ def all_streams(chunk_store_bytes: int, replicas: int = 1) -> tuple[StreamConfig
         _kept(REPORTS, Manifest.SUBJECT, days=30, mib=256),
         _kept(RECEIPTS, Receipt.SUBJECT, days=30, mib=256),
         _kept(FAILURES, DeadLetter.SUBJECT, days=30, mib=256),
+        _kept(POSTPONED, Postponed.SUBJECT, days=7, mib=64, newest_only=True),
+        _kept(REPLAYS, Replay.SUBJECT, days=30, mib=64),
         # A work item is gone once a shipper acknowledged it; none is ever pushed out.
         StreamConfig(
             name=FILES,
@@ -122,4 +135,6 @@ _STREAM_OF: dict[type[Message], str] = {
     Manifest: REPORTS,
     Receipt: RECEIPTS,
     DeadLetter: FAILURES,
+    Postponed: POSTPONED,
+    Replay: REPLAYS,
 }

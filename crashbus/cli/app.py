@@ -13,6 +13,7 @@ from crashbus.cli.doctor import doctor
 from crashbus.cli.get import get
 from crashbus.cli.keys import keys
 from crashbus.cli.ls import ls
+from crashbus.cli.retry import retry
 from crashbus.cli.run import run
 from crashbus.cli.schema import schema
 from crashbus.cli.show import show
@@ -82,7 +83,20 @@ def _register_service(name: str, summary: str) -> None:
         services.become(name, ctx.args)
 
 
-for command in (run, demo, tail, ls, show, get, debug, snapshot, doctor, keys, schema):
+for command in (
+    run,
+    demo,
+    tail,
+    ls,
+    show,
+    get,
+    debug,
+    retry,
+    snapshot,
+    doctor,
+    keys,
+    schema,
+):
     app.command()(command)
 for service_name, service_summary in services.SERVICES.items():
     _register_service(service_name, service_summary)

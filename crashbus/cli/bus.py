@@ -3,13 +3,27 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
-from crashbus import Bus, DeadLetter, Manifest, Receipt, SignalEvent, connect, names
+from crashbus import (
+    Bus,
+    DeadLetter,
+    Manifest,
+    Message,
+    Postponed,
+    Receipt,
+    Replay,
+    SignalEvent,
+    connect,
+    names,
+)
 from crashbus.bus import without_secrets
 from crashbus.cli.crashes import Crash, join
 from crashbus.cli.errors import Trouble
 from crashbus.errors import BusUnreachable, NoStreams
 from services.common.settings import BusSettings
+
+M = TypeVar("M", bound=Message)
 
 NO_STREAMS = Trouble("the bus has no Crashbus streams", "start a collector on it, it makes them")
 
@@ -58,14 +72,32 @@ def stored_crashes(host: str | None = None) -> list[Crash]:
 
 
 async def _stored_crashes(host: str | None) -> list[Crash]:
-    def of(kind: str) -> str:
-        return f"crash.{kind}.{names.token(host)}.>" if host else f"crash.{kind}.>"
-
     async with connected() as bus:
-        manifests, events, receipts, failures = await asyncio.gather(
-            bus.stored(Manifest, of("report")),
-            bus.stored(SignalEvent, of("signal")),
-            bus.stored(Receipt, of("shipped")),
-            bus.stored(DeadLetter, of("failed")),
+        return await read_crashes(bus, host)
+
+
+async def read_crashes(bus: Bus, host: str | None) -> list[Crash]:
+    """Return all crashes a bus still knows of, newest first."""
+
+    def of(kind: type[Message]) -> str:
+        place = kind.SUBJECT.removesuffix(">")
+        return f"{place}{names.token(host)}.>" if host else f"{place}>"
+
+    return join(
+        *await asyncio.gather(
+            bus.stored(Manifest, of(Manifest)),
+            bus.stored(SignalEvent, of(SignalEvent)),
+            bus.stored(Receipt, of(Receipt)),
+            bus.stored(DeadLetter, of(DeadLetter)),
+            _stored_lately(bus, Replay, of(Replay)),
+            _stored_lately(bus, Postponed, of(Postponed)),
         )
-    return join(manifests, events, receipts, failures)
+    )
+
+
+async def _stored_lately(bus: Bus, kind: type[M], subject: str) -> list[M]:
+    """Return messages of a kind that the services of an older version make no stream for."""
+    try:
+        return await bus.stored(kind, subject)
+    except NoStreams:
+        return []

@@ -5,7 +5,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from crashbus import DeadLetter, Manifest, Receipt, SignalEvent, destination
+from crashbus import (
+    DeadLetter,
+    Manifest,
+    Postponed,
+    Receipt,
+    Replay,
+    SignalEvent,
+    destination,
+)
 from crashbus.cli.errors import Trouble
 from crashbus.cli.terminal import plain
 from crashbus.destination import DestinationError
@@ -33,6 +41,8 @@ class Crash:
     events: list[SignalEvent] = field(default_factory=list)
     receipts: list[Receipt] = field(default_factory=list)
     failures: list[DeadLetter] = field(default_factory=list)
+    replays: list[Replay] = field(default_factory=list)
+    postponed: list[Postponed] = field(default_factory=list)
 
     @property
     def host(self) -> str:
@@ -89,7 +99,7 @@ class Crash:
         """Tell how far this crash has come, seen from the bus at the Unix time `now`."""
         if self.manifest and not self.manifest.files:
             return State.NOT_CAPTURED
-        if any(self._stands(letter) for letter in self.failures):
+        if any(self.stands(letter) for letter in self.failures):
             return State.FAILED
         if self.manifest and self.manifest.destinations and not self.undelivered():
             return State.DELIVERED
@@ -97,15 +107,30 @@ class Crash:
             return State.DELIVERING
         return State.NOT_CAPTURED
 
-    def _stands(self, letter: DeadLetter) -> bool:
-        """Whether what the letter tells of has not been put right since; a letter without a
-        work item tells of a loss that no delivery puts right.
+    def stands(self, letter: DeadLetter) -> bool:
+        """Whether what the letter tells of was neither put right since nor asked for again; a
+        letter without a work item tells of a loss that no delivery puts right.
         """
         if letter.work is None:
             return True
         confirmed = {(r.destination, r.file.name) for r in self.receipts}
         given_up = {(letter.work.destination, file.name) for file in letter.work.files}
-        return not given_up <= confirmed
+        return not given_up <= confirmed and not any(one.answers(letter) for one in self.replays)
+
+    def waiting(self) -> list[Postponed]:
+        """Return the deliveries that failed and are to be tried again."""
+        confirmed = {(r.destination, r.file.name) for r in self.receipts}
+        letters = [letter for letter in self.failures if letter.work]
+        return [
+            one
+            for one in self.postponed
+            if any((one.destination, name) not in confirmed for name in one.files)
+            and not any(
+                letter.work and letter.work.destination == one.destination
+                for letter in letters
+                if letter.time >= one.time
+            )
+        ]
 
 
 def _delivery(url: str, file: CrashFile) -> tuple[str, str, int, str]:
@@ -125,6 +150,8 @@ def join(
     events: Iterable[SignalEvent],
     receipts: Iterable[Receipt],
     failures: Iterable[DeadLetter],
+    replays: Iterable[Replay] = (),
+    postponed: Iterable[Postponed] = (),
 ) -> list[Crash]:
     """Put together what belongs to the same crash; newest crash first."""
     found: dict[str, Crash] = {}
@@ -143,6 +170,12 @@ def join(
     for letter in failures:
         if letter.crash_id:
             crash(letter.crash_id).failures.append(letter)
+    for replay in replays:
+        if replay.crash_id in found:
+            found[replay.crash_id].replays.append(replay)
+    for one in postponed:
+        if one.crash_id in found:
+            found[one.crash_id].postponed.append(one)
     return sorted((c for c in found.values() if c.is_crash), key=lambda c: c.time, reverse=True)
 
 

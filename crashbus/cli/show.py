@@ -36,6 +36,7 @@ def show(
     _print_head(found.crash, state)
     _print_events(found.crash)
     _print_files(found)
+    _print_waiting(found.crash)
     _print_failures(found.crash)
     for name, text in backtraces.items():
         _heading(name)
@@ -50,6 +51,7 @@ def _as_json(crash: Crash, state: State, backtraces: dict[str, str]) -> dict[str
         "events": crash.events,
         "receipts": crash.receipts,
         "failures": crash.failures,
+        "waiting": crash.waiting(),
         "backtraces": backtraces,
     }
 
@@ -158,6 +160,23 @@ def _where(found: Found, file: CrashFile, receipts: list[Receipt]) -> list[str]:
     return [f"{copy.source.url}/{copy.keys(file)[0]}" for copy in found.copies]
 
 
+def _print_waiting(crash: Crash) -> None:
+    waiting = crash.waiting()
+    if waiting:
+        _heading("Tried again later")
+    for one in waiting:
+        _print(
+            Text.assemble(
+                f"  {moment(one.time)}  ",
+                (f"{one.reason} ", "yellow"),
+                plain(f"{' '.join(one.files)} to {one.destination}: {one.error}"),
+                f"\n      {one.attempts} tries; next not before {moment(one.next_try)}, "
+                f"given up after {moment(one.given_up)}",
+                (f"\n      mend: {plain(one.mend)}", "bold"),
+            )
+        )
+
+
 def _print_failures(crash: Crash) -> None:
     if crash.failures:
         _heading("Failures")
@@ -172,3 +191,5 @@ def _print_failures(crash: Crash) -> None:
                 (f"\n      mend: {plain(letter.mend)}", "bold"),
             )
         )
+    if any(letter.work and crash.stands(letter) for letter in crash.failures):
+        _print(f"  once that is mended: crashbus retry {crash.crash_id}")

@@ -16,7 +16,7 @@ import structlog
 from crashbus.bus import Bus, Delivery
 from crashbus.errors import BusFull, BusUnreachable
 from crashbus.layout import LARGE, MANIFEST_NAME, Kind
-from crashbus.messages import DeadLetter, Receipt, WorkItem
+from crashbus.messages import DeadLetter, Receipt, Replay, WorkItem
 from crashbus.names import token
 from services.collector import metrics
 from services.collector.ahead import Ahead
@@ -34,6 +34,7 @@ from services.collector.plan import (
     work_items,
 )
 from services.collector.publish import Publisher, SourceLost
+from services.collector.replay import apply_replay, gone
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -86,6 +87,7 @@ class Deliverer:
                 tasks.create_task(self._lane(self._cores, core=True), name="cores")
             tasks.create_task(self._take(Receipt), name="receipts")
             tasks.create_task(self._take(DeadLetter), name="dead letters")
+            tasks.create_task(self._take(Replay), name="replays")
             tasks.create_task(self._rechecks(), name="rechecks")
 
     def start(self, crash: Crash) -> None:
@@ -363,12 +365,12 @@ class Deliverer:
                 metrics.DELIVERED.inc()
             log.info("delivered", crash_id=crash.crash_id, files=len(crash.sources), whole=is_whole)
 
-    async def _take(self, kind: type[Receipt] | type[DeadLetter]) -> None:
-        """Apply receipts or dead letters of this host as they come."""
-        place = "shipped" if kind is Receipt else "failed"
+    async def _take(self, kind: type[Receipt] | type[DeadLetter] | type[Replay]) -> None:
+        """Apply receipts, dead letters or replays of this host as they come."""
+        place = kind.SUBJECT.split(".")[1]
         durable = f"collector-{place}-{token(self._host)}"
         subject = f"crash.{place}.{token(self._host)}.>"
-        deliveries: AsyncIterator[Delivery[Receipt | DeadLetter]] = self._bus.consume(
+        deliveries: AsyncIterator[Delivery[Receipt | DeadLetter | Replay]] = self._bus.consume(
             kind, durable, service="collector", subject=subject, batch=64
         )
         async for delivery in deliveries:
@@ -380,17 +382,21 @@ class Deliverer:
                 metrics.FAULTS.labels("receipts").inc()
                 log.exception("cannot apply a message", kind=kind.__name__)
 
-    async def _apply(self, delivery: Delivery[Receipt | DeadLetter]) -> None:
+    async def _apply(self, delivery: Delivery[Receipt | DeadLetter | Replay]) -> None:
         message = delivery.message
         crash = self._ledger.get(message.crash_id) if message.crash_id else None
         if crash is not None and crash.delivered_at is None:
             if isinstance(message, Receipt):
                 changed = apply_receipt(crash, message)
+            elif isinstance(message, Replay):
+                changed = apply_replay(crash, message)
             else:
                 changed = apply_failure(crash, message)
             if changed:
                 await self._ledger.save(crash)
                 self._enqueue(self._small, crash.crash_id)
+        elif isinstance(message, Replay) and crash is None:
+            await self._bus.publish(gone(message))
         await delivery.ack()
 
 

@@ -9,9 +9,10 @@ import structlog
 from crashbus.destination import parse
 from services.common.service import Runtime, run
 from services.common.settings import SettingsError
-from services.shipper.delivery import Courier, Place
+from services.shipper.delivery import Courier
 from services.shipper.destinations import deliverer
 from services.shipper.failure import Failure
+from services.shipper.place import Place
 from services.shipper.settings import ShipperSettings
 from services.shipper.shipper import Shipper
 from services.shipper.standing import Standing

@@ -2,26 +2,26 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import TypeVar, TypeVarTuple
 
 import structlog
 
-from crashbus import names
 from crashbus.bus import Bus
 from crashbus.bus import Delivery as Taken
 from crashbus.errors import BusFull, BusUnreachable
 from crashbus.layout import SHARED
-from crashbus.messages import CrashFile, DeadLetter, Receipt, WorkItem
+from crashbus.messages import CrashFile, WorkItem
 from services.shipper import metrics, policy
 from services.shipper.destinations.base import Deliverer
 from services.shipper.failure import Failure, Final, Passing, Unfit, not_configured
+from services.shipper.place import Place
+from services.shipper.reports import Reports
 from services.shipper.settings import ShipperSettings
 from services.shipper.source import Source
-from services.shipper.standing import Circuit, Standing
-from services.shipper.tries import Memory, Tries, key_of, text_of
+from services.shipper.standing import Circuit
+from services.shipper.tries import Memory, Tries, key_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -31,19 +31,6 @@ R = TypeVar("R")
 MAX_URL = 2048  # characters, as the wire contract has it
 HAND_BACK_WITHIN = 1.0  # seconds, on the way out
 TAKE_BACK_WITHIN = 10.0  # seconds; a destination that is given up may well not answer
-
-
-@dataclass(frozen=True)
-class Place:
-    """A destination that the settings name, and what delivers to it."""
-
-    deliverer: Deliverer
-    standing: Standing
-
-    @property
-    def url(self) -> str:
-        """As work items name it."""
-        return self.deliverer.destination.url
 
 
 class Courier:
@@ -60,7 +47,7 @@ class Courier:
         self._bus = bus
         self._places = places
         self._settings = settings
-        self._name = name
+        self._reports = Reports(bus, settings, name)
         self._memory = Memory()
         self._in_hand: set[tuple[str, ...]] = set()
 
@@ -106,7 +93,7 @@ class Courier:
             return await self._put_off(taken, place, tries)
         remaining = [file for file in item.files if file.name not in tries.settled]
         if taken.attempts > 1:  # a shipper may have died between receipt and acknowledgement
-            remaining = await self._undelivered(item, remaining)
+            remaining = await self._reports.undelivered(item, remaining)
         if not remaining:
             await self._ack(taken)
             log.info("was delivered before", destination=place.url)
@@ -127,7 +114,7 @@ class Courier:
         item = taken.message
         if not policy.is_too_late(taken.published, time.time(), self._settings):
             return await self._hand_back(taken, place, failure, tries)
-        remaining = await self._undelivered(item, item.files)
+        remaining = await self._reports.undelivered(item, item.files)
         remaining = [file for file in remaining if file.name not in tries.settled]
         if remaining:
             await self._dead_letter(item, remaining, failure, tries)
@@ -174,7 +161,7 @@ class Courier:
                     raise
                 remaining[:] = left
             else:
-                await self._publish_receipts(item, files, place, tries)
+                await self._reports.receipts(item, files, place, tries)
                 remaining[:] = [file for file in remaining if file.name in waiting]
         if waiting:
             first = next(iter(waiting.values()))
@@ -190,12 +177,12 @@ class Courier:
         """
         if failure.reason != policy.UPLOAD_VANISHED:
             return files
-        return await self._undelivered(item, files)
+        return await self._reports.undelivered(item, files)
 
     async def _is_worth_waiting(self, item: WorkItem, failure: Unfit, tries: Tries) -> bool:
         """Tell whether a file may be delivered later; if not, see that it is settled."""
         missing = failure.reason == "chunks_missing"
-        if missing and not await self._undelivered(item, [failure.file]):
+        if missing and not await self._reports.undelivered(item, [failure.file]):
             log.info("was delivered before", file=failure.file.name)
             return False
         if tries.may_mend_itself(failure, self._settings):
@@ -288,46 +275,11 @@ class Courier:
                 "report this with the shipper's log; the crash files are kept",
             ) from error
 
-    async def _publish_receipts(
-        self, item: WorkItem, files: Sequence[CrashFile], place: Place, tries: Tries
-    ) -> None:
-        for file in (tries.placed.get(one.name, one) for one in files):
-            receipt = Receipt(
-                host=item.host,
-                crash_id=item.crash_id,
-                file=file,
-                destination=item.destination,
-                url=place.deliverer.url_of(item.folder_of(file), file),
-                attempts=tries.total,
-                shipper=self._name,
-            )
-            await self._with_bus(self._bus.publish, receipt)
-            log.info("delivered", url=receipt.url, bytes=file.stored_size, attempts=tries.total)
-
     async def _dead_letter(
         self, item: WorkItem, files: Sequence[CrashFile], failure: Failure, tries: Tries
     ) -> None:
-        letter = DeadLetter(
-            host=item.host,
-            crash_id=item.crash_id,
-            service="shipper",
-            reason=failure.reason,
-            error=text_of(failure),
-            mend=failure.mend,
-            attempts=tries.total,
-            history=tuple(tries.history),
-            work=item.model_copy(update={"files": tuple(files)}),
-        )
-        log.error(
-            "cannot be delivered",
-            destination=item.destination,
-            files=[file.name for file in files],
-            reason=failure.reason,
-            error=text_of(failure),
-            mend=failure.mend,
-        )
         await self._take_back(item, files)
-        await self._with_bus(self._bus.publish, letter)
+        await self._reports.dead_letter(item, files, failure, tries)
         tries.settled.update(file.name for file in files)
 
     async def _take_back(self, item: WorkItem, files: Sequence[CrashFile]) -> None:
@@ -342,25 +294,6 @@ class Courier:
         except (Failure, TimeoutError) as error:
             log.warning("what was begun stays for now", destination=place.url, error=str(error))
 
-    async def _undelivered(self, item: WorkItem, files: Sequence[CrashFile]) -> list[CrashFile]:
-        """Return those files of an item that have no receipt."""
-        subject = f"crash.shipped.{names.token(item.host)}.{item.crash_id}"
-        receipts = await self._with_bus(self._bus.stored, Receipt, subject)
-        delivered = {
-            (one.file.name, one.file.sha256)
-            for one in receipts
-            if one.destination == item.destination
-        }
-        return [file for file in files if (file.name, file.sha256) not in delivered]
-
-    async def _with_bus(self, call: Callable[[*Ts], Awaitable[R]], *args: *Ts) -> R:
-        """Do something that needs the bus, however long it is away."""
-
-        def on_retry(error: BaseException) -> None:
-            log.warning("waiting for the bus", error=str(error))
-
-        return await policy.until_bus_answers(self._settings, on_retry)(call, *args)
-
     async def _hand_back(
         self, taken: Taken[WorkItem], place: Place, failure: Failure, tries: Tries
     ) -> str:
@@ -371,6 +304,8 @@ class Courier:
         log.debug("handed back", destination=place.url, error=str(failure), seconds=delay)
         with suppress(BusUnreachable):  # it comes again by itself
             await taken.retry(delay)
+        if tries.made:
+            await self._reports.postponed(taken, failure, tries, delay)
         return "handed_back"
 
     async def _hand_back_now(self, taken: Taken[WorkItem]) -> None:

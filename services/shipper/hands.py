@@ -8,8 +8,8 @@ import structlog
 
 from crashbus.bus import Bus, Delivery
 from crashbus.messages import WorkItem, place_token, work_item_filter
-from services.shipper.delivery import Place
 from services.shipper.failure import Failure, Final
+from services.shipper.place import Place
 from services.shipper.settings import ShipperSettings
 from services.shipper.standing import Circuit
 

@@ -9,8 +9,9 @@ from crashbus.bus import Bus, Delivery
 from crashbus.messages import WorkItem
 from crashbus.work_queue import WorkQueue
 from services.shipper import metrics, policy
-from services.shipper.delivery import Courier, Place
+from services.shipper.delivery import Courier
 from services.shipper.hands import Hands
+from services.shipper.place import Place
 from services.shipper.settings import ShipperSettings
 from services.shipper.unclaimed import Sweep
 

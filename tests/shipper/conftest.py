@@ -18,8 +18,9 @@ from crashbus.destination import parse
 from crashbus.layout import Kind
 from crashbus.messages import CrashFile, DeadLetter, Encoding
 from services.common.health import Health
-from services.shipper.delivery import Courier, Place
+from services.shipper.delivery import Courier
 from services.shipper.destinations import deliverer
+from services.shipper.place import Place
 from services.shipper.settings import ShipperSettings
 from services.shipper.shipper import Shipper
 from services.shipper.standing import Standing

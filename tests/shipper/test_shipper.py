@@ -14,7 +14,7 @@ import msgpack
 import pytest
 import zstandard
 
-from crashbus import Bus, DeadLetter, WorkItem, streams
+from crashbus import Bus, DeadLetter, Postponed, WorkItem, streams
 from crashbus.bus import Delivery
 from crashbus.chunks import Chunk
 from crashbus.messages import work_item_filter
@@ -353,6 +353,31 @@ async def test_item_given_out_twice_holds_one_hand(bus: Bus, shipping: Running) 
         await nothing_left(bus)
 
     assert receiver.accepted == 2, "the second copy found that all was done"
+
+
+async def test_delivery_that_is_tried_again_later_is_told(bus: Bus, shipping: Running) -> None:
+    gone = Receiver()
+    gone.close()
+    sent = await send(bus, {"info_1": b"x"})
+    item = sent.item(gone.url)
+    await bus.publish(item)
+
+    async def told() -> list[Postponed]:
+        return await bus.stored(Postponed, f"crash.postponed.web1.{sent.crash_id}.>")
+
+    async with shipping([gone.url], quick(retry_in_hand=0, give_up=86400)):
+        await until(told)
+        await until(lambda: told_often(bus, streams.POSTPONED))
+        (postponed,) = await told()
+
+    assert (postponed.destination, postponed.files) == (gone.url, ("info_1",))
+    assert postponed.reason == "refused"
+    assert postponed.attempts >= 2
+    assert postponed.given_up > postponed.next_try
+
+
+async def told_often(bus: Bus, stream: str) -> bool:
+    return (await bus._js.stream_info(stream)).state.last_seq >= 3
 
 
 async def test_destinations_that_hang_take_no_thread_from_another(

@@ -36,6 +36,7 @@ _FINAL = {
     errno.EROFS: ("read_only", "mount the file system for writing"),
     errno.ELOOP: ("not_a_directory", "remove the symbolic link below the destination"),
     errno.ENOTDIR: ("not_a_directory", "remove what lies where a directory should be"),
+    errno.EEXIST: ("not_a_directory", "remove what lies where a directory should be"),
     errno.EISDIR: ("is_a_directory", "remove the directory that lies where the file should be"),
     errno.ENAMETOOLONG: ("name_too_long", "use a file system that takes longer names"),
     errno.EFBIG: ("file_too_large", "use a file system that takes larger files"),

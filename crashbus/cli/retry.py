@@ -1,0 +1,98 @@
+"""``crashbus retry``: deliver again what failed for good, once its cause is mended."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from crashbus import DeadLetter, Replay
+from crashbus.cli.bus import connected, read_crashes
+from crashbus.cli.crashes import Crash, choose
+from crashbus.cli.errors import Trouble
+from crashbus.cli.terminal import console, plain
+
+_FILES_AT_ONCE = 64  # as the wire contract has it
+_NOTHING = "crashbus ls --failed shows what has failed"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which dead letters are meant; what is not given lets all pass."""
+
+    reason: str | None = None
+    destination: str | None = None
+    host: str | None = None
+
+    def means(self, letter: DeadLetter) -> bool:
+        """Tell whether a dead letter is one of them, and one that a delivery can answer."""
+        return (
+            letter.work is not None
+            and self.reason in (None, letter.reason)
+            and self.host in (None, letter.host)
+            and self.destination in (None, letter.work.destination)
+        )
+
+
+def retry(
+    crash: Annotated[
+        list[str] | None, typer.Argument(help="Crash IDs, or the first characters of each.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Everything that failed.")] = False,
+    reason: Annotated[str | None, typer.Option(help="Only what failed for this reason.")] = None,
+    dest: Annotated[str | None, typer.Option(help="Only what was for this destination.")] = None,
+    host: Annotated[str | None, typer.Option(help="Only crashes of this host.")] = None,
+) -> None:
+    """Deliver again what failed for good, once you have mended the cause.
+
+    The crashed host keeps the files until then.
+    """
+    given = crash or []
+    if bool(given) is every:
+        raise Trouble("say what to retry", "give crash IDs, or --all (with --reason, --dest, …)")
+    asked = asyncio.run(_retry(given, Wanted(reason, dest, host)))
+    if not asked:
+        raise Trouble("nothing that a retry could deliver has failed so", _NOTHING)
+    for one in asked:
+        console().print(
+            plain(f"{one.crash_id}: {len(one.files)} file(s) again to {one.destination}"),
+            soft_wrap=True,
+        )
+
+
+async def _retry(given: list[str], wanted: Wanted) -> list[Replay]:
+    async with connected() as bus:
+        crashes = {crash.crash_id: crash for crash in await read_crashes(bus, wanted.host)}
+        chosen = [choose(crashes, one, "on the bus") for one in given] if given else [*crashes]
+        asked = [one for name in dict.fromkeys(chosen) for one in replays(crashes[name], wanted)]
+        for replay in asked:
+            await bus.publish(replay)
+    return asked
+
+
+def replays(crash: Crash, wanted: Wanted) -> list[Replay]:
+    """Return what is to be asked of a crash's collector so that all that failed is delivered."""
+    failed: dict[str, list[DeadLetter]] = defaultdict(list)
+    for letter in crash.failures:
+        if letter.work is not None and wanted.means(letter) and crash.stands(letter):
+            failed[letter.work.destination].append(letter)
+    return [
+        Replay(
+            host=letters[0].host,
+            crash_id=crash.crash_id,
+            destination=destination,
+            files=files,
+            failed_at=max(letter.time for letter in letters),
+        )
+        for destination, letters in failed.items()
+        for files in _some_at_a_time(letters)
+    ]
+
+
+def _some_at_a_time(letters: Iterable[DeadLetter]) -> Iterable[tuple[str, ...]]:
+    named = (file.name for one in letters if one.work for file in one.work.files)
+    names = [*dict.fromkeys(named)]
+    for start in range(0, len(names), _FILES_AT_ONCE):
+        yield tuple(names[start : start + _FILES_AT_ONCE])
