@@ -38,6 +38,10 @@ class Unfit(Final):
         self.file = file
 
 
+# Passing failures that say nothing of how the destination does.
+OF_ONE_ITEM = frozenset({"internal_error", "upload_vanished", "bucket_was_missing"})
+
+
 def not_configured(destination: str) -> Final:
     """Return the failure of an item for a destination that no settings name."""
     return Final(

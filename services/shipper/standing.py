@@ -14,7 +14,7 @@ import structlog
 
 from services.common.health import Health
 from services.shipper import metrics
-from services.shipper.failure import Failure, Passing, Unfit
+from services.shipper.failure import OF_ONE_ITEM, Failure, Passing, Unfit
 from services.shipper.settings import ShipperSettings
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -74,12 +74,12 @@ class Standing:
         return max(0.0, self._due - self._clock()) if self.is_open else 0.0
 
     def failed(self, failure: Failure) -> None:
-        """Note a failure; one that only concerns a file says nothing of the destination.
+        """Note a failure; one that only concerns an item says nothing of the destination.
 
         A destination that refuses for good answers: its items become dead letters at once, for
         all to see, and do not wait behind an open circuit.
         """
-        if isinstance(failure, Unfit):
+        if isinstance(failure, Unfit) or failure.reason in OF_ONE_ITEM:
             return
         self.failure = failure
         self._in_a_row += 1

@@ -54,6 +54,7 @@ def test_what_concerns_a_file_or_is_refused_for_good_does_not_open_it() -> None:
     one = standing()
     for _ in range(10):
         one.failed(Unfit(SOME_FILE, "damaged_file", "no", "find out"))
+        one.failed(Passing("internal_error", "a bug", "report it"))
         one.failed(Final("access_denied", "no", "allow it"))
 
     assert one.circuit is Circuit.CLOSED
