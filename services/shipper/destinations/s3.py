@@ -36,7 +36,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 MAX_PARTS = 10_000  # https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 MAX_PART_SIZE = 64 * MIB  # ours: a part is held in memory
 MAX_KEY = 1024  # bytes of UTF-8
-PARTS_ON_THEIR_WAY = 4  # of all objects together, beside those that are being filled
+PARTS_IN_MEMORY = 6  # of all large objects together
 
 
 class S3Deliverer(Deliverer):
@@ -48,7 +48,7 @@ class S3Deliverer(Deliverer):
         self._part_size = settings.s3_part_size
         self._may_create = settings.s3_create_bucket
         self._abandoned_after = settings.s3_abandoned_after
-        self._slots = asyncio.Semaphore(PARTS_ON_THEIR_WAY)
+        self._slots = asyncio.Semaphore(PARTS_IN_MEMORY)
 
     async def check(self) -> None:
         await run_whole(self._check, patience=PATIENCE)

@@ -38,7 +38,8 @@ class Place:
     """Where an object goes.
 
     Attributes:
-        slots: shared by all uploads to a destination; bounds the parts that are in memory.
+        slots: shared by all uploads to a destination: each part takes one as long as it is in
+            memory, from its first byte until the server has it.
     """
 
     api: S3Api
@@ -71,6 +72,9 @@ class Upload:
             META_SIZE: str(file.size),
         }
         self._buffer = bytearray()
+        self._has_slot = False
+        # Small files never wait for a slot that large ones hold.
+        self._needs_slots = file.stored_size > place.part_size
         self._size = 0
         self._upload_id = ""
         self._parts: list[Part] = []  # as they were cut
@@ -80,6 +84,9 @@ class Upload:
 
     async def write(self, data: bytes) -> None:
         """Append data; sends a part when there is enough for one."""
+        if self._needs_slots and not self._has_slot:
+            await self._place.slots.acquire()
+            self._has_slot = True
         self._buffer += data
         self._size += len(data)
         if len(self._buffer) >= self._place.part_size:
@@ -90,6 +97,7 @@ class Upload:
         if self._parts:
             if self._buffer:
                 await self._send_part()
+            self._free_slot()
             await self._until_sending(0)
             await self._call(self._complete_parts)
         else:
@@ -97,6 +105,7 @@ class Upload:
 
     async def leave(self, for_good: bool) -> None:
         """Stop; what is at the server stays for whoever takes it up, or goes for good."""
+        self._free_slot()
         for task in self._sending:
             task.cancel()
         if self._sending:
@@ -125,12 +134,18 @@ class Upload:
         if is_there(self._stored, part):
             metrics.PART_BYTES.labels("found").inc(part.size)
             self._note(part, part.etag)
-            return
+            return  # the next part takes over the slot
         await self._until_sending(AT_ONCE - 1)
-        await self._place.slots.acquire()
         task = asyncio.create_task(self._put_part(part, data, digest), name="part")
-        task.add_done_callback(lambda _: self._place.slots.release())
+        if self._has_slot:
+            self._has_slot = False
+            task.add_done_callback(lambda _: self._place.slots.release())
         self._sending.add(task)
+
+    def _free_slot(self) -> None:
+        if self._has_slot:
+            self._has_slot = False
+            self._place.slots.release()
 
     async def _put_part(self, part: Part, data: bytearray, digest: bytes) -> None:
         put = self._api.put_part
