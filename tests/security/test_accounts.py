@@ -12,7 +12,11 @@ from tests.support.requirements import need_program
 
 STREAMS = [config.name for config in streams.all_streams(1)]
 LISTENED = ("CRASH_SIGNALS", "CRASH_REPORTS", "CRASH_RECEIPTS", "CRASH_FAILURES")
-KINDS = ("signal", "count", "lost", "file", "chunk", "small", "report", "shipped", "failed")
+TOLD = (*LISTENED, "CRASH_POSTPONED", "CRASH_RETRIES")
+KINDS = (
+    *("signal", "count", "lost", "file", "chunk", "small", "report", "shipped", "failed"),
+    *("postponed", "retry"),
+)
 
 STREAM_REQUESTS = (
     *("CREATE", "UPDATE", "DELETE", "PURGE", "INFO"),
@@ -61,11 +65,11 @@ ALLOWED = {
         r"crash\.(file|chunk|small|report|failed)\..*"
         r"|\$JS\.API\.STREAM\.(INFO\..*|CREATE\.CRASH_.*|PURGE\.CRASH_(CHUNKS|SMALL|FILES))"
         rf"|{LISTEN}|\$JS\.API\.STREAM\.MSG\.GET\.CRASH_FILES"
-        rf"|{works_on('CRASH_SIGNALS', 'CRASH_RECEIPTS', 'CRASH_FAILURES')}",
+        rf"|{works_on('CRASH_SIGNALS', 'CRASH_RECEIPTS', 'CRASH_FAILURES', 'CRASH_RETRIES')}",
         "",
     ),
     "shipper": (
-        r"crash\.(shipped|failed)\..*"
+        r"crash\.(shipped|failed|postponed)\..*"
         r"|\$JS\.API\.STREAM\.(INFO|MSG\.GET|MSG\.DELETE)\.CRASH_FILES"
         r"|\$JS\.API\.STREAM\.(INFO|MSG\.GET)\.CRASH_RECEIPTS"
         r"|\$JS\.API\.CONSUMER\.(LIST\.CRASH_FILES|DELETE\.CRASH_FILES\.x)"
@@ -73,7 +77,10 @@ ALLOWED = {
         rf"|{works_on('CRASH_FILES')}",
         "",
     ),
-    "consumer": (LISTEN, r"crash\.(signal|count|lost|report|shipped|failed)\.>"),
+    "consumer": (
+        rf"\$JS\.API\.STREAM\.(INFO|MSG\.GET)\.({'|'.join(TOLD)})",
+        r"crash\.(signal|count|lost|report|shipped|failed|postponed)\.>",
+    ),
     "operator": (r"crash\..*|\$JS\..*", r"crash\..*|\$JS\.EVENT\.>"),
 }
 
