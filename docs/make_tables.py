@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from crashbus import messages, streams
 from crashbus.messages import Message
 from services.common.settings import BusSettings, Settings, variable_of
+from services.shipper.destinations import file, s3_failures
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "docs" / "wire-contract.md", ROOT / "docs" / "operations.md")
@@ -231,7 +232,19 @@ def _metric(metric: MetricWrapperBase) -> tuple[str, str, str, str]:
     return f"`{name}`", family.type, labels, family.documentation
 
 
+def failure_table(_: str) -> str:
+    """Return what the shippers' destinations answer, and whether it is tried again."""
+    rows = [
+        (f"`{reason}`", kind, "yes" if passes else "no", mend)
+        for kind, module in (("s3", s3_failures), ("file", file))
+        for passes, known in ((False, module.FINAL), (True, module.PASSING))
+        for reason, mend in dict.fromkeys(known.values())  # type: ignore[attr-defined]
+    ]
+    return table(("reason", "destination", "tried again", "mend"), rows)
+
+
 MAKERS: dict[str, Callable[[str], str]] = {
+    "failures": failure_table,
     "messages": message_tables,
     "parts": part_tables,
     "streams": stream_table,

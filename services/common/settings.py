@@ -206,7 +206,7 @@ class BusSettings(Settings):
     destinations: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="where crash files go, separated by commas: s3://bucket/prefix, "
-        "tcp://host:port, tls://host:port (?core=true for core dumps too), file:///path",
+        "tcp://host:port, tls://host:port (?core=ndjson or ?core=binary for core dumps too), file:///path",
     )
     chunk_store_bytes: int = Field(
         8 * 1024**3,

@@ -92,10 +92,24 @@ class ShipperSettings(Settings):
 
     tcp_connect_timeout: float = Field(5, gt=0, description="seconds to connect, TLS included")
     tcp_write_timeout: float = Field(
-        30, gt=0, description="seconds for the receiver to take one line, or one chunk of a core"
+        30,
+        gt=0,
+        description="seconds for the receiver to take one line, or one chunk of a core, and what "
+        "its size takes at CRASHBUS_SHIPPER_TCP_MIN_RATE",
     )
     tcp_close_timeout: float = Field(
-        5, gt=0, description="seconds for the receiver to confirm all bytes, then to close"
+        5,
+        gt=0,
+        description="seconds for the receiver to confirm all bytes, then to close; more for what "
+        "is not confirmed yet",
+    )
+    tcp_min_rate: int = Field(
+        65536, ge=1, description="bytes a second that a receiver must take at least"
+    )
+    tcp_keep: bool = Field(
+        False,
+        description="keep a connection for further crashes; then only the receiver's kernel has "
+        "confirmed what counts as delivered",
     )
     tls_ca_file: Path | None = Field(
         None,
@@ -103,6 +117,12 @@ class ShipperSettings(Settings):
     )
     tls_server_name: str | None = Field(
         None, description="name the receiver's certificate must have, if not the URL's host"
+    )
+    tls_cert_file: Path | None = Field(
+        None, description="certificate to show to tls:// receivers that ask for one"
+    )
+    tls_key_file: Path | None = Field(
+        None, description="its private key, if that is not in the same file"
     )
     tls_verify: bool = Field(
         True, description="check the receiver's certificate; false lets anyone read along"

@@ -30,7 +30,8 @@ _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FOUND = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC  # it may be a pipe
 
-_FINAL = {
+# What may not pass by itself, and what may: reason and mend, by error number.
+FINAL = {
     errno.EACCES: ("permission_denied", "give the shipper's user the right to write there"),
     errno.EPERM: ("permission_denied", "give the shipper's user the right to write there"),
     errno.EROFS: ("read_only", "mount the file system for writing"),
@@ -41,7 +42,7 @@ _FINAL = {
     errno.ENAMETOOLONG: ("name_too_long", "use a file system that takes longer names"),
     errno.EFBIG: ("file_too_large", "use a file system that takes larger files"),
 }
-_PASSING = {
+PASSING = {
     errno.ENOSPC: ("disk_full", "make room on the destination's file system"),
     errno.EDQUOT: ("quota_exceeded", "raise the quota on the destination's file system"),
 }
@@ -227,7 +228,7 @@ def failure_of(error: OSError, place: str) -> Failure:
     """Classify an error met at a path."""
     text = f"{place}: {error.strerror or error}"
     number = error.errno or 0
-    if number in _FINAL:
-        return Final(_FINAL[number][0], text, _FINAL[number][1])
-    reason, mend = _PASSING.get(number, ("file_system_failed", "check the file system"))
+    if number in FINAL:
+        return Final(FINAL[number][0], text, FINAL[number][1])
+    reason, mend = PASSING.get(number, ("file_system_failed", "check the file system"))
     return Passing(reason, text, mend)

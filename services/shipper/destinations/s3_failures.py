@@ -24,7 +24,8 @@ _ALLOW = (
     "ListMultipartUploadParts and AbortMultipartUpload on the bucket, or use another key"
 )
 
-_FINAL: dict[str, tuple[str, str]] = {
+# What may not pass by itself, and what may: reason and mend, by code.
+FINAL: dict[str, tuple[str, str]] = {
     "AccessDenied": ("access_denied", _ALLOW),
     "AllAccessDisabled": ("access_denied", _ALLOW),
     "AccountProblem": ("access_denied", "see what is wrong with the account"),
@@ -48,7 +49,7 @@ _FINAL: dict[str, tuple[str, str]] = {
     "KeyTooLongError": ("name_too_long", "shorten the prefix in CRASHBUS_DESTINATIONS"),
     "EntityTooLarge": ("file_too_large", "use a server that takes larger objects"),
 }
-_PASSING: dict[str, tuple[str, str]] = {
+PASSING: dict[str, tuple[str, str]] = {
     "SlowDown": ("slow_down", "see why the server is overloaded"),
     "ServiceUnavailable": ("server_unavailable", "see the server's log"),
     "InternalError": ("server_error", "see the server's log"),
@@ -106,10 +107,10 @@ def failure_of(error: Exception, place: str) -> Failure:
 
 def _of_code(code: str, status: int, message: str, place: str) -> Failure:
     text = f"{place}: {code} (HTTP {status}): {message[:MAX_ERROR]}"
-    if code in _FINAL:
-        return Final(_FINAL[code][0], text, _FINAL[code][1])
-    if code in _PASSING:
-        return Passing(_PASSING[code][0], text, _PASSING[code][1])
+    if code in FINAL:
+        return Final(FINAL[code][0], text, FINAL[code][1])
+    if code in PASSING:
+        return Passing(PASSING[code][0], text, PASSING[code][1])
     return _of_status(status, text)
 
 
