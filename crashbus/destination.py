@@ -7,7 +7,8 @@
 ``file:///path``        files below a directory
 ======================  =================================================================
 
-Over ``tcp`` and ``tls`` core dumps go only where ``?core=true`` asks for them.
+Over ``tcp`` and ``tls`` core dumps go only where ``?core=ndjson`` (or ``true``, which is the same)
+or ``?core=binary`` asks for them; see `crashbus.frames`.
 """
 
 import re
@@ -63,7 +64,12 @@ class Destination:
     @property
     def wants_core(self) -> bool:
         """Whether core dumps are to be sent there."""
-        return not self.ships_together or self.options.get("core") == "true"
+        return not self.ships_together or self.options.get("core") in ("true", "binary")
+
+    @property
+    def binary_core(self) -> bool:
+        """Whether core dumps go there in binary frames, not in lines."""
+        return self.options.get("core") == "binary"
 
     def wants(self, kind: Kind) -> bool:
         """Tell whether files of this kind are to be delivered there."""
@@ -128,9 +134,12 @@ def _stream(text: str, parts: SplitResult, port: int) -> Destination:
         raise _wrong(text, f"host and port are needed, such as {scheme}://collector.example:10060")
     if parts.path not in ("", "/"):
         raise _wrong(text, f"nothing may follow the port but ?core=true: {parts.path!r}")
-    options = _options(text, parts, {"core": ("true", "false")})
+    options = _options(text, parts, {"core": ("true", "false", "ndjson", "binary")})
+    if options.get("core") == "ndjson":
+        options = {**options, "core": "true"}
     place = f"[{host}]" if ":" in host else host
-    query = "?core=true" if options.get("core") == "true" else ""
+    core = options.get("core")
+    query = f"?core={core}" if core in ("true", "binary") else ""
     return Destination(
         f"{scheme}://{place}:{port}{query}", scheme, host=host, port=port, options=options
     )

@@ -13,6 +13,7 @@ from crashbus.cli.doctor import doctor
 from crashbus.cli.get import get
 from crashbus.cli.keys import keys
 from crashbus.cli.ls import ls
+from crashbus.cli.receive import receive
 from crashbus.cli.retry import retry
 from crashbus.cli.run import run
 from crashbus.cli.schema import schema
@@ -92,6 +93,7 @@ for command in (
     get,
     debug,
     retry,
+    receive,
     snapshot,
     doctor,
     keys,

@@ -20,6 +20,7 @@ from crashbus.frames import BadFrame
 
 _RESET = struct.pack("ii", 1, 0)  # socket(7): SO_LINGER with no time, so that close sends a reset
 _SILENCE = 3600.0  # seconds; a kept connection waits for the next crash
+_PAUSE = 1.0  # seconds without a word after which small files are taken to be all of their crash
 _MIB = 1024 * 1024
 
 
@@ -84,7 +85,8 @@ async def _serve(
 
     server = await asyncio.start_server(serve, host, port, limit=MAX_LINE, ssl=context)
     place = server.sockets[0].getsockname()
-    console(stderr=True).print(f"receiving on {place[0]}:{place[1]}, storing below {plain(str(into))}")
+    where = f"receiving on {place[0]}:{place[1]}, storing below {plain(str(into))}"
+    console(stderr=True).print(where, soft_wrap=True)
     ended = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
@@ -124,7 +126,11 @@ def _close(writer: asyncio.StreamWriter, whole: bool) -> None:
 
 async def _take_one(reader: asyncio.StreamReader, receiving: Receiving) -> bool:
     """Take one line or frame; return whether there was one."""
-    first = await asyncio.wait_for(reader.read(1), _SILENCE)
+    try:
+        first = await asyncio.wait_for(reader.read(1), _PAUSE)
+    except TimeoutError:
+        await asyncio.to_thread(receiving.store_small)
+        first = await asyncio.wait_for(reader.read(1), _SILENCE)
     if not first:
         return False
     if first == frames.MAGIC[:1]:

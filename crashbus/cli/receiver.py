@@ -98,7 +98,7 @@ class Receiving:
 
     def _take_small(self, name: str, value: object) -> None:
         if name in self._small or not _same_set(name, self._small):
-            self._store_small()
+            self.store_small()
         data = _content(value)
         if len(data) + sum(map(len, self._small.values())) > MAX_LINE:
             raise Refused(f"the small files of a crash have more than {MAX_LINE} bytes")
@@ -110,6 +110,7 @@ class Receiving:
         Raises:
             Refused: it is not the one that is due, or there is no room.
         """
+        self.store_small()
         try:
             if self._core is None:
                 self._core = _Core(self.base, frame, self.limits)
@@ -128,7 +129,7 @@ class Receiving:
         Raises:
             Refused: in the midst of a core.
         """
-        self._store_small()
+        self.store_small()
         if self._core is not None:
             raise Refused("the connection ended in the midst of a core")
 
@@ -138,7 +139,12 @@ class Receiving:
             self._core.remove()
             self._core = None
 
-    def _store_small(self) -> None:
+    def store_small(self) -> None:
+        """Store the small files that came: no more will come of their crash.
+
+        Raises:
+            Refused: there is no room.
+        """
         if not self._small:
             return
         files, self._small = self._small, {}
@@ -213,7 +219,7 @@ class _Temporary:
     def become(self, name: str) -> Path:
         """Give it its name, on the disk too."""
         path = self.directory / name
-        os.replace(self.directory / self.name, path)
+        (self.directory / self.name).replace(path)
         descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
@@ -223,7 +229,7 @@ class _Temporary:
 
     def remove(self) -> None:
         with suppress(FileNotFoundError):
-            os.unlink(self.directory / self.name)
+            (self.directory / self.name).unlink()
 
 
 def _make(directory: Path) -> _Temporary:

@@ -4,6 +4,7 @@ Plain blocking sockets with deadlines, to be used from a thread: they can say wh
 streams cannot, namely what the peer has confirmed.
 """
 
+import errno
 import fcntl
 import os
 import socket
@@ -19,20 +20,42 @@ _SIOCOUTQ = 0x5411  # asm-generic/ioctls.h; tcp(7): unsent and unacknowledged by
 _READ_SIZE = 64 * 1024
 
 
+# tcp(7). A peer that is gone without a word is noticed after a minute, also while nothing is sent.
+_KEEPALIVE = (
+    (socket.TCP_KEEPIDLE, 30),
+    (socket.TCP_KEEPINTVL, 10),
+    (socket.TCP_KEEPCNT, 3),
+    (socket.TCP_USER_TIMEOUT, 60_000),
+)
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
 class Connection:
-    """One connection, used for one work item.
+    """One connection, used for one work item at a time.
 
     Args:
         context: for TLS; None for plain TCP.
         server_name: name the certificate must have.
+        min_rate: bytes a second that the receiver must take; deadlines grow with what is sent.
     """
 
     def __init__(
-        self, host: str, port: int, context: ssl.SSLContext | None, server_name: str
+        self,
+        host: str,
+        port: int,
+        context: ssl.SSLContext | None,
+        server_name: str,
+        min_rate: float,
     ) -> None:
         self._address = (host, port)
         self._context = context
         self._server_name = server_name
+        self._min_rate = min_rate
         self._socket: socket.socket | None = None
 
     @property
@@ -43,6 +66,7 @@ class Connection:
         """Connect, with the TLS handshake if there is one."""
         try:
             self._socket = socket.create_connection(self._address, timeout)
+            _keep_alive(self._socket)
             if self._context is not None:
                 self._socket = self._context.wrap_socket(
                     self._socket, server_hostname=self._server_name
@@ -62,13 +86,37 @@ class Connection:
             raise self._lost("cannot connect", error) from error
 
     def send(self, data: bytes, timeout: float) -> None:
-        """Hand data to the kernel, all of it within `timeout` seconds."""
+        """Hand data to the kernel, all of it within `timeout` seconds and what its size takes."""
         assert self._socket is not None
-        self._socket.settimeout(timeout)
+        self._socket.settimeout(timeout + len(data) / self._min_rate)
         try:
             self._socket.sendall(data)
         except OSError as error:
             raise self._lost("the connection broke", error) from error
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a connection that was kept is still there, as far as can be seen from here.
+
+        The peer has nothing to say; whatever can be read is its end, or not what we speak. Only
+        TLS has words of its own, such as session tickets, which are read and passed over.
+        """
+        if self._socket is None:
+            return False
+        self._socket.settimeout(0)
+        try:
+            self._socket.recv(1)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return True
+        except OSError:
+            return False
+        return False
+
+    def settle(self, timeout: float) -> None:
+        """Return only if the peer's kernel has every byte; the connection stays open."""
+        self._await_confirmation(timeout)
+        if not self.is_usable:
+            raise self._lost("the receiver ended it", OSError(errno.ECONNRESET, "closed early"))
 
     def finish(self, timeout: float) -> None:
         """End the connection in order; return only if the peer's kernel has every byte.
@@ -77,7 +125,7 @@ class Connection:
         have read all. One that does not, but goes on listening, is taken as content.
         """
         assert self._socket is not None
-        self._await_confirmation(time.monotonic() + timeout)
+        self._await_confirmation(timeout)
         self._socket.settimeout(timeout)
         try:
             if isinstance(self._socket, ssl.SSLSocket):
@@ -93,8 +141,9 @@ class Connection:
         with suppress(TimeoutError, ssl.SSLError):
             self._socket = connection.unwrap()
 
-    def _await_confirmation(self, end: float) -> None:
+    def _await_confirmation(self, timeout: float) -> None:
         assert self._socket is not None
+        end = time.monotonic() + timeout + self._unconfirmed(self._socket) / self._min_rate
         while unconfirmed := self._unconfirmed(self._socket):
             if time.monotonic() > end:
                 raise Passing(

@@ -11,15 +11,13 @@ Only a file of up to `MAX_PARSED` bytes is read as JSON, which takes many times 
 up all other threads meanwhile; AppScope's own have some KiB. A larger one goes as lines, which are
 made as they are sent, so memory stays the same however many there are.
 
-A core dump, which its daemon sends raw and without an end mark, becomes one line for each chunk
-and a last one with the size and hash of the whole.
+A core dump, which its daemon sends raw and without an end mark, goes in frames: `crashbus.frames`.
 """
 
 import codecs
 import json
 import math
 import re
-from base64 import b64encode
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -78,42 +76,36 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def core_chunk(crash_id: str, file: CrashFile, piece: Piece) -> bytes:
-    """Return the line for one chunk of a core dump.
-
-    ``data`` is the base64 of the chunk as it is stored, ``sha256`` and ``encoding`` are of that;
-    ``offset`` and ``size`` are of the core itself, in bytes.
-    """
-    return _line(
-        {
-            file.name: {
-                "crash_id": crash_id,
-                "chunk": piece.index,
-                "chunks": file.chunks,
-                "offset": piece.offset,
-                "size": len(piece.data),
-                "encoding": file.encoding,
-                "sha256": piece.sha256,
-                "data": b64encode(piece.stored).decode(),
-            }
+def core_chunk(crash_id: str, folder: str, file: CrashFile, piece: Piece) -> dict[str, Any]:
+    """Return what is told of one chunk of a core dump; see `crashbus.frames`."""
+    return {
+        file.name: {
+            "crash_id": crash_id,
+            "folder": folder,
+            "chunk": piece.index,
+            "chunks": file.chunks,
+            "offset": piece.offset,
+            "size": len(piece.data),
+            "encoding": file.encoding,
+            "sha256": piece.sha256,
         }
-    )
+    }
 
 
-def core_end(crash_id: str, file: CrashFile) -> bytes:
-    """Return the line that ends a core dump: all chunks were sent, and this is the whole."""
-    return _line(
-        {
-            file.name: {
-                "crash_id": crash_id,
-                "chunks": file.chunks,
-                "complete": True,
-                "size": file.size,
-                "sha256": file.sha256,
-                "truncated": file.truncated,
-            }
+def core_end(crash_id: str, folder: str, file: CrashFile) -> dict[str, Any]:
+    """Return what ends a core dump: all chunks were sent, and this is the whole."""
+    return {
+        file.name: {
+            "crash_id": crash_id,
+            "folder": folder,
+            "chunks": file.chunks,
+            "complete": True,
+            "encoding": file.encoding,
+            "size": file.size,
+            "sha256": file.sha256,
+            "truncated": file.truncated,
         }
-    )
+    }
 
 
 def _line(value: dict[str, Any]) -> bytes:
