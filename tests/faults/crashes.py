@@ -1,21 +1,24 @@
-"""Crash sets as the recorder leaves them, of a given random seed, without a crash.
+"""Crashes of a given random seed: real ones, and sets of files as the recorder leaves them.
 
-They let a fault of the delivery be tried many times without touching the host's core_pattern.
+The latter let a fault of the delivery be tried without touching the host's core_pattern.
 """
 
+import asyncio
 import hashlib
 import itertools
 import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from crashbus import capture, crash_id, layout
+from crashbus import capture, crash_id, identity, layout
 from crashbus.capture import CapturedFile, CaptureRecord
 from crashbus.layout import Kind
 from crashbus.messages import Process
+from tests.support.crashers import crasher
 
 MIB = 1024 * 1024
 # Above any PID that the kernel gives (PID_MAX_LIMIT, 4 Mi), so none of them is alive.
@@ -36,20 +39,48 @@ class CrashSet:
     sha256: dict[str, str]
 
 
+@dataclass(frozen=True)
+class RealCrash:
+    """A process that died of a signal.
+
+    Attributes:
+        size: of what it had in memory, in bytes.
+        at: when the signal was sent, in Unix seconds.
+    """
+
+    crash_id: str
+    pid: int
+    size: int
+    at: float
+
+
+async def crash(mib: int) -> RealCrash:
+    """Let a process with so many MiB of noise in its memory die, and wait for its end."""
+    process = await asyncio.create_subprocess_exec(
+        crasher("heap"), str(mib), stdout=asyncio.subprocess.PIPE, cwd="/tmp"
+    )
+    assert process.stdout is not None
+    await process.stdout.readline()
+    name = crash_id(identity.boot_id(), process.pid, identity.start_ticks(process.pid))
+    at = time.time()
+    process.send_signal(signal.SIGSEGV)
+    await asyncio.wait_for(process.wait(), 120)
+    return RealCrash(name, process.pid, mib * MIB, at)
+
+
 def core_size(random: Random, largest: int) -> int:
     """Return a size from 1 MiB to `largest` MiB, small ones as likely as large ones, in bytes."""
     return int(MIB * largest ** random.random()) + random.randrange(4096)
 
 
-def write_set(spool: Path, host: str, size: int, random: Random, noisy: bool) -> CrashSet:
-    """Write a set with a core of so many bytes, in the recorder's order.
+def write_set(spool: Path, host: str, core: Iterable[bytes], random: Random) -> CrashSet:
+    """Write a set with the recorder's files, in its order.
 
-    Args:
-        noisy: the core does not compress.
+    It is seen from its first file on, as on a host.
     """
     pid, epoch = next(_pids), int(time.time())
     process = Process(
-        boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        boot_id=identity.boot_id(),
         pid=pid,
         ns_pid=pid,
         start_ticks=random.getrandbits(40),
@@ -79,16 +110,16 @@ def write_set(spool: Path, host: str, size: int, random: Random, noisy: bool) ->
             if kind in layout.SHARED:
                 continue
             name = layout.crash_file_name(kind, epoch)
-            pieces = _core(size, random, noisy) if kind is Kind.CORE else _text(kind, random)
+            pieces = core if kind is Kind.CORE else _text(kind, random)
             sizes[name], hashes[name] = _write(place / name, pieces)
         files = {name: CapturedFile(size=size) for name, size in sizes.items()}
         capture.write(descriptor, record.model_copy(update={"state": "complete", "files": files}))
     finally:
         os.close(descriptor)
-    return CrashSet(record.crash_id, size, hashes)
+    return CrashSet(record.crash_id, sizes[layout.crash_file_name(Kind.CORE, epoch)], hashes)
 
 
-def _write(path: Path, pieces: Iterator[bytes]) -> tuple[int, str]:
+def _write(path: Path, pieces: Iterable[bytes]) -> tuple[int, str]:
     digest, size = hashlib.sha256(), 0
     with path.open("xb") as file:
         for piece in pieces:
@@ -102,8 +133,8 @@ def _text(kind: Kind, random: Random) -> Iterator[bytes]:
     yield f"{kind} {random.getrandbits(64):x}\n".encode() * random.randrange(1, 200)
 
 
-def _core(size: int, random: Random, noisy: bool) -> Iterator[bytes]:
-    """Yield what memory is made of: noise, text and zeros."""
+def core_pieces(size: int, random: Random, *, noisy: bool = False) -> Iterator[bytes]:
+    """Yield what memory is made of: noise, text and zeros; or noise, which does not compress."""
     left = size
     while left:
         piece = min(left, MIB)

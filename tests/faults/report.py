@@ -33,8 +33,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    ended = "delivered" if row["passed"] else "FAILED"
+    ended = row.get("ended", "") if row["passed"] else "FAILED"
     return (
-        f"{row['name']:55}{row['crashes']:4} {ended:10}"
-        f"{row['mib']:6.0f} MiB {row['seconds']:6.1f} s  seed {row['seed']}"
+        f"{row['name']:58}{row['crashes']:4} crashes{row['mib']:6.0f} MiB{row['seconds']:7.1f} s"
+        f"  seed {row['seed']:6}  {ended}"
     )

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import os
 import urllib.error
 import urllib.request
 import uuid
@@ -18,8 +19,10 @@ from minio.deleteobjects import DeleteObject
 from nats.js.api import StreamInfo
 from urllib3 import PoolManager, Retry, Timeout
 
-from crashbus import Bus, DeadLetter, connect, streams
-from tests.faults.crashes import CrashSet
+from crashbus import Bus, DeadLetter, Manifest, connect, layout, streams
+from crashbus.errors import BusUnreachable
+from tests.faults.crashes import CrashSet, RealCrash
+from tests.support.core_pattern import core_pattern_kept
 from tests.support.disk import SmallDisk, small_disk
 from tests.support.nats import NatsServer
 from tests.support.proxy import Proxy
@@ -29,7 +32,8 @@ from tests.support.wait import until
 
 HOST = "test-host"
 PREFIX = "crashes"
-PATIENCE = 120.0  # seconds; the machine may be busy, and only a fault takes so long
+# Seconds; the machine may be busy, and only a fault of ours takes so long.
+PATIENCE = float(os.environ.get("FAULT_PATIENCE", "110"))
 
 # So that what waits does not make a test wait; the order of these is as by default.
 _QUICK = {
@@ -56,12 +60,15 @@ class Rig:
         shipper_way: the shippers' way to the bus.
         s3_way: the shippers' way to the S3 server.
         user: the S3 user that is its own.
+        largest: MiB of a core at most.
+        capture: recorder and detector, where crashes are real.
     """
 
     s3: S3Server
     nats: NatsServer
     bus: Bus
     spool: Path
+    spool_disk: SmallDisk
     state_disk: SmallDisk
     nats_disk: SmallDisk
     collector_way: Proxy
@@ -71,13 +78,14 @@ class Rig:
     keys: tuple[str, str]
     bucket: str
     environment: dict[str, str]
+    largest: int
     collector: ServiceProcess
     shippers: list[ServiceProcess]
-    largest: int  # MiB of a core
+    capture: dict[str, ServiceProcess]
 
     @property
     def services(self) -> list[ServiceProcess]:
-        return [self.collector, *self.shippers]
+        return [self.collector, *self.shippers, *self.capture.values()]
 
     @property
     def destination(self) -> str:
@@ -99,7 +107,8 @@ class Rig:
         found: dict[str, list[str]] = {}
         for one in self._client().list_objects(self.bucket, f"{PREFIX}/", recursive=True):
             key = str(one.object_name)
-            found.setdefault(key.split("/")[-2].rpartition("-")[2], []).append(key)
+            if f"/{layout.BINARIES}/" not in key:
+                found.setdefault(key.split("/")[-2].rpartition("-")[2], []).append(key)
         return found
 
     async def _objects(self) -> dict[str, list[str]]:
@@ -129,7 +138,8 @@ class Rig:
                 (letter.crash_id, letter.reason, letter.error)
                 for letter in await self.bus.stored(DeadLetter)
             ]
-            print(await self._left(), letters, self.logs(), sep="\n")
+            consumers = await self.bus._js.consumers_info(streams.FILES)
+            print(await self._left(), consumers, letters, self.logs(), sep="\n")
             raise AssertionError(f"{what}: {error}") from None
 
     async def _have_manifests(self, crashes: list[CrashSet]) -> bool:
@@ -199,6 +209,49 @@ class Rig:
 
         await self._until(look, "an empty spool", PATIENCE)
 
+    async def told(self, crashes: Iterable[RealCrash]) -> list[str]:
+        """Return what became of each crash, once it can be seen: delivered, cut short or failed."""
+        wanted, ends = list(crashes), dict[str, str]()
+
+        async def look() -> bool:
+            objects = await self._objects()
+            try:
+                letters = await self.bus.stored(DeadLetter)
+            except BusUnreachable:  # or its streams are made anew
+                return False
+            for crash in wanted:
+                keys = objects.get(crash.crash_id, [])
+                if any(key.endswith("/manifest.json") for key in keys):
+                    ends[crash.crash_id] = "delivered"
+                elif crash.crash_id in {letter.crash_id for letter in letters}:
+                    ends[crash.crash_id] = "failed"
+            return len(ends) == len(wanted)
+
+        await self._until(look, "an end that can be seen", PATIENCE)
+        await self._until(self._nothing_left, "nothing left on the way", PATIENCE)
+        objects = await asyncio.to_thread(self._list)
+        for crash in wanted:
+            if ends[crash.crash_id] == "delivered":
+                keys = objects[crash.crash_id]
+                if not await asyncio.to_thread(self._check_real, crash, keys):
+                    ends[crash.crash_id] = "cut short"
+        return [ends[crash.crash_id] for crash in wanted]
+
+    def _check_real(self, crash: RealCrash, keys: list[str]) -> bool:
+        """Check a delivered crash against the spool; return whether it is whole."""
+        (key,) = (key for key in keys if key.endswith("/manifest.json"))
+        manifest = Manifest.model_validate_json(self._read(key))
+        assert manifest.process.pid == crash.pid
+        own = [file for file in manifest.files if file.kind not in layout.SHARED]
+        for file in own:
+            content = self._read(f"{PREFIX}/{manifest.folder}/{file.stored_name}")
+            assert hashlib.sha256(content).hexdigest() == file.sha256, file.name
+            source = self.spool / str(crash.pid) / file.name
+            # What was delivered goes first where the disk is full.
+            assert not source.exists() or source.read_bytes() == content, file.name
+        assert len(keys) == len(own) + 1, f"more than one delivery of it: {keys}"
+        return len(own) == 6 and not any(file.truncated for file in own)
+
     async def failed(self, crashes: Iterable[CrashSet]) -> None:
         """Return once each of these crashes is told to have failed."""
         wanted = {crash.crash_id for crash in crashes}
@@ -210,6 +263,9 @@ class Rig:
         await self._until(look, "dead letters", PATIENCE)
 
     # What can be done to it
+
+    def service(self, name: str) -> ServiceProcess:
+        return next(one for one in self.services if one.name == name)
 
     async def restart(self, service: ServiceProcess) -> None:
         """Start a service that was killed."""
@@ -246,11 +302,20 @@ class Rig:
 
 @asynccontextmanager
 async def running(
-    scratch: Path, s3: S3Server, largest: int, shippers: int = 2
+    scratch: Path, s3: S3Server, largest: int, *, real: bool = False
 ) -> AsyncIterator[Rig]:
-    """Start a pipeline without recorder and detector, and end it."""
+    """Start a pipeline, and end it.
+
+    Args:
+        real: with recorder and detector; core_pattern is theirs, and files stay in the spool.
+    """
     async with AsyncExitStack() as stack:
+        if real:
+            stack.enter_context(core_pattern_kept())
         scratch.chmod(0o755)
+        spool_disk = stack.enter_context(
+            small_disk(scratch / "spool", 64 * largest if real else 16384)
+        )
         state = stack.enter_context(small_disk(scratch / "state", 48))
         nats_disk = stack.enter_context(small_disk(scratch / "bus", 4096))
         server = NatsServer(nats_disk.place)
@@ -265,7 +330,7 @@ async def running(
         address = s3.endpoint.removeprefix("http://")
         owner = Minio(address, *keys, secure=False, region="us-east-1")
         await asyncio.to_thread(owner.make_bucket, bucket)
-        spool = scratch / "appscope"
+        spool = spool_disk.place / "appscope"
         spool.mkdir()
         spool.chmod(0o1777)
         environment = {
@@ -279,6 +344,12 @@ async def running(
             "CRASHBUS_SHIPPER_S3_ACCESS_KEY": keys[0],
             "CRASHBUS_SHIPPER_S3_SECRET_KEY": keys[1],
         }
+        if real:
+            environment |= {
+                "CRASHBUS_COLLECTOR_KEEP_DELIVERED": "86400",
+                "CRASHBUS_RECORDER_SOCKET": str(scratch / "run" / "s"),
+                "CRASHBUS_RECORDER_WATCHDOG_DEADLINE": "3",
+            }
         bus = await stack.enter_async_context(connect(server.url))
         await bus.ensure_streams(1024**3)
         made = Rig(
@@ -286,6 +357,7 @@ async def running(
             nats=server,
             bus=bus,
             spool=spool,
+            spool_disk=spool_disk,
             state_disk=state,
             nats_disk=nats_disk,
             collector_way=ways[0],
@@ -299,8 +371,13 @@ async def running(
             collector=_service("collector", scratch / "c", environment, ways[0]),
             shippers=[
                 _service("shipper", scratch / f"s{number}", environment, ways[1])
-                for number in range(shippers)
+                for number in range(2)
             ],
+            capture={
+                name: _service(name, scratch / name, environment, ways[0])
+                for name in ("recorder", "detector")
+                if real
+            },
         )
         try:
             for service in made.services:

@@ -31,6 +31,7 @@ class Scenario:
     Attributes:
         lasts: seconds, the shortest and the longest.
         noisy: cores are large and do not compress.
+        gap: a crash may be cut short or not captured, and is told to be so.
         replayed: crashes are told as failed, and delivered once they are replayed.
         in_ci: it is steady and short enough for each run.
     """
@@ -41,6 +42,7 @@ class Scenario:
     lasts: tuple[float, float] = (0.2, 1.5)
     replayed: bool = False
     noisy: bool = False
+    gap: bool = False
     in_ci: bool = True
 
     def __str__(self) -> str:
@@ -50,34 +52,33 @@ class Scenario:
 # Processes
 
 
-@asynccontextmanager
-async def collector_killed(rig: Rig, random: Random) -> AsyncIterator[None]:
-    rig.collector.kill(SIGKILL)
-    yield
-    await rig.restart(rig.collector)
+def killed(name: str) -> Fault:
+    """Return a fault that kills a service, which is started again."""
+
+    @asynccontextmanager
+    async def fault(rig: Rig, random: Random) -> AsyncIterator[None]:
+        service = rig.service(name)
+        service.kill(SIGKILL)
+        yield
+        await rig.restart(service)
+
+    return fault
 
 
-@asynccontextmanager
-async def collector_stopped(rig: Rig, random: Random) -> AsyncIterator[None]:
-    rig.collector.kill(SIGSTOP)
-    yield
-    rig.collector.kill(SIGCONT)
+def stopped(name: str) -> Fault:
+    """Return a fault that lets a service hang, which goes on, or was killed for it."""
 
+    @asynccontextmanager
+    async def fault(rig: Rig, random: Random) -> AsyncIterator[None]:
+        service = rig.service(name)
+        service.kill(SIGSTOP)
+        yield
+        if service.has_ended:
+            await rig.restart(service)
+        else:
+            service.kill(SIGCONT)
 
-@asynccontextmanager
-async def shipper_killed(rig: Rig, random: Random) -> AsyncIterator[None]:
-    shipper = random.choice(rig.shippers)
-    shipper.kill(SIGKILL)
-    yield
-    await rig.restart(shipper)
-
-
-@asynccontextmanager
-async def shipper_stopped(rig: Rig, random: Random) -> AsyncIterator[None]:
-    shipper = random.choice(rig.shippers)
-    shipper.kill(SIGSTOP)
-    yield
-    shipper.kill(SIGCONT)
+    return fault
 
 
 @asynccontextmanager
@@ -91,12 +92,14 @@ async def all_shippers_killed(rig: Rig, random: Random) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def all_killed(rig: Rig, random: Random) -> AsyncIterator[None]:
+    """Without recorder and detector nobody would ever know of a crash: one of them stays."""
+    services = [service for service in rig.services if service.name != "detector"]
     rig.nats.kill()
-    for service in rig.services:
+    for service in services:
         service.kill(SIGKILL)
     yield
     await rig.restart_nats()
-    for service in rig.services:
+    for service in services:
         await rig.restart(service)
 
 
@@ -249,17 +252,22 @@ async def _publish(rig: Rig, message: Msg, data: bytes) -> None:
 
 
 def repeated(subject: str, at_once: int) -> Fault:
-    """Return a fault that publishes messages once more, so many together, the last one first."""
+    """Return a fault that publishes messages once more, so many together, the last one first.
+
+    Only work items of one crash, or chunks of one file: what waited for another's would come when
+    its own is delivered and forgotten.
+    """
 
     @asynccontextmanager
     async def fault(rig: Rig, random: Random) -> AsyncIterator[None]:
-        kept: list[Msg] = []
+        waiting: dict[str, list[Msg]] = {}
         ours: set[tuple[str, bytes]] = set()
 
         async def repeat(message: Msg) -> None:
             if (message.subject, message.data) in ours:
                 return
             ours.add((message.subject, message.data))
+            kept = waiting.setdefault(message.subject.split(".")[3], [])
             kept.append(message)
             if len(kept) == at_once:
                 for one in reversed(kept):
@@ -349,6 +357,13 @@ async def out_of_quota(rig: Rig, random: Random) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def spool_disk_full(rig: Rig, random: Random) -> AsyncIterator[None]:
+    rig.spool_disk.fill(leaving=random.randrange(2 * MIB))
+    yield
+    rig.spool_disk.empty()
+
+
+@asynccontextmanager
 async def user_suspended(rig: Rig, random: Random) -> AsyncIterator[None]:
     await asyncio.to_thread(rig.s3.suspend, rig.user)
     yield
@@ -366,10 +381,10 @@ async def state_disk_full(rig: Rig, random: Random) -> AsyncIterator[None]:
 
 
 PROCESSES = (
-    Scenario("collector: SIGKILL", collector_killed),
-    Scenario("collector: SIGSTOP", collector_stopped),
-    Scenario("shipper: SIGKILL", shipper_killed),
-    Scenario("shipper: SIGSTOP, longer than its items wait", shipper_stopped, lasts=(4, 6)),
+    Scenario("collector: SIGKILL", killed("collector")),
+    Scenario("collector: SIGSTOP", stopped("collector")),
+    Scenario("shipper: SIGKILL", killed("shipper")),
+    Scenario("shipper: SIGSTOP, longer than its items wait", stopped("shipper"), lasts=(4, 6)),
     Scenario("all shippers: SIGKILL", all_shippers_killed),
     Scenario("all services and nats-server: SIGKILL", all_killed),
     Scenario("disk of the ledger full", state_disk_full),
@@ -391,7 +406,7 @@ BUS = (
     Scenario("bytes flipped on the way to the bus", flips("collector_way", "up"), first=True),
     Scenario("bytes flipped on the way from the bus", flips("shipper_way", "down"), first=True),
     Scenario("work items twice, the last first", repeated("crash.file.>", 3), first=True),
-    Scenario("chunks twice, the last first", repeated("crash.chunk.>", 4), first=True),
+    Scenario("chunks twice, the last first", repeated("crash.chunk.>", 2), first=True),
     Scenario("damaged copies of chunks", damaged("crash.chunk.>", 2, _flipped), first=True),
     Scenario("damaged copies of work items", damaged("crash.file.>", 3, _flipped), first=True),
     Scenario(
@@ -414,3 +429,14 @@ S3 = (
     Scenario("way to S3: cut again and again", cut_again_and_again("s3_way")),
     Scenario("bytes flipped on the way to S3", flips("s3_way", "up"), first=True),
 )
+# With real crashes.
+CAPTURE = (
+    Scenario("real crashes, detector: SIGKILL", killed("detector")),
+    Scenario("real crashes, detector: SIGSTOP", stopped("detector")),
+    Scenario("real crashes, recorder: SIGKILL", killed("recorder"), gap=True),
+    Scenario("real crashes, recorder: SIGSTOP", stopped("recorder"), lasts=(0.2, 6), gap=True),
+    Scenario("real crashes, all but the detector: SIGKILL", all_killed, gap=True),
+    Scenario("real crashes, nats-server: its store is lost", nats_store_lost),
+    Scenario("real crashes, disk of the spool full", spool_disk_full, first=True, gap=True),
+)
+ALL = PROCESSES + BUS + S3 + CAPTURE

@@ -5,6 +5,7 @@ import pytest
 from tests.faults.conftest import Try
 from tests.faults.scenarios import S3, Scenario
 
+REAL = False
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 

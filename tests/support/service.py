@@ -46,6 +46,11 @@ class ServiceProcess:
         return self._process.pid
 
     @property
+    def has_ended(self) -> bool:
+        assert self._process is not None
+        return self._process.returncode is not None
+
+    @property
     def log(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
