@@ -31,7 +31,7 @@ from services.collector.spool import Refused
 MAX_SMALL = 16 * 1024 * 1024  # bytes of any file that is not large; AppScope's have kilobytes
 MESSAGE_OVERHEAD = 512  # bytes of subject and headers that the bus stores with each chunk
 PACKED_AT_ONCE = min(4, len(os.sched_getaffinity(0)))  # ranges of a core compressed at a time
-NICE = 10  # of the threads that do so, setpriority(2): all else on the host goes first
+NICE = 5  # of the threads that do so, setpriority(2): all else on the host goes first
 
 Reach = Callable[[int], Awaitable[int]]  # waits until bytes can be read, tells how many can
 

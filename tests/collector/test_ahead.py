@@ -10,7 +10,7 @@ import pytest
 
 from crashbus import Manifest, capture, streams, unfinished
 from crashbus.capture import CapturedFile, CaptureRecord
-from services.collector import ahead
+from services.collector import ahead, gather
 from tests.collector.conftest import FILE, Setup
 from tests.collector.stand_in import signal_event
 from tests.support.wait import until
@@ -42,6 +42,8 @@ class Writer:
         # Text is what compresses; noise would fill the bus.
         self.content = bytearray(b"%016x" % 7 * (SIZE // 16 + 1))[:SIZE]
         self._lock = capture.create(self._directory, EPOCH, self._record)
+
+    def begin_core(self) -> None:
         self._core = os.open(self.path / CORE, os.O_RDWR | os.O_CREAT, 0o600)
         os.ftruncate(self._core, SIZE)
         unfinished.begin(self._core)
@@ -75,11 +77,13 @@ async def sent(setup: Setup, writer: Writer) -> int:
     return await setup.bus.chunk_count(writer.crash_id, CORE)
 
 
-async def begun(setup: Setup) -> Writer:
+async def begun(setup: Setup, pause: float = 0.0) -> Writer:
     """Return the writer of a core of which the first half lies on the bus already."""
     await setup.collector.start()
     await setup.collector.healthy()
     writer = Writer(setup.spool)
+    await asyncio.sleep(pause)
+    writer.begin_core()
     writer.write(SIZE // 2)
     half = SIZE // 2 // MIB  # chunks are a little smaller than a MiB
 
@@ -175,3 +179,11 @@ async def test_chunks_of_a_core_that_is_gone_are_taken_back(setup: Setup) -> Non
 
     await until(none)
     await until(lambda: not any((setup.state / "collector" / "ahead").iterdir()))
+
+
+async def test_core_that_comes_late_is_noticed(setup: Setup, shipping: None) -> None:
+    writer = await begun(setup, pause=2 * gather.TAKES_LONG)
+    writer.write(SIZE)
+    writer.complete()
+
+    assert await delivered(setup, writer) == bytes(writer.content)
