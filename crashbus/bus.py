@@ -9,10 +9,9 @@ kept up for ever.
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import nats
 import nats.errors
@@ -22,9 +21,10 @@ from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from crashbus import names, streams
-from crashbus.cancellation import obeying_cancellation
+from crashbus.bus_errors import NotStored, as_bus_errors
 from crashbus.chunks import Chunk
 from crashbus.client import Client
+from crashbus.consuming import Consumer, Delivery
 from crashbus.errors import (
     BusFull,
     BusUnreachable,
@@ -38,52 +38,15 @@ from crashbus.reading import StreamReader, follow
 
 log = logging.getLogger("crashbus.bus")
 
+__all__ = ["Bus", "Delivery", "connect", "without_secrets"]
+
 M = TypeVar("M", bound=Message)
 
 CONNECT_TIMEOUT = 2.0  # seconds for one try; a server on the next host answers in milliseconds
 RECONNECT_WAIT = 0.5  # seconds between tries: short, so that little piles up meanwhile
 PUBLISH_TIMEOUT = 5.0  # seconds for the server to store a message; its disk may be busy
-FETCH_TIMEOUT = 5.0  # seconds one fetch waits before it asks again
 MOST_REFUSALS = 100  # told for one connection
 DEFAULT_CHUNK_STORE = 8 * 1024**3
-_STREAM_NOT_FOUND = 10059
-_STORE_FULL = {10023, 10047, 10077}  # resources exceeded, store full, maximum bytes exceeded
-
-OnMalformed = Callable[[MalformedMessage], Awaitable[None]]
-
-
-@dataclass(frozen=True)
-class Delivery(Generic[M]):
-    """A message taken from a durable consumer; it comes again unless it is settled.
-
-    Attributes:
-        message: what was published.
-        attempts: how often it has been delivered, this time included.
-    """
-
-    message: M
-    attempts: int
-    _raw: Msg
-
-    @property
-    def published(self) -> float:
-        """When the bus took it, in Unix seconds by the server's clock."""
-        return self._raw.metadata.timestamp.timestamp()
-
-    async def ack(self) -> None:
-        """It is done, and the server has heard so."""
-        with _as_bus_errors():
-            await self._raw.ack_sync(timeout=PUBLISH_TIMEOUT)
-
-    async def retry(self, delay: float) -> None:
-        """Hand it back, to be delivered again after `delay` seconds."""
-        with _as_bus_errors():
-            await self._raw.nak(delay=delay)
-
-    async def working(self) -> None:
-        """It is still being worked on: start the acknowledgement wait anew."""
-        with _as_bus_errors():
-            await self._raw.in_progress()
 
 
 class Bus:
@@ -116,7 +79,7 @@ class Bus:
         should the server lose them.
         """
         self._streams, made = (chunk_store_bytes, replicas), False
-        with _as_bus_errors():
+        with as_bus_errors():
             for config in streams.all_streams(chunk_store_bytes, replicas):
                 assert config.name is not None
                 try:
@@ -152,7 +115,7 @@ class Bus:
                 f"{size} bytes for {subject[:512]}, the server takes {self.max_payload}; "
                 "raise its max_payload"
             )
-        with _as_bus_errors():
+        with as_bus_errors():
             try:
                 await self._js.publish(subject, payload, headers=headers)
             except (nats.js.errors.NoStreamResponseError, nats.errors.TimeoutError):
@@ -189,7 +152,7 @@ class Bus:
         sequence, index = 0, 0
         while index < count:
             try:
-                with _as_bus_errors():
+                with as_bus_errors():
                     raw = await self._js.get_msg(
                         stream, seq=sequence + 1, subject=subject, direct=True, next=True
                     )
@@ -207,7 +170,7 @@ class Bus:
 
     async def chunk_store_bytes(self, file: str) -> int:
         """Return how many bytes of chunks of such a file the bus can hold at all."""
-        with _as_bus_errors():
+        with as_bus_errors():
             info = await self._js.stream_info(streams.chunks_of(file))
         limit = info.config.max_bytes or -1
         return limit if limit > 0 else 1 << 62
@@ -216,7 +179,7 @@ class Bus:
         """Return how many chunks of a crash file the bus holds, copies included."""
         subject = chunk_subject(crash_id, file)
         try:
-            with _as_bus_errors():
+            with as_bus_errors():
                 info = await self._js.stream_info(streams.chunks_of(file), subjects_filter=subject)
         except NoStreams:
             return 0
@@ -225,7 +188,7 @@ class Bus:
     async def holds(self, kind: type[Message], subject: str) -> bool:
         """Tell whether the bus holds a message of this kind on exactly this subject."""
         try:
-            with _as_bus_errors():
+            with as_bus_errors():
                 await self._js.get_last_msg(streams.stream_of(kind), subject)
         except (NotStored, NoStreams):
             return False
@@ -233,7 +196,7 @@ class Bus:
 
     async def purge_chunks(self, crash_id: str, file: str) -> None:
         """Remove all chunks of a crash file from the bus."""
-        with suppress(NoStreams), _as_bus_errors():
+        with suppress(NoStreams), as_bus_errors():
             await self._js.purge_stream(
                 streams.chunks_of(file), subject=chunk_subject(crash_id, file)
             )
@@ -241,7 +204,7 @@ class Bus:
     async def purge_crash(self, crash_id: str) -> None:
         """Remove all chunks and work items of a crash from the bus."""
         for stream, subject in streams.on_the_way(crash_id):
-            with suppress(NoStreams), _as_bus_errors():
+            with suppress(NoStreams), as_bus_errors():
                 await self._js.purge_stream(stream, subject=subject)
 
     async def subscribe(self, kind: type[M], subject: str | None = None) -> AsyncIterator[M]:
@@ -249,7 +212,7 @@ class Bus:
 
         Malformed messages are logged, counted and skipped.
         """
-        with _as_bus_errors():
+        with as_bus_errors():
             stream = await self._js.stream_info(streams.stream_of(kind))
         following = follow(self._client, self._js, stream, subject or kind.SUBJECT)
         async with aclosing(following) as messages:
@@ -270,7 +233,7 @@ class Bus:
             BusUnreachable: the bus does not answer.
         """
         stream, messages = streams.stream_of(kind), []
-        with _as_bus_errors():
+        with as_bus_errors():
             last = (await self._js.stream_info(stream)).state.last_seq
             reader = StreamReader(self._js, stream, subject or kind.SUBJECT)
             async for raw in reader.until(last, since):
@@ -324,77 +287,39 @@ class Bus:
             max_ack_pending: when the consumer is made, how many of its messages may be
                 unsettled at once, with all who share them.
         """
-        name = streams.stream_of(kind)
-        # nats-server makes a format string of the name, in which '%' ruins every message's
-        # acknowledgement subject. No token holds '='.
-        durable = durable.replace("%", "=")
-        config = ConsumerConfig(
-            ack_policy=AckPolicy.EXPLICIT,
-            ack_wait=ack_wait,
-            max_deliver=-1,
-            max_ack_pending=max_ack_pending,
-            deliver_policy=DeliverPolicy.NEW if new_only else DeliverPolicy.ALL,
+        consumer = Consumer(
+            self._js,
+            streams.stream_of(kind),
+            subject or kind.SUBJECT,
+            durable,
+            ConsumerConfig(
+                ack_policy=AckPolicy.EXPLICIT,
+                ack_wait=ack_wait,
+                max_deliver=-1,
+                max_ack_pending=max_ack_pending,
+                deliver_policy=DeliverPolicy.NEW if new_only else DeliverPolicy.ALL,
+            ),
+            self._restore_streams,
         )
-        subscription: JetStreamContext.PullSubscription | None = None
         try:
             while True:
-                try:
-                    if subscription is None:
-                        subscription = await self._js.pull_subscribe(
-                            subject or kind.SUBJECT, durable=durable, stream=name, config=config
-                        )
-                    with obeying_cancellation():
-                        arrived = await subscription.fetch(batch, timeout=FETCH_TIMEOUT)
-                except nats.errors.TimeoutError:
-                    subscription = await self._if_there(subscription)
-                    continue
-                except (nats.errors.Error, OSError) as error:
-                    log.warning("cannot take work from %s, trying again: %s", name, error)
-                    await self._end_fetching(subscription)
-                    subscription = None
-                    await asyncio.sleep(RECONNECT_WAIT)
-                    await self._restore_if_lost(error)
-                    continue
-                for raw in arrived:
-                    metadata = self._metadata(raw)
-                    if metadata is None:
-                        continue
-                    try:
-                        message = kind.decode(raw.data, raw.subject)
-                    except MalformedMessage as malformed:
-                        await self._put_aside(raw, malformed, service)
-                        continue
-                    yield Delivery(message, metadata.num_delivered or 1, raw)
+                for raw in await consumer.next(batch):
+                    delivery = await self._taken(kind, raw, service)
+                    if delivery is not None:
+                        yield delivery
         finally:
-            await self._end_fetching(subscription)
+            await consumer.close()
 
-    async def _end_fetching(self, subscription: JetStreamContext.PullSubscription | None) -> None:
-        """Let go of an inbox: a request still open there would swallow the next message."""
-        if subscription is not None:
-            with suppress(nats.errors.Error, OSError):
-                await subscription.unsubscribe()
-
-    async def _if_there(
-        self, subscription: JetStreamContext.PullSubscription | None
-    ) -> JetStreamContext.PullSubscription | None:
-        """Return a subscription that was silent, or None where its consumer is gone.
-
-        A server that lost a consumer does not say so: a fetch from it just times out.
-        """
-        if subscription is not None:
-            try:
-                with obeying_cancellation():
-                    await subscription.consumer_info()
-            except (nats.errors.Error, OSError):
-                return None
-        return subscription
-
-    async def _restore_if_lost(self, error: Exception) -> None:
-        if isinstance(error, nats.js.errors.NotFoundError):
-            try:
-                await self._restore_streams()
-            except (BusUnreachable, BusFull) as failure:
-                log.warning("could not make the streams: %s", failure)
+    async def _taken(self, kind: type[M], raw: Msg, service: str) -> Delivery[M] | None:
+        metadata = self._metadata(raw)
+        if metadata is None:
+            return None
+        try:
+            message = kind.decode(raw.data, raw.subject)
+        except MalformedMessage as malformed:
+            await self._put_aside(raw, malformed, service)
+            return None
+        return Delivery(message, metadata.num_delivered or 1, raw)
 
     async def _put_aside(self, raw: Msg, error: MalformedMessage, service: str) -> None:
         """Keep a malformed message for inspection; while that fails, it stays where it is."""
@@ -411,7 +336,7 @@ class Bus:
         )
         try:
             await self.publish(letter)
-            with _as_bus_errors():
+            with as_bus_errors():
                 await raw.term()
         except (BusUnreachable, BusFull, MessageTooLarge) as failure:
             log.warning("could not put it aside, it will come again: %s", failure)
@@ -430,31 +355,6 @@ def _header_size(headers: dict[str, str] | None) -> int:
     if not headers:
         return 0
     return 12 + sum(len(f"{name}: {value}\r\n".encode()) for name, value in headers.items())
-
-
-class NotStored(nats.js.errors.NotFoundError):
-    """The server has no such message."""
-
-
-class _as_bus_errors(obeying_cancellation):  # noqa: N801
-    """Context in which NATS's many errors become ours."""
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        super().__exit__(kind, error, trace)
-        if isinstance(error, (NotStored, BusUnreachable)):
-            return
-        if isinstance(error, nats.errors.MaxPayloadError):
-            raise MessageTooLarge("above the server's max_payload; raise it") from error
-        if isinstance(error, nats.js.errors.NoStreamResponseError):
-            raise NoStreams("the bus has no Crashbus streams; a collector makes them") from error
-        if isinstance(error, nats.js.errors.NotFoundError):
-            if error.err_code == _STREAM_NOT_FOUND:
-                raise NoStreams("the bus has no Crashbus streams") from error
-            raise NotStored(error.code, error.description, error.err_code) from error
-        if isinstance(error, nats.js.errors.APIError) and error.err_code in _STORE_FULL:
-            raise BusFull(f"the bus has no room: {error.description}") from error
-        if isinstance(error, (nats.errors.Error, OSError, asyncio.TimeoutError)):
-            raise BusUnreachable(f"the bus did not answer: {error}") from error
 
 
 @asynccontextmanager

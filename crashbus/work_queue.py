@@ -9,7 +9,8 @@ from datetime import datetime
 from nats.js.api import ConsumerInfo
 
 from crashbus import streams
-from crashbus.bus import Bus, NotStored, _as_bus_errors
+from crashbus.bus import Bus
+from crashbus.bus_errors import NotStored, as_bus_errors
 from crashbus.errors import NoStreams
 
 SERVED_WITHIN = 24 * 60 * 60.0  # seconds without a sign of life after which a consumer is a relic
@@ -72,7 +73,7 @@ class WorkQueue:
     async def consumers(self) -> list[QueueConsumer]:
         """Return all consumers there are."""
         found: list[QueueConsumer] = []
-        with _as_bus_errors():
+        with as_bus_errors():
             while page := await self._js.consumers_info(streams.FILES, offset=len(found)):
                 found += [_consumer(info) for info in page]
         return found
@@ -80,7 +81,7 @@ class WorkQueue:
     async def after(self, sequence: int) -> QueuedMessage | None:
         """Return the first message behind a sequence; None if there is none."""
         try:
-            with _as_bus_errors():
+            with as_bus_errors():
                 raw = await self._js.get_msg(
                     streams.FILES, seq=sequence + 1, subject="crash.file.>", next=True
                 )
@@ -93,7 +94,7 @@ class WorkQueue:
     async def remove(self, sequence: int) -> None:
         """Remove a message for good; one that is gone already is no error."""
         try:
-            with _as_bus_errors():
+            with as_bus_errors():
                 await self._js.delete_msg(streams.FILES, sequence)
         except (NotStored, NoStreams):
             return
@@ -101,7 +102,7 @@ class WorkQueue:
     async def retire(self, durable: str) -> None:
         """Remove a consumer; its messages stay. One that is gone already is no error."""
         try:
-            with _as_bus_errors():
+            with as_bus_errors():
                 await self._js.delete_consumer(streams.FILES, durable)
         except (NotStored, NoStreams):
             return
