@@ -3,11 +3,18 @@
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from crashbus import Bus, connect
 from tests.support.nats import NatsServer
 from tests.support.requirements import need_program
+
+# How long an example takes says more about the machine than about us.
+hypothesis.settings.register_profile(
+    "unhurried", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("unhurried")
 
 # A real S3 server, started once for all tests that want it.
 pytest_plugins = ["tests.support.s3", "tests.faults.report"]
