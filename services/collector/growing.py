@@ -8,7 +8,7 @@ from crashbus import unfinished
 from crashbus.errors import CrashbusError
 
 LOOK_EVERY = 0.02  # seconds
-STANDS_STILL = 10.0  # seconds without a byte after which the core is sent when it is whole
+STANDS_STILL = 30.0  # seconds without a byte after which the core is sent when it is whole
 
 
 class Unsteady(CrashbusError):
