@@ -3,6 +3,7 @@
 import asyncio
 
 from crashbus import identity
+from crashbus.chunks import chunk_size
 from services.collector.ahead import Ahead
 from services.collector.deaths import Deaths
 from services.collector.delivery import Deliverer
@@ -31,6 +32,10 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
             f"CRASHBUS_STATE: {shared.state} cannot be used: {error}; name a directory on a disk"
         ) from error
     async with runtime.bus(makes_streams=True) as bus:
+        try:
+            chunk_size(bus.max_payload)
+        except ValueError as error:
+            raise SettingsError(f"the NATS server takes too small messages: {error}") from error
         publisher = Publisher(
             bus,
             shared.spool,

@@ -2,14 +2,12 @@
 
 import os
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 import zstandard
 
 from crashbus import Bus, DeadLetter, Manifest, connect, streams
-from crashbus.errors import BusUnreachable
 from crashbus.layout import MANIFEST_NAME, Kind
 from tests.collector.stand_in import write_set
 from tests.support.nats import NatsCluster
@@ -27,17 +25,7 @@ async def cluster(tmp_path: Path) -> AsyncIterator[tuple[NatsCluster, Bus]]:
     made = NatsCluster(tmp_path / "nats")
     made.start()
     try:
-        async with AsyncExitStack() as stack:
-            bus = await stack.enter_async_context(connect(made.url))
-
-            async def is_ready() -> bool:
-                try:
-                    await bus.ensure_streams(replicas=3)
-                except BusUnreachable:  # no leader is chosen yet
-                    return False
-                return True
-
-            await until(is_ready, within=LONG, every=0.2)
+        async with connect(made.url) as bus:
             yield made, bus
     finally:
         made.stop()

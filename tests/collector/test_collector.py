@@ -18,6 +18,7 @@ from crashbus.errors import BusUnreachable
 from tests.collector.conftest import FILE, TCP, Setup, fill_chunk_store
 from tests.collector.stand_in import signal_event
 from tests.support.crashers import crasher
+from tests.support.nats import NatsServer
 from tests.support.wait import until
 
 
@@ -554,4 +555,21 @@ async def test_missing_destination_is_said_in_one_line(setup: Setup) -> None:
     await setup.collector.start()
     assert await setup.collector.wait(60) == 2
     assert "CRASHBUS_DESTINATIONS" in setup.collector.log
+    assert "Traceback" not in setup.collector.log
+
+
+async def test_server_that_takes_too_small_messages_is_said_in_one_line(
+    setup: Setup, tmp_path: Path
+) -> None:
+    directory = tmp_path / "small"
+    directory.mkdir()
+    server = NatsServer(directory, "max_payload: 65536\n")
+    server.start()
+    setup.collector._environment["CRASHBUS_NATS_URL"] = server.url
+    try:
+        await setup.collector.start()
+        assert await setup.collector.wait(60) == 2
+    finally:
+        server.stop()
+    assert "max_payload 65536 is too small" in setup.collector.log
     assert "Traceback" not in setup.collector.log
