@@ -31,6 +31,7 @@ from services.collector.spool import Refused
 MAX_SMALL = 16 * 1024 * 1024  # bytes of any file that is not large; AppScope's have kilobytes
 MESSAGE_OVERHEAD = 512  # bytes of subject and headers that the bus stores with each chunk
 PACKED_AT_ONCE = min(4, len(os.sched_getaffinity(0)))  # ranges of a core compressed at a time
+PACKED_BYTES = 8 * 1024 * 1024  # of them together, beyond the first
 NICE = 5  # of the threads that do so, setpriority(2): all else on the host goes first
 
 Reach = Callable[[int], Awaitable[int]]  # waits until bytes can be read, tells how many can
@@ -200,7 +201,7 @@ class Publisher:
             if not data:
                 break
             packing.append(run(threads, encoder.packer.pack, encoder.count - 1, data))
-            if len(packing) > PACKED_AT_ONCE:
+            if len(packing) > min(PACKED_AT_ONCE, PACKED_BYTES // encoder.chunk_size):
                 await send_first()
         while packing:
             await send_first()

@@ -13,6 +13,7 @@ from services.collector import metrics
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 IN_FLIGHT = 8  # chunks sent and not yet confirmed; with 1 MiB each this fills a local bus
+IN_FLIGHT_BYTES = 8 * 1024 * 1024  # of them together: chunks are larger where the server takes it
 TRY_AGAIN = 1.0  # seconds between tries while the bus is away or has no room
 FULL_PATIENCE = 30.0  # seconds to wait for room before our own half file makes room for others
 
@@ -32,14 +33,17 @@ class Sending:
         self._sent: deque[tuple[Chunk, asyncio.Task[None]]] = deque()
 
     async def send(self, chunk: Chunk) -> None:
-        """Send a chunk; returns when fewer than `IN_FLIGHT` are unconfirmed.
+        """Send a chunk; returns when few enough are unconfirmed.
 
         Raises:
             BusFull: there was no room for a long time; what was sent is taken back.
         """
         self._sent.append((chunk, self._start(chunk)))
-        while len(self._sent) >= IN_FLIGHT:
+        while len(self._sent) >= IN_FLIGHT or self._bytes() >= IN_FLIGHT_BYTES:
             await self._confirm()
+
+    def _bytes(self) -> int:
+        return sum(len(chunk.body) for chunk, _ in self._sent)
 
     async def flush(self) -> None:
         """Return when all are stored; raises as `send` does."""
