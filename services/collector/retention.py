@@ -106,7 +106,8 @@ class Retention:
         found = []
         for source in crash.sources.values():
             size = usage.get((source.directory, source.name), 0)
-            if size and not self._deliverer.is_sending(crash, source):
+            # What is lost already and still there could not be removed; it is told only once.
+            if size and not source.lost and not self._deliverer.is_sending(crash, source):
                 loss = Loss.SMALL
                 if source.kind in LARGE:
                     on_bus = await self._deliverer.is_on_bus(crash, source)
