@@ -89,6 +89,9 @@ class Retention:
             found = [one for one in delivered if self._ledger.get(one.crash_id)]
             for crash in crashes:
                 found += await self._candidates(crash, usage)
+            if any(self._has_large_in_hand(crash) for crash in crashes):
+                # A core that cannot go just now shall not cost small files instead.
+                found = [one for one in found if one.loss is not Loss.SMALL]
             for one in room.to_remove(found, excess):
                 await self._remove(one)
 
@@ -96,6 +99,10 @@ class Retention:
         disk = os.statvfs(self._root)
         size, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
         return room.excess_on_disk(size, free, self._settings.disk_reserve)
+
+    def _has_large_in_hand(self, crash: Crash) -> bool:
+        large = (source for source in crash.sources.values() if source.kind in LARGE)
+        return any(self._deliverer.is_sending(crash, source) for source in large)
 
     async def _candidates(self, crash: Crash, usage: Usage) -> list[Candidate]:
         """Return the files of a crash that wait, and have waited long enough."""
