@@ -1,7 +1,8 @@
 """The source of a delivery: a crash file's chunks on the bus, each checked on its way through."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from crashbus.bus import Bus
@@ -57,11 +58,12 @@ class Source:
         verifier = Verifier(self.file.encoding)
         chunks = self.bus.chunks(self.crash_id, self.file.name, self.file.chunks)
         try:
-            async for chunk in chunks:
-                piece = await asyncio.to_thread(_checked, verifier, chunk)
-                metrics.BYTES_IN.inc(len(piece.stored))
-                self.progress()
-                yield piece
+            async with aclosing(_one_ahead(chunks)) as coming:
+                async for chunk in coming:
+                    piece = await asyncio.to_thread(_checked, verifier, chunk)
+                    metrics.BYTES_IN.inc(len(piece.stored))
+                    self.progress()
+                    yield piece
             self._check_whole(verifier)
         except ChunksMissing as error:
             raise Unfit(
@@ -84,6 +86,20 @@ class Source:
             raise DamagedFile(
                 f"{verifier.stored_size} stored bytes came, {self.file.stored_size} were announced"
             )
+
+
+async def _one_ahead(chunks: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None]:
+    """Yield chunks; the next one is on its way while the one before is checked and delivered."""
+    coming = asyncio.ensure_future(anext(chunks, None))
+    try:
+        while (chunk := await coming) is not None:
+            coming = asyncio.ensure_future(anext(chunks, None))
+            yield chunk
+    finally:
+        coming.cancel()
+        await asyncio.wait({coming})
+        if not coming.cancelled():
+            coming.exception()  # of a chunk that nobody waits for any more
 
 
 def _checked(verifier: Verifier, chunk: Chunk) -> Piece:
