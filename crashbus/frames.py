@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
-from crashbus import layout
+from crashbus import layout, names
 from crashbus.chunks import MAX_CHUNK_SIZE
 from crashbus.errors import CrashbusError
 from crashbus.messages import Count, CrashId, Encoding, FileName, Part, Sha256, Size
@@ -83,9 +83,10 @@ class Frame:
     @property
     def folder(self) -> str:
         """Where the file belongs: what was sent, if it is a crash's folder at all."""
-        key = f"{self.told.folder}/{self.name}"
-        named = self.told.folder.endswith(f"-{self.told.crash_id}")
-        return self.told.folder if named and layout.is_object(key) else self.told.crash_id
+        folder, crash_id = self.told.folder, self.told.crash_id
+        is_safe = all(names.is_file_name(step) for step in folder.split("/"))
+        is_ours = folder.endswith(f"-{crash_id}") and layout.is_object(f"{folder}/{self.name}")
+        return folder if is_safe and is_ours else crash_id
 
 
 def line(value: dict[str, Any], body: bytes) -> bytes:

@@ -34,7 +34,7 @@ def receive(
     ] = None,
     max_file: Annotated[int, typer.Option(min=1, help="MiB that one file may have.")] = 262144,
     keep_free: Annotated[int, typer.Option(min=0, help="MiB of the disk to leave free.")] = 1024,
-    connections: Annotated[int, typer.Option(min=1, help="Senders at a time.")] = 32,
+    connections: Annotated[int, typer.Option(min=1, help="Senders at a time, 32 MiB each.")] = 32,
 ) -> None:
     """Receive crash files over TCP, and put core dumps together again.
 
@@ -77,11 +77,19 @@ async def _serve(
     context: ssl.SSLContext | None,
     connections: int,
 ) -> None:
-    free = asyncio.Semaphore(connections)
+    senders = 0
+    parsing = asyncio.Lock()  # a line of JSON may take many times its size
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async with free:  # those beyond it wait
-            await _serve_one(reader, writer, into, limits)
+        nonlocal senders
+        if senders >= connections:
+            _close(writer, whole=False)
+            return
+        senders += 1
+        try:
+            await _serve_one(reader, writer, Receiving(into, _peer(writer), limits, _tell), parsing)
+        finally:
+            senders -= 1
 
     server = await asyncio.start_server(serve, host, port, limit=MAX_LINE, ssl=context)
     place = server.sockets[0].getsockname()
@@ -94,20 +102,27 @@ async def _serve(
         await ended.wait()
 
 
+def _peer(writer: asyncio.StreamWriter) -> str:
+    name = writer.get_extra_info("peername")
+    return str(name[0]) if name else "unknown"
+
+
 async def _serve_one(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, into: Path, limits: Limits
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    receiving: Receiving,
+    parsing: asyncio.Lock,
 ) -> None:
-    peer = str(writer.get_extra_info("peername")[0])
-    receiving = Receiving(into, peer, limits, _tell)
     whole = False
     try:
-        while await _take_one(reader, receiving):
+        while await _take_one(reader, receiving, parsing):
             pass
         await asyncio.to_thread(receiving.end)
         whole = True
-    except (Refused, BadFrame, OSError, EOFError, TimeoutError, ValueError) as error:
+    except (Refused, BadFrame, OSError, EOFError, TimeoutError, asyncio.LimitOverrunError) as error:
         text = plain(str(error) or type(error).__name__)
-        console(stderr=True).print(f"{peer}: {text}; connection reset, the sender tries again")
+        told = f"{receiving.peer}: {text}; connection reset, the sender tries again"
+        console(stderr=True).print(told, soft_wrap=True)
     finally:
         await asyncio.shield(asyncio.to_thread(receiving.give_up))
         _close(writer, whole)
@@ -124,7 +139,9 @@ def _close(writer: asyncio.StreamWriter, whole: bool) -> None:
     writer.transport.abort()
 
 
-async def _take_one(reader: asyncio.StreamReader, receiving: Receiving) -> bool:
+async def _take_one(
+    reader: asyncio.StreamReader, receiving: Receiving, parsing: asyncio.Lock
+) -> bool:
     """Take one line or frame; return whether there was one."""
     try:
         first = await asyncio.wait_for(reader.read(1), _PAUSE)
@@ -141,7 +158,8 @@ async def _take_one(reader: asyncio.StreamReader, receiving: Receiving) -> bool:
         await asyncio.to_thread(receiving.frame, frame)
         return True
     line = first + await reader.readuntil(b"\n")
-    await asyncio.to_thread(receiving.line, line)
+    async with parsing:
+        await asyncio.to_thread(receiving.line, line)
     return True
 
 

@@ -23,7 +23,8 @@ from crashbus.errors import CrashbusError, DamagedFile
 from crashbus.frames import BadFrame, CoreChunk, CoreEnd, Frame
 from crashbus.messages import CrashId, Host
 
-MAX_LINE = 64 * 1024 * 1024  # bytes; a shipper sends at most 16 MiB of small files, escaped
+MAX_LINE = 16 * 1024 * 1024  # bytes; a chunk of a core in base64 has 11 MiB at most
+MAX_SMALL = 32 * 1024 * 1024  # bytes of a crash's small files; a shipper sends 16 MiB at most
 _MODE = 0o640  # crash files hold secrets
 _DIRECTORY_MODE = 0o750
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -100,8 +101,8 @@ class Receiving:
         if name in self._small or not _same_set(name, self._small):
             self.store_small()
         data = _content(value)
-        if len(data) + sum(map(len, self._small.values())) > MAX_LINE:
-            raise Refused(f"the small files of a crash have more than {MAX_LINE} bytes")
+        if len(data) + sum(map(len, self._small.values())) > MAX_SMALL:
+            raise Refused(f"the small files of a crash have more than {MAX_SMALL} bytes")
         self._small[name] = data
 
     def frame(self, frame: Frame) -> None:
