@@ -263,10 +263,11 @@ async def test_folder_that_is_no_crashs_is_not_believed(tmp_path: Path) -> None:
 
 async def test_more_senders_than_are_wanted_are_sent_away(tmp_path: Path) -> None:
     async with receiving(tmp_path, "--connections", "1") as port:
+        await until(lambda: asyncio.to_thread(say, port, GOOD))  # whoever was there has gone
         with socket.create_connection(("127.0.0.1", port), 30) as idle:
             idle.sendall(b"{")
             assert not await asyncio.to_thread(say, port, GOOD)
-        await until(lambda: say(port, GOOD))
+        await until(lambda: asyncio.to_thread(say, port, GOOD))
 
 
 async def test_small_files_that_say_not_whose_they_are_get_a_folder_by_set(tmp_path: Path) -> None:
