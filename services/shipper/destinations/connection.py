@@ -108,6 +108,9 @@ class Connection:
             self._socket.recv(1)
         except (BlockingIOError, ssl.SSLWantReadError):
             return True
+        except ssl.SSLError as error:
+            self._raise_alert(error)
+            return False
         except OSError:
             return False
         return False
@@ -137,9 +140,27 @@ class Connection:
             raise self._lost("the receiver did not take everything", error) from error
 
     def _end_tls(self, connection: ssl.SSLSocket) -> None:
-        """Say that this was all (RFC 8446, close_notify); the answer may never come."""
-        with suppress(TimeoutError, ssl.SSLError):
+        """Say that this was all (RFC 8446, close_notify); the answer may never come.
+
+        An alert is another answer: with TLS 1.3 a receiver that wants a certificate says so only
+        now, when all that was sent has arrived, and was thrown away.
+        """
+        try:
             self._socket = connection.unwrap()
+        except TimeoutError:
+            return
+        except ssl.SSLError as error:
+            self._raise_alert(error)
+
+    def _raise_alert(self, error: ssl.SSLError) -> None:
+        """Raise what the peer says of us; that it ends without a word is no alert."""
+        if "ALERT" not in (error.reason or ""):
+            return
+        text = f"{self._peer}: the receiver says {error.reason}"
+        if any(word in error.reason for word in ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")):
+            mend = "set CRASHBUS_SHIPPER_TLS_CERT_FILE and _TLS_KEY_FILE to what it accepts"
+            raise Final("certificate_refused", text, mend) from error
+        raise Passing("tls_failed", text, "see the receiver's log") from error
 
     def _await_confirmation(self, timeout: float) -> None:
         assert self._socket is not None
@@ -169,11 +190,15 @@ class Connection:
         """Read until the peer closes. What it says is not asked for, but to close on unread data
         would reset the connection and could take from the peer what it has not read yet."""
         assert self._socket is not None
-        with suppress(TimeoutError, ssl.SSLError):
+        try:
             while (left := end - time.monotonic()) > 0:
                 self._socket.settimeout(left)
                 if not self._socket.recv(_READ_SIZE):
                     return
+        except TimeoutError:
+            return
+        except ssl.SSLError as error:
+            self._raise_alert(error)
 
     def interrupt(self) -> None:
         """Make a call that blocks in another thread end now, with an error."""
