@@ -30,11 +30,11 @@ async def run_whole(
         if interrupt is not None:
             interrupt()
         await asyncio.wait({running}, timeout=patience)
-        running.add_done_callback(_seen)
+        running.add_done_callback(seen)
         raise
 
 
-def _seen(task: "asyncio.Task[R]") -> None:
+def seen(task: "asyncio.Task[R]") -> None:
     """Take note of an error that no one will ask for."""
     if not task.cancelled():
         task.exception()

@@ -18,7 +18,7 @@ from services.shipper.destinations.s3_api import S3Api, Stat
 from services.shipper.destinations.s3_failures import as_failure
 from services.shipper.destinations.s3_resume import Part, Unfinished, is_there, to_take_up
 from services.shipper.failure import Failure, Passing
-from services.shipper.threads import run_whole
+from services.shipper.threads import run_whole, seen
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -137,6 +137,7 @@ class Upload:
             return  # the next part takes over the slot
         await self._until_sending(AT_ONCE - 1)
         task = asyncio.create_task(self._put_part(part, data, digest), name="part")
+        task.add_done_callback(seen)  # of several that fail one is told
         if self._has_slot:
             self._has_slot = False
             task.add_done_callback(lambda _: self._place.slots.release())
