@@ -2,10 +2,10 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench docs lock clean
+.PHONY: help setup demo test test-faults lint format bench docs lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what is missing: Debian packages, the virtual environment, the pipe helper
 	@deploy/setup.sh
@@ -19,6 +19,14 @@ test: setup ## run the test suite
 	@$(PYTHON) -m pytest -n 2 --dist loadfile || \
 		{ [ $$? = 1 ] && $(PYTHON) -m pytest --last-failed --last-failed-no-failures none --maxfail 2; }
 
+# CRASHES of each fault, of up to MIB MiB; SEED repeats what one line of the table shows.
+CRASHES ?= 50
+MIB ?= 200
+test-faults: setup ## all faults with 50 crashes each, and the table in docs/reliability.md anew; takes an hour
+	@FAULT_CRASHES=$(CRASHES) FAULT_MIB=$(MIB) FAULT_SEED=$(SEED) FAULT_PATIENCE=900 \
+		FAULT_RESULTS=docs/reliability.json $(PYTHON) -m pytest tests/faults --timeout=3600
+	@$(PYTHON) docs/make_tables.py
+
 lint: setup ## ruff and mypy --strict
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
@@ -28,9 +36,9 @@ format: setup ## put the code in shape
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
 
-bench: setup ## measure what a signal costs, and how long a crash is held; takes 10 minutes
-	@$(PYTHON) -m benchmarks.signal_overhead
-	@$(PYTHON) -m benchmarks.hold_time
+BENCHMARKS := signal_overhead hold_time throughput memory latency scaling burst
+bench: setup ## measure capture and delivery, each against a peer; takes half an hour
+	@for one in $(BENCHMARKS); do echo "== $$one"; $(PYTHON) -m benchmarks.$$one || exit 1; done
 
 docs: setup ## make the tables in docs/ anew from the code
 	@$(PYTHON) docs/make_tables.py

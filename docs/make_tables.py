@@ -8,6 +8,7 @@ function NAME below returns. Run it after a change of messages, streams, setting
 """
 
 import importlib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -25,7 +26,9 @@ from services.common.settings import BusSettings, Settings, variable_of
 from services.shipper.destinations import file, s3_failures
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "docs" / "wire-contract.md", ROOT / "docs" / "operations.md")
+PAGES = tuple(
+    ROOT / "docs" / f"{name}.md" for name in ("wire-contract", "operations", "reliability")
+)
 SERVICES = ("detector", "recorder", "collector", "shipper")
 
 _PART = re.compile(
@@ -243,6 +246,28 @@ def failure_table(_: str) -> str:
     return table(("reason", "destination", "tried again", "mend"), rows)
 
 
+# What was tried
+
+
+def fault_table(_: str) -> str:
+    """Return a row for each fault of the last ``make test-faults``."""
+    rows = json.loads((ROOT / "docs" / "reliability.json").read_text())
+    return table(
+        ("what is done", "crashes", "MiB of cores", "what became of them", "seconds", "seed"),
+        (
+            (
+                row["name"],
+                str(row["crashes"]),
+                f"{row['mib']:.0f}",
+                row["ended"] if row["passed"] else "**not as it should be**",
+                f"{row['seconds']:.0f}",
+                str(row["seed"]),
+            )
+            for row in rows
+        ),
+    )
+
+
 MAKERS: dict[str, Callable[[str], str]] = {
     "failures": failure_table,
     "messages": message_tables,
@@ -250,6 +275,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "streams": stream_table,
     "settings": settings_table,
     "metrics": metrics_table,
+    "faults": fault_table,
 }
 
 

@@ -96,8 +96,8 @@ async def try_out(rigs: Rigs, record_property: Callable[[str, object], None]) ->
             raise
         finally:
             result["crashes"] = len(trial.crashes)
-            result["mib"] = sum(crash.size for crash in trial.crashes) / MIB
-            result["seconds"] = time.monotonic() - started
+            result["mib"] = round(sum(crash.size for crash in trial.crashes) / MIB, 1)
+            result["seconds"] = round(time.monotonic() - started, 1)
             record_property(PROPERTY, result)
 
     return run
@@ -111,6 +111,10 @@ class Trial:
         self._scenario = scenario
         self._random = random
         self.crashes: list[CrashSet | RealCrash] = []
+
+    @property
+    def _sets(self) -> list[CrashSet]:
+        return [one for one in self.crashes if isinstance(one, CrashSet)]
 
     async def suffer(self) -> None:
         """Let crashes come, and the fault, and let it be over."""
@@ -126,6 +130,8 @@ class Trial:
             async with scenario.fault(rig, random):
                 await crashing
                 await asyncio.sleep(random.uniform(*scenario.lasts))
+                if scenario.replayed:
+                    await rig.failed(self._sets[-count:])
         else:
             task = asyncio.create_task(crashing)
             await asyncio.sleep(random.uniform(0, 1.5))
@@ -149,8 +155,11 @@ class Trial:
     async def end(self) -> str:
         """Return how it ended for the crashes, once that is as it must be."""
         if not self._rig.capture:
-            await self._rig.delivered([one for one in self.crashes if isinstance(one, CrashSet)])
-            return f"{len(self.crashes)} delivered"
+            if self._scenario.replayed:
+                await self._rig.replayed(self._sets)
+            await self._rig.delivered(self._sets)
+            how = "failed, replayed, delivered" if self._scenario.replayed else "delivered"
+            return f"{len(self.crashes)} {how}"
         real = [one for one in self.crashes if isinstance(one, RealCrash)]
         ends = Counter(await self._rig.told(real))
         assert self._scenario.gap or ends["delivered"] == len(real), ends

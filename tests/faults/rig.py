@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import os
+import sys
 import urllib.error
 import urllib.request
 import uuid
@@ -223,7 +224,8 @@ class Rig:
                 keys = objects.get(crash.crash_id, [])
                 if any(key.endswith("/manifest.json") for key in keys):
                     ends[crash.crash_id] = "delivered"
-                elif crash.crash_id in {letter.crash_id for letter in letters}:
+                elif found := [one for one in letters if one.crash_id == crash.crash_id]:
+                    print([(one.reason, one.error) for one in found])
                     ends[crash.crash_id] = "failed"
             return len(ends) == len(wanted)
 
@@ -253,14 +255,34 @@ class Rig:
         return len(own) == 6 and not any(file.truncated for file in own)
 
     async def failed(self, crashes: Iterable[CrashSet]) -> None:
-        """Return once each of these crashes is told to have failed."""
-        wanted = {crash.crash_id for crash in crashes}
+        """Return once every file of these crashes is told to have failed."""
+        wanted = {(crash.crash_id, name) for crash in crashes for name in crash.sha256}
 
         async def look() -> bool:
             letters = await self.bus.stored(DeadLetter)
-            return wanted <= {letter.crash_id for letter in letters if letter.work}
+            told = {
+                (one.crash_id, file.name) for one in letters if one.work for file in one.work.files
+            }
+            return wanted <= told
 
         await self._until(look, "dead letters", PATIENCE)
+
+    async def replayed(self, crashes: Iterable[CrashSet]) -> None:
+        """Ask for what failed until it is delivered; the server may need a while to know better."""
+        wanted = list(crashes)
+
+        async def ask() -> bool:
+            if await self._have_manifests(wanted):
+                return True
+            asking = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "crashbus", "retry", "--all"),
+                env={**os.environ, "CRASHBUS_NATS_URL": self.nats.url},
+            )
+            await asking.wait()
+            await asyncio.sleep(1)
+            return False
+
+        await self._until(ask, "a delivery of what failed", PATIENCE)
 
     # What can be done to it
 

@@ -421,6 +421,7 @@ S3 = (
     Scenario("S3 server: SIGSTOP", gateway_stopped, lasts=(1, 4)),
     Scenario("S3 server: SlowDown", slow_down, first=True),
     Scenario("S3 server: out of quota", out_of_quota, first=True),
+    Scenario("S3 server: user suspended", user_suspended, first=True, replayed=True),
     Scenario("way to S3: slow", bad("s3_way", latency=0.3, rate=4 * MIB)),
     Scenario("way to S3: silent", silent("s3_way"), lasts=(1, 4)),
     Scenario("way to S3: refuses", bad("s3_way", refuses=True), first=True),
