@@ -4,14 +4,13 @@ All of it was written by the process, so it is cut to a size and made readable t
 proc_pid_stat(5), proc_pid_status(5), proc_pid_cmdline(5), proc_pid_cgroup(5).
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from crashbus import identity, names
 from crashbus.messages import MAX_PATH, Container, Process
 from services.common import redact
+from services.common.proc import LIVE, Proc
 
 MAX_ARGUMENTS = 64
 MAX_ARGUMENT_BYTES = 4096
@@ -31,16 +30,18 @@ _RUNTIMES = (
 )
 
 
-def read_process(pid: int, boot_id: str) -> Process:
+def read_process(pid: int, boot_id: str, proc: Proc = LIVE) -> Process:
     """Read a living (or held) process.
+
+    Args:
+        proc: where; what it remembers is of one process for sure.
 
     Raises:
         ProcessLookupError: it is gone, or was when reading ended.
     """
-    proc = Path("/proc") / str(pid)
-    start = identity.start_ticks(pid)
+    start = _start_ticks(pid, proc)
     try:
-        status = status_in((proc / "status").read_bytes())
+        status = status_in(proc.read(f"{pid}/status"))
         process = Process(
             boot_id=boot_id,
             pid=pid,
@@ -48,36 +49,40 @@ def read_process(pid: int, boot_id: str) -> Process:
             start_ticks=start,
             uid=int(status["Uid"].split()[0]),
             gid=int(status["Gid"].split()[0]),
-            comm=names.text((proc / "comm").read_bytes().rstrip(b"\n")),
-            executable=executable(pid),
-            command_line=command_line(pid),
-            cgroup=(group := cgroup(pid)),
+            comm=names.text(proc.read(f"{pid}/comm").rstrip(b"\n")),
+            executable=executable(pid, proc),
+            command_line=command_line(pid, proc),
+            cgroup=(group := cgroup(pid, proc)),
             container=container_of(group),
         )
-    except (FileNotFoundError, KeyError) as gone:
+    except KeyError as gone:
         raise ProcessLookupError(f"process {pid} is gone") from gone
-    if identity.start_ticks(pid) != start:
+    if _start_ticks(pid, proc) != start:
         raise ProcessLookupError(f"process {pid} is gone, its PID was given again")
     return process
 
 
-def executable(pid: int) -> str | None:
+def _start_ticks(pid: int, proc: Proc) -> int:
+    stat = proc.read(f"{pid}/stat")
+    if not stat:
+        raise ProcessLookupError(f"process {pid} is gone")
+    return identity.start_ticks_in(stat)
+
+
+def executable(pid: int, proc: Proc = LIVE) -> str | None:
     """Return the path of the executable, as the process's own root shows it."""
-    try:
-        path = os.readlink(f"/proc/{pid}/exe".encode())  # noqa: PTH115 - may not be UTF-8
-    except OSError:
-        return None
-    return names.text(path)[:MAX_PATH]
+    path = proc.link(f"{pid}/exe")
+    return None if path is None else names.text(path)[:MAX_PATH]
 
 
-def command_line(pid: int) -> tuple[str, ...]:
+def command_line(pid: int, proc: Proc = LIVE) -> tuple[str, ...]:
     """Return the arguments: at most 64, each of at most 4 KiB, and 64 KiB of text in all."""
-    try:
-        with Path(f"/proc/{pid}/cmdline").open("rb") as file:
-            raw = file.read(_MAX_READ)
-    except OSError:
-        return ()
-    return split_arguments(raw)
+    return split_arguments(raw_command_line(pid, proc))
+
+
+def raw_command_line(pid: int, proc: Proc) -> bytes:
+    """Return the arguments as the kernel tells them, as far as they are looked at."""
+    return proc.read(f"{pid}/cmdline", _MAX_READ)
 
 
 def split_arguments(raw: bytes) -> tuple[str, ...]:
@@ -97,13 +102,9 @@ def _within(room: int, texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-def cgroup(pid: int) -> str | None:
+def cgroup(pid: int, proc: Proc = LIVE) -> str | None:
     """Return the cgroup path: of version 2, else of the longest version 1 hierarchy."""
-    try:
-        raw = Path(f"/proc/{pid}/cgroup").read_bytes()[:_MAX_READ]
-    except OSError:
-        return None
-    return cgroup_in(raw)
+    return cgroup_in(proc.read(f"{pid}/cgroup"))
 
 
 def cgroup_in(raw: bytes) -> str | None:

@@ -13,19 +13,18 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from crashbus import names
 from services.common import redact
+from services.common.proc import LIVE, Proc, read_file
 
 MAX_FILES = 1024  # descriptors looked at
 MAX_SOCKETS = 256  # asked for their ends
 _MAX_MOUNTS = 64 * 1024  # bytes
-MAX_READ = 64 * 1024
 _ROLLUP_UP_TO = 256 * 1024  # KiB resident; beyond, the kernel's walk would be a long hold
 
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_CGROUP_ROOT = "/sys/fs/cgroup"
 # Version 2, then the controllers of version 1.
 _CGROUP_FILES = {
     **dict.fromkeys(
@@ -46,6 +45,7 @@ _TCP_STATES = (
     *("ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE"),
     *("CLOSE_WAIT", "LAST_ACK", "LISTEN", "CLOSING", "NEW_SYN_RECV"),
 )
+_PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _PIDFD_GETFD = 438  # its number on every architecture, pidfd_getfd(2)
 
 
@@ -69,42 +69,37 @@ class Resources:
     oom_score_adj: bytes = b""
 
 
-def read(task: int, cgroup: str | None) -> Resources:
+def read(task: int, cgroup: str | None, proc: Proc = LIVE) -> Resources:
     """Read everything of a held process; what cannot be read is left out.
 
     Args:
         task: a thread that still has its memory, as a name in /proc.
         cgroup: its path, as in proc_pid_cgroup(5).
     """
-    proc = Path(f"/proc/{task}")
-    status = read_file(proc / "status")
-    open_files, more = _open_files(proc / "fd")
+    status = proc.read(f"{task}/status")
+    open_files, more = _open_files(f"{task}/fd", proc)
     return Resources(
         status=status,
-        rollup=read_file(proc / "smaps_rollup") if _resident(status) <= _ROLLUP_UP_TO else b"",
+        rollup=proc.read(f"{task}/smaps_rollup") if _resident(status) <= _ROLLUP_UP_TO else b"",
         open_files=open_files,
         more_files=more,
         sockets=tuple(_sockets(task, open_files)),
-        mounts=read_file(proc / "mountinfo", _MAX_MOUNTS),
+        mounts=read_mounts(task, proc),
         cgroup=_cgroup(cgroup),
-        oom_score_adj=read_file(proc / "oom_score_adj"),
+        oom_score_adj=proc.read(f"{task}/oom_score_adj"),
     )
 
 
-def _open_files(directory: Path) -> tuple[dict[int, bytes], bool]:
-    found: dict[int, bytes] = {}
-    try:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if len(found) == MAX_FILES:
-                    return found, True
-                try:
-                    found[int(entry.name)] = os.readlink(bytes(directory / entry.name))  # noqa: PTH115 - may not be UTF-8
-                except OSError:
-                    continue
-    except OSError:
-        pass
-    return found, False
+def read_mounts(task: int, proc: Proc) -> bytes:
+    """Return proc_pid_mountinfo(5), as far as it is looked at."""
+    return proc.read(f"{task}/mountinfo", _MAX_MOUNTS)
+
+
+def _open_files(directory: str, proc: Proc) -> tuple[dict[int, bytes], bool]:
+    numbers = proc.list(directory, MAX_FILES + 1)
+    links = {int(number): proc.link(f"{directory}/{number}") for number in numbers[:MAX_FILES]}
+    found = {number: target for number, target in links.items() if target is not None}
+    return found, len(numbers) > MAX_FILES
 
 
 def _sockets(pid: int, open_files: dict[int, bytes]) -> Iterator[dict[str, Any]]:
@@ -171,14 +166,17 @@ def _cgroup(path: str | None) -> dict[str, bytes]:
     """
     if not path or ".." in path.split("/"):
         return {}
-    places = {_CGROUP_ROOT / h / path.lstrip("/"): files for h, files in _CGROUP_FILES.items()}
-    return {
-        name: raw
-        for place, files in places.items()
-        if place.is_dir()
-        for name in files
-        if (raw := read_file(place / name))
-    }
+    found: dict[str, bytes] = {}
+    for hierarchy, files in _CGROUP_FILES.items():
+        try:
+            place = os.open(f"{_CGROUP_ROOT}/{hierarchy}/{path}", _PLACE)
+        except OSError:
+            continue
+        try:
+            found |= {name: raw for name in files if (raw := read_file(name, at=place))}
+        finally:
+            os.close(place)
+    return found
 
 
 def _resident(status: bytes) -> int:
@@ -219,12 +217,3 @@ def _number(raw: bytes) -> int | None:
         return int(raw)
     except ValueError:
         return None
-
-
-def read_file(path: Path, limit: int = MAX_READ) -> bytes:
-    """Read up to `limit` bytes; what cannot be read is empty. /proc gives a page at a time."""
-    try:
-        with path.open("rb") as file:
-            return file.read(limit)
-    except OSError:
-        return b""

@@ -17,6 +17,7 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass
 
+from services.common.proc import read_file
 from services.recorder.errors import CaptureFailed
 from services.recorder.hold import Hold, Stalled
 from services.recorder.mechanism import Mechanism
@@ -29,6 +30,7 @@ _ACK = struct.Struct("=IIQ")
 _MARK = struct.Struct("=I")
 _MAX_REQUEST = 4096  # the kernel promises less than a page
 _SO_PEERPIDFD = 77
+_PID = re.compile(rb"^Pid:\s*(-?\d+)$", re.MULTILINE)  # of a pidfd, proc_pid_fdinfo(5)
 
 _HELPER_MESSAGE = re.compile(rb"(\d{1,10}) (\d{1,10}) (\d{1,2}) (\d{1,12})\n")
 _HELPER_WITHIN = 10.0  # seconds; the helper sends at once
@@ -85,14 +87,16 @@ def identify(mechanism: Mechanism, hold: Hold) -> int:
 
 def _peer(descriptor: int) -> int:
     """Return the crashing process's PID from the socket's pidfd, which cannot be reused."""
-    with socket.socket(fileno=os.dup(descriptor)) as connection:
+    kind = socket.AF_UNIX, socket.SOCK_STREAM, 0  # known, so that nobody is asked
+    with socket.socket(*kind, fileno=os.dup(descriptor)) as connection:
         pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     try:
-        with open(f"/proc/self/fdinfo/{pidfd}") as info:  # noqa: PTH123
-            fields = dict(line.split(":", 1) for line in info)
+        found = _PID.search(read_file(f"/proc/self/fdinfo/{pidfd}"))
     finally:
         os.close(pidfd)
-    pid = int(fields["Pid"])
+    if found is None:
+        raise _gone("the kernel does not say who crashes")
+    pid = int(found[1])
     if pid <= 0:
         why = "is gone" if pid < 0 else "is outside our PID namespace (run with --pid=host)"
         raise _gone(f"the crashing process {why}")

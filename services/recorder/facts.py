@@ -7,15 +7,15 @@ import os
 import pwd
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from crashbus import names
 from crashbus.messages import Process
 from services.common import process as processes
 from services.common import redact, resources
-from services.common.resources import Resources, read_file
+from services.common.proc import LIVE, Proc
+from services.common.resources import Resources
 from services.recorder.errors import CaptureFailed
 
 MAX_ENVIRONMENT = 128 * 1024  # bytes kept; 2 MiB are possible, execve(2)
@@ -98,50 +98,48 @@ class Facts:
                 os.close(module.file)
 
 
-def read_identity(pid: int, boot_id: str) -> Process:
+def read_identity(pid: int, boot_id: str, proc: Proc = LIVE) -> Process:
     """Read who crashed.
 
     Raises:
         CaptureFailed: it is gone.
     """
     try:
-        process = processes.read_process(pid, boot_id)
+        process = processes.read_process(pid, boot_id, proc)
     except ProcessLookupError as gone:
         raise CaptureFailed(
             "process_gone",
             f"{gone}, so its crash cannot be named",
             "nothing, if it was killed while it crashed (docker stop, OOM)",
         ) from gone
-    task = _living_task(pid)
+    task = _living_task(pid, proc)
     if task != pid:
         process = process.model_copy(
             update={
-                "executable": processes.executable(task),
-                "command_line": processes.command_line(task),
+                "executable": processes.executable(task, proc),
+                "command_line": processes.command_line(task, proc),
             }
         )
     return process
 
 
-def read_rest(process: Process) -> Facts:
+def read_rest(process: Process, proc: Proc = LIVE) -> Facts:
     """Read everything else but the modules; what cannot be read is left out."""
-    living = _living_task(process.pid)
-    proc = Path(f"/proc/{living}")
-    environment, cut = _environment(proc)
-    maps = read_file(proc / "maps", MAX_MAPS)
+    living = _living_task(process.pid, proc)
+    environment, cut = _environment(read_environment(living, proc))
     return Facts(
         process=process,
         username=_username(process.uid),
         raw_environment=environment,
-        cwd=_link(proc / "cwd"),
-        root=_link(proc / "root"),
-        limits=parse_limits(names.text(read_file(proc / "limits"))),
-        threads=_threads(process),
+        cwd=_link(f"{living}/cwd", proc),
+        root=_link(f"{living}/root", proc),
+        limits=parse_limits(names.text(proc.read(f"{living}/limits"))),
+        threads=_threads(process, proc),
         modules=(),
         notes=(f"environment cut to {MAX_ENVIRONMENT} bytes",) if cut else (),
-        maps=maps,
+        maps=read_maps(living, proc),
         task=living,
-        resources=resources.read(living, process.cgroup),
+        resources=resources.read(living, process.cgroup, proc),
     )
 
 
@@ -175,51 +173,58 @@ def _end_of_code(maps: bytes, address: int) -> int:
     return address
 
 
-def _living_task(pid: int) -> int:
+def _living_task(pid: int, proc: Proc) -> int:
     """Return a thread that still has its memory, as a name in /proc; proc_tid(5).
 
     When the first thread has ended before the others, /proc/<pid> shows nothing of it.
     """
-    for task in (pid, *_tasks(pid)):
-        if _link(Path(f"/proc/{task}/exe")) is not None:
-            return task
-    return pid
+    if has_memory(pid, proc):
+        return pid
+    return next((task for task in read_threads(pid, proc) if has_memory(task, proc)), pid)
 
 
-def _tasks(pid: int) -> Iterator[int]:
-    try:
-        with os.scandir(f"/proc/{pid}/task") as entries:
-            for count, entry in enumerate(entries):
-                if count == MAX_THREADS:
-                    return
-                yield int(entry.name)
-    except OSError:
-        return
+def has_memory(task: int, proc: Proc) -> bool:
+    """Tell whether a thread has not ended yet."""
+    return proc.link(f"{task}/exe") is not None
 
 
-def _environment(proc: Path) -> tuple[bytes, bool]:
-    raw = read_file(proc / "environ", MAX_ENVIRONMENT + 1)
+def read_threads(pid: int, proc: Proc) -> list[int]:
+    """Return its threads, `MAX_THREADS` at most."""
+    return [int(name) for name in proc.list(f"{pid}/task", MAX_THREADS)]
+
+
+def read_maps(task: int, proc: Proc) -> bytes:
+    """Return its mappings, as far as they are looked at."""
+    return proc.read(f"{task}/maps", MAX_MAPS)
+
+
+def read_environment(task: int, proc: Proc) -> bytes:
+    """Return its environment, with a byte more than is kept if it has more."""
+    return proc.read(f"{task}/environ", MAX_ENVIRONMENT + 1)
+
+
+def _environment(raw: bytes) -> tuple[bytes, bool]:
     if len(raw) <= MAX_ENVIRONMENT:
         return raw, False
     # A variable that is cut in two could lose the name that tells it is a secret.
     return raw[:MAX_ENVIRONMENT].rpartition(b"\0")[0], True
 
 
-def _threads(process: Process) -> tuple[Task, ...]:
+def _threads(process: Process, proc: Proc) -> tuple[Task, ...]:
     other_namespace = process.ns_pid != process.pid
     return tuple(
         Task(
             task,
-            _ns_tid(process.pid, task) if other_namespace else task,
-            names.text(read_file(Path(f"/proc/{process.pid}/task/{task}/comm")).rstrip(b"\n")),
+            _ns_tid(task, f"{process.pid}/task/{task}", proc) if other_namespace else task,
+            names.text(proc.read(f"{process.pid}/task/{task}/comm").rstrip(b"\n")),
         )
-        for task in _tasks(process.pid)
+        for task in read_threads(process.pid, proc)
     )
 
 
-def _ns_tid(pid: int, task: int) -> int:
+def _ns_tid(task: int, place: str, proc: Proc) -> int:
     """Return a thread's ID in its own PID namespace, the last of NSpid in proc_pid_status(5)."""
-    match = _NS_TID.search(read_file(Path(f"/proc/{pid}/task/{task}/status")))
+    match = _NS_TID.search(proc.read(f"{place}/status"))
     return int(match[1]) if match else task
 
 
@@ -275,36 +280,46 @@ def parse_maps(raw: bytes) -> list[tuple[str, int, int, str]]:
     ][:MAX_MODULES]
 
 
-def with_modules(facts: Facts, files: int) -> Facts:
+def with_modules(facts: Facts, files: int, opened: Mapping[str, int] | None = None) -> Facts:
     """Add the modules, and open the files themselves, which path, root and deletion cannot hide.
 
     The last to be done: a file system that does not answer keeps us here.
 
     Args:
         files: how many descriptors may be opened.
+        opened: what `open_modules` returned, if they are open already.
     """
-    modules = []
-    for path, start, end, mapping in parse_maps(facts.maps):
-        opened = open_mapping(facts.task, mapping) if files > 0 else -1
-        files -= opened >= 0
-        modules.append(Module(path, start, end, opened))
+    if opened is None:
+        opened = open_modules(facts.task, facts.maps, files)
+    found = parse_maps(facts.maps)
+    modules = (Module(path, start, end, opened.get(name, -1)) for path, start, end, name in found)
     return replace(facts, modules=tuple(modules))
+
+
+def open_modules(task: int, maps: bytes, limit: int) -> dict[str, int]:
+    """Open the first files that are mapped as code, by name in proc_pid_map_files(5)."""
+    opened: dict[str, int] = {}
+    for *_, mapping in parse_maps(maps):
+        if len(opened) >= limit:
+            break
+        file = open_mapping(task, mapping)
+        if file >= 0:
+            opened[mapping] = file
+    return opened
 
 
 def open_mapping(task: int, mapping: str) -> int:
     """Open a mapped file by its name in proc_pid_map_files(5); -1 where that cannot be."""
-    path = Path(f"/proc/{task}/map_files/{mapping}")
+    path = f"/proc/{task}/map_files/{mapping}"
     try:
         # To open a device is to act on it: look first. What is mapped stays while it is held.
-        if not stat.S_ISREG(path.stat().st_mode):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - fast, see services.common.proc
             return -1
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:
         return -1
 
 
-def _link(path: Path) -> str | None:
-    try:
-        return names.text(os.readlink(bytes(path)))  # noqa: PTH115 - may not be UTF-8
-    except OSError:
-        return None
+def _link(name: str, proc: Proc) -> str | None:
+    path = proc.link(name)
+    return None if path is None else names.text(path)

@@ -68,8 +68,7 @@ async def test_a_process_of_odd_bytes_fits_a_message(odd_process: int, bus: Bus)
     assert await bus.stored(SignalEvent) == [event]
 
 
-def test_a_longer_path_than_a_message_holds_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process.Path, "read_bytes", lambda _: b"0::/" + b"\xff" * 100_000 + b"\n")
-    group = process.cgroup(1)
+def test_a_longer_path_than_a_message_holds_is_cut() -> None:
+    group = process.cgroup_in(b"0::/" + b"\xff" * 100_000 + b"\n")
     assert group is not None
     assert len(group) == 32 * 1024
