@@ -37,11 +37,13 @@ class QueueConsumer:
     Attributes:
         asking: somebody asks it for a message just now.
         active: when it was made or gave out its last message, in Unix seconds.
+        items: how many messages wait for it or are in the hands of who uses it.
     """
 
     filter: str
     asking: bool
     active: float
+    items: int = 0
 
     def serves(self, subject: str, now: float) -> bool:
         """Tell whether messages on a subject are for it, and somebody uses it.
@@ -112,7 +114,8 @@ def _consumer(info: ConsumerInfo) -> QueueConsumer:
     last = info.delivered.last_active if info.delivered else None
     # Without a filter it takes everything.
     pattern = info.config.filter_subject or ">"
-    return QueueConsumer(pattern, bool(info.num_waiting), _unix(last or info.created))
+    items = (info.num_pending or 0) + (info.num_ack_pending or 0)
+    return QueueConsumer(pattern, bool(info.num_waiting), _unix(last or info.created), items)
 
 
 def _unix(moment: datetime) -> float:

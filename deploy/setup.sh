@@ -11,6 +11,7 @@ packages=(
   gcc libc6-dev make                    # recorder: the static core_pattern helper
   nats-server gdb nginx-light           # bus, crashbus debug, the demo's victim
   ceph-mon ceph-osd radosgw             # tests: a real S3 server
+  prometheus openssl                    # tests: alert rules and metrics, TLS to the bus
 )
 
 # tests: a real container engine; whoever has one (docker-ce, moby) keeps it

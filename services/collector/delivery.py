@@ -388,6 +388,8 @@ class Deliverer:
         if crash is not None and crash.delivered_at is None:
             if isinstance(message, Receipt):
                 changed = apply_receipt(crash, message)
+                if changed:
+                    _tell_latency(crash, message)
             elif isinstance(message, Replay):
                 changed = apply_replay(crash, message)
             else:
@@ -398,6 +400,12 @@ class Deliverer:
         elif isinstance(message, Replay) and crash is None:
             await self._bus.publish(gone(message))
         await delivery.ack()
+
+
+def _tell_latency(crash: Crash, receipt: Receipt) -> None:
+    kind = receipt.file.kind
+    part = "whole" if kind is Kind.MANIFEST else "large" if kind in LARGE else "small"
+    metrics.LATENCY.labels(part).observe(max(0.0, receipt.time - crash.crashed_at))
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -13,6 +13,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import make_wsgi_app
 
+from services.common.metrics import HEALTHY
+
 LOOP_STUCK_AFTER = 15.0  # seconds without a beat; the loop beats every second
 
 
@@ -85,6 +87,7 @@ def serve(health: Health, address: str) -> Callable[[], None]:
     if not address:
         return lambda: None
     host, _, port = address.rpartition(":")
+    HEALTHY.set_function(lambda: not health.faults())
     metrics = make_wsgi_app()
 
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:

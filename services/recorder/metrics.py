@@ -38,3 +38,9 @@ BACKTRACE_SECONDS = Histogram(
 )
 BACKTRACES_WAITING = Gauge("crashbus_recorder_backtraces_waiting", "Crashes waiting for theirs")
 DEAD_LETTERS = Counter("crashbus_recorder_dead_letters_total", "Dead letters", ["result"])
+
+# A counter that begins with its first event has no rise that an alert could see.
+for _result in ("complete", "truncated", "failed"):
+    CAPTURES.labels(_result)
+for _result in ("published", "dropped"):
+    DEAD_LETTERS.labels(_result)

@@ -2,6 +2,7 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
+RESULTS = ("delivered", "already_delivered", "handed_back", "dead_lettered")
 DELIVERIES = Counter(
     "crashbus_shipper_deliveries",
     "Work items settled: delivered, already_delivered, handed_back, dead_lettered, or in_hand: "
@@ -35,6 +36,11 @@ SECONDS = Histogram(
     buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
 )
 IN_HAND = Gauge("crashbus_shipper_items_in_hand", "Work items being delivered now.")
+QUEUE = Gauge(
+    "crashbus_shipper_queue_items",
+    "Work items of a destination on the bus, in hand or not, seen every 10 s.",
+    ["destination"],
+)
 MALFORMED = Gauge(
     "crashbus_shipper_malformed_items", "Malformed work items put aside since the start."
 )

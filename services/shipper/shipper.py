@@ -8,7 +8,7 @@ import structlog
 from crashbus.bus import Bus, Delivery
 from crashbus.messages import WorkItem
 from crashbus.work_queue import WorkQueue
-from services.shipper import metrics, policy
+from services.shipper import metrics, policy, queue
 from services.shipper.delivery import Courier
 from services.shipper.hands import Hands
 from services.shipper.place import Place
@@ -56,6 +56,7 @@ class Shipper:
         try:
             async with asyncio.TaskGroup() as loops:
                 loops.create_task(self._sweep.run(), name="sweep")
+                loops.create_task(queue.watch(self._bus, self._places), name="queue")
                 for url, place in self._places.items():
                     for large in (False, True):
                         hands = Hands(self._bus, place, large, self._settings, self._take)
