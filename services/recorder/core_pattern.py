@@ -28,15 +28,18 @@ from services.recorder.mechanism import Plan
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-PATTERN = Path("/proc/sys/kernel/core_pattern")
-PIPE_LIMIT = Path("/proc/sys/kernel/core_pipe_limit")
+# In a container /proc/sys is read-only; deploy/compose.yaml mounts the two files of it here.
+_MOUNTED = Path("/host/proc/sys/kernel")
+_KERNEL = _MOUNTED if _MOUNTED.is_dir() else Path("/proc/sys/kernel")
+PATTERN = _KERNEL / "core_pattern"
+PIPE_LIMIT = _KERNEL / "core_pipe_limit"
 
 KERNEL_DEFAULT = "core"
 
 # One for the host, whatever state directories there are: two recorders would each put back the
-# other's pattern.
-LOCK = Path("/run/crashbus-recorder.lock")
-_LOCK_WITHIN = 1.0  # seconds
+# other's pattern. Containers share its directory with the host.
+LOCK = Path("/run/crashbus/recorder.lock")
+LOCK_WITHIN = 1.0  # seconds
 _LOCK_AGAIN = 0.02  # seconds between two tries
 
 
@@ -71,28 +74,36 @@ def directory(state: Path) -> Path:
     return path
 
 
+class AnotherRuns(RecorderError):
+    """A recorder runs on this host already."""
+
+
 @contextmanager
-def only_one() -> Iterator[None]:
+def only_one(within: float = LOCK_WITHIN) -> Iterator[None]:
     """Hold the right to change core_pattern.
 
+    Args:
+        within: seconds to wait for it.
+
     Raises:
-        RecorderError: another process holds it.
+        AnotherRuns: another process holds it.
+        RecorderError: it cannot be had at all.
     """
     descriptor = _open_lock()
     try:
-        _lock(descriptor)
+        _lock(descriptor, within)
         yield
     except BlockingIOError:
-        raise RecorderError(
+        raise AnotherRuns(
             f"a recorder runs on this host already, it holds {LOCK}: stop it first"
         ) from None
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> None:
+def _lock(descriptor: int, within: float) -> None:
     """Lock, waiting a moment: a dead recorder's watchdog holds it while it puts back."""
-    end = time.monotonic() + _LOCK_WITHIN
+    end = time.monotonic() + within
     while True:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,6 +115,7 @@ def _lock(descriptor: int) -> None:
 
 def _open_lock() -> int:
     try:
+        LOCK.parent.mkdir(mode=0o700, exist_ok=True)
         return os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise RecorderError(f"{LOCK} cannot be made: {error.strerror}; run as root") from error
@@ -133,8 +145,9 @@ def install(state: Path, plan: Plan) -> None:
         _write(PATTERN, plan.pattern)
     except OSError as error:
         raise RecorderError(
-            f"cannot write {error.filename}: {error.strerror}; the recorder must run as root, "
-            "and in a container with a writable /proc/sys"
+            f"cannot make core_pattern {plan.pattern!r}: {error.strerror}; the recorder must run "
+            "as root, in a container with a writable /proc/sys/kernel/core_pattern and with "
+            "CRASHBUS_RECORDER_MECHANISM=pipe"
         ) from error
     log.info("core_pattern changed", old=previous.pattern, new=plan.pattern)
 

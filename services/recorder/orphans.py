@@ -316,7 +316,8 @@ class Orphans:
     def stop(self, within: float) -> None:
         """Take no other; wait for the one in hand."""
         self._stopping.set()
-        self._thread.join(within)
+        if self._thread.is_alive():  # a recorder that could not start stops, too
+            self._thread.join(within)
 
     def _open(self) -> int:
         spool = crash_directory.open_spool(self._spool)
