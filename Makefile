@@ -16,7 +16,7 @@ demo: setup ## crash a real nginx and see its crash files delivered
 # Most tests wait for real servers: two at a time take little more than half as long. Two that both
 # load the machine can starve each other, so what failed beside others has to pass alone.
 test: setup ## run the test suite
-	@$(PYTHON) -m pytest -n 2 --dist loadfile || \
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder || \
 		{ [ $$? = 1 ] && $(PYTHON) -m pytest --last-failed --last-failed-no-failures none --maxfail 2; }
 
 # CRASHES of each fault, of up to MIB MiB; SEED repeats what one line of the table shows.

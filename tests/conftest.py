@@ -38,3 +38,11 @@ async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
     async with connect(nats_server.url, host="test-host") as connected:
         await connected.ensure_streams()
         yield connected
+
+
+LONGEST = ("tests/compose/", "tests/faults/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
