@@ -56,9 +56,9 @@ async def setup(tmp_path: Path, nats_server: NatsServer, bus: Bus) -> AsyncItera
 
 
 async def fill_chunk_store(setup: Setup) -> StreamConfig:
-    """Leave no room for a core."""
-    config = (await setup.bus._js.stream_info(streams.CHUNKS)).config
-    config.max_bytes = 1_000_000
-    await setup.bus._js.update_stream(config)
-    await setup.bus.publish_raw("crash.chunk.filler.x", os.urandom(960_000))
-    return config
+    """Leave no room for any chunk of a core; it might hold one otherwise."""
+    await setup.bus.publish_raw("crash.chunk.filler.x", os.urandom(1_040_000))
+    info = await setup.bus._js.stream_info(streams.CHUNKS)
+    info.config.max_bytes = info.state.bytes
+    await setup.bus._js.update_stream(info.config)
+    return info.config
