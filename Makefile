@@ -2,10 +2,10 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults lint format bench docs lock clean
+.PHONY: help setup demo test test-compose test-faults lint format bench docs lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what is missing: Debian packages, the virtual environment, the pipe helper
 	@deploy/setup.sh
@@ -14,10 +14,14 @@ demo: setup ## crash a real nginx and see its crash files delivered
 	@$(PYTHON) -m crashbus demo
 
 # Most tests wait for real servers: two at a time take little more than half as long. Two that both
-# load the machine can starve each other, so what failed beside others has to pass alone.
+# load the machine can starve each other, so what failed beside others has to pass alone. The
+# container stack has a target of its own: it builds all images first.
 test: setup ## run the test suite
-	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder || \
-		{ [ $$? = 1 ] && $(PYTHON) -m pytest --last-failed --last-failed-no-failures none --maxfail 2; }
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/compose || \
+		{ [ $$? = 1 ] && $(PYTHON) -m pytest --ignore tests/compose --last-failed --last-failed-no-failures none --maxfail 2; }
+
+test-compose: setup ## the tests of deploy/compose.yaml alone, on a container engine of their own
+	@$(PYTHON) -m pytest tests/compose
 
 # CRASHES of each fault, of up to MIB MiB; SEED repeats what one line of the table shows.
 CRASHES ?= 50

@@ -14,6 +14,7 @@ packages=(
   prometheus openssl                    # tests: alert rules and metrics, TLS to the bus
 )
 
+packages+=(mmdebstrap)                  # tests: a base for images where no registry is reached
 # tests: a real container engine; whoever has one (docker-ce, moby) keeps it
 command -v dockerd >/dev/null || packages+=(docker.io)
 
