@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 import zstandard
 
 from crashbus import DeadLetter, layout
@@ -21,6 +22,7 @@ from tests.pipeline.conftest import Pipeline, top_frames
 from tests.support.cgroup import limit, memory_cgroup
 from tests.support.crashers import FATAL, SOURCES, crasher
 from tests.support.nats import free_port
+from tests.support.prometheus import DEPLOY, prometheus
 from tests.support.requirements import need_program
 from tests.support.tcp import reassemble
 from tests.support.victim import Victim
@@ -365,3 +367,54 @@ async def test_storm_of_crashes_loses_none(pipeline: Pipeline) -> None:
     for manifest in manifests:
         await pipeline.delivered(manifest, within=90)
         check_everywhere_equal(pipeline, manifest)
+
+
+async def test_prometheus_sees_all_that_rules_and_dashboard_ask_for(pipeline: Pipeline) -> None:
+    pid = await run_to_its_end(crasher("null_pointer"))
+    await pipeline.delivered(await pipeline.manifest_of(pid))
+    addresses = {name: service.http for name, service in pipeline.services.items()}
+    with prometheus(pipeline.directory.parent / "prometheus", addresses) as seen:
+        await until(lambda: seen.up() == set(addresses), every=0.5)
+
+        known = set(seen.ask("label/__name__/values"))
+        # Those that have no value yet, such as failures by their reason.
+        known |= {f"{family}_total" for family in seen.ask("metadata")}
+        for expression in queries():
+            metrics = set(re.findall(r"crashbus_\w+", expression))
+            assert metrics, expression
+            assert metrics <= known, expression
+            seen.ask("query", query=expression)  # refused if it is no query
+        (group,) = seen.ask("rules")["groups"]
+        evaluated = {"ok", "unknown"}  # unknown: not yet
+        assert {rule["health"] for rule in group["rules"]} <= evaluated, group
+
+        def value(query: str) -> float:
+            found = seen.ask("query", query=query)["result"]
+            return float(found[0]["value"][1]) if found else 0
+
+        for query in (
+            'sum(crashbus_detector_events_total{disposition="default"})',
+            'sum(crashbus_recorder_captures_total{result="complete"})',
+            "sum(crashbus_recorder_hold_seconds_count)",
+            "sum(crashbus_recorder_core_bytes_total)",
+            "sum(crashbus_collector_sent_bytes_total)",
+            "sum(crashbus_shipper_bytes_in_total)",
+            "sum(crashbus_shipper_bytes_out_total)",
+            'sum(crashbus_collector_delivery_seconds_count{part="small"})',
+            'sum(crashbus_collector_delivery_seconds_count{part="whole"})',
+            "count(crashbus_shipper_queue_items)",
+        ):
+            await until(lambda query=query: value(query) > 0, every=0.5)
+        await until(lambda: value("sum(crashbus_healthy)") == len(addresses), every=0.5)
+
+
+def queries() -> list[str]:
+    """Return what the alert rules and the dashboard ask of Prometheus."""
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())
+    asked = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboards" / "crashbus.json").read_text())
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            expression = target["expr"].replace("$__rate_interval", "1m")
+            asked.append(expression.replace("$__range", "1h"))
+    return [one for one in asked if "crashbus_" in one]
