@@ -19,8 +19,9 @@ LOOK_EVERY = 10.0  # seconds; Prometheus seldom looks more often
 async def watch(bus: Bus, destinations: Iterable[str]) -> None:
     """Look until cancelled, and tell by `metrics.QUEUE`."""
     filters = {work_item_filter(url, large): url for url in destinations for large in (False, True)}
-    for result in metrics.RESULTS:
-        for url in filters.values():
+    for url in filters.values():
+        metrics.QUEUE.labels(url)  # there is a value before there is a bus
+        for result in metrics.RESULTS:
             metrics.DELIVERIES.labels(url, result)
     queue = WorkQueue(bus)
     while True:
