@@ -39,7 +39,7 @@ KERNEL_DEFAULT = "core"
 # One for the host, whatever state directories there are: two recorders would each put back the
 # other's pattern. Containers share its directory with the host.
 LOCK = Path("/run/crashbus/recorder.lock")
-LOCK_WITHIN = 1.0  # seconds
+LOCK_WITHIN = 3.0  # seconds
 _LOCK_AGAIN = 0.02  # seconds between two tries
 
 

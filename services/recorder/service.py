@@ -37,7 +37,7 @@ from services.recorder.orphans import Orphan, Orphans
 from services.recorder.recording import MODULE_FILES, Conditions, Recording
 from services.recorder.settings import RecorderSettings
 from services.recorder.unwind_process import Server as UnwindServer
-from services.recorder.watchdog import Watchdog
+from services.recorder.watchdog import Watchdogs
 from services.recorder.workers import Workers
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -68,7 +68,7 @@ async def work(runtime: Runtime, settings: RecorderSettings) -> None:
         finally:
             # In this order: who crashes from now on is the previous handler's.
             _put_back(state)
-            recorder.stop_watchdog()
+            recorder.stop_watchdogs()
             await asyncio.to_thread(recorder.stop, STOP_WITHIN)
             await finish(letters.all_told(), _TELL_WITHIN)
             telling.cancel()
@@ -110,7 +110,7 @@ class Recorder:
         )
         self._plan = mechanism.plan(chosen, self._listener.path, _helper_place(self._state))
         self._orphans = Orphans(runtime.bus_settings.spool, self._adopt, letters.add)
-        self._watchdog = Watchdog(
+        self._watchdogs = Watchdogs(
             self._state, settings.watchdog_deadline, runtime.bus_settings.log_format
         )
         self._unwind_server = UnwindServer()
@@ -132,7 +132,7 @@ class Recorder:
         self._listener.start()
         if self._plan.mechanism is Mechanism.PIPE:
             self._install_helper()
-        self._start_watchdog()
+        self._start_watchdogs()
         core_pattern.install(self._state, self._plan)
         self._orphans.start()
         log.info("recording crashes", mechanism=self._plan.mechanism.value)
@@ -141,8 +141,8 @@ class Recorder:
         """See to it that no process is held for ever, and that the kernel still sends here."""
         while True:
             await asyncio.sleep(_LOOK_EVERY)
-            self._watchdog.beat()
-            self._check_watchdog()
+            self._watchdogs.beat()
+            self._check_watchdogs()
             self._let_go_of_stalled()
             self._captures.replace_stuck()
             self._finishers.replace_stuck()
@@ -169,9 +169,9 @@ class Recorder:
             hold.let_go("it was stopped")
         self._unwind_server.stop()
 
-    def stop_watchdog(self) -> None:
+    def stop_watchdogs(self) -> None:
         """From here on nobody waits for us who is not let go within `STOP_WITHIN`."""
-        self._watchdog.stop()
+        self._watchdogs.stop()
 
     def _install_helper(self) -> None:
         """Install the pipe helper, with rules for the time when no recorder is there."""
@@ -194,20 +194,19 @@ class Recorder:
             raise
         recording.finish(captured, self._conditions, self._backtrace_within())
 
-    def _start_watchdog(self) -> None:
+    def _start_watchdogs(self) -> None:
         try:
-            self._watchdog.start()
+            self._watchdogs.start()
         except OSError as error:
             raise RecorderError(f"the watchdog cannot be started: {error}") from error
-        self._watchdog.beat()
 
-    def _check_watchdog(self) -> None:
-        if self._watchdog.is_running:
+    def _check_watchdogs(self) -> None:
+        if self._watchdogs.are_watching:
             self._health.working("watchdog")
             return
-        log.error("the watchdog is gone, starting another")
+        log.error("a watchdog is gone, or stopped: starting another")
         try:
-            self._start_watchdog()
+            self._start_watchdogs()
         except RecorderError as error:
             self._health.failing("watchdog", str(error))
 

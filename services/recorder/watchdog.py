@@ -6,19 +6,63 @@ tells this process once a second that it works. When it falls silent it is kille
 its sockets and frees everyone; whoever supervises it starts it again. When it is gone, however
 that came, core_pattern is put back, because cores that go to a socket without a listener are
 lost. Only a pipe helper stays: it keeps them for the next recorder, `orphans`.
+
+There are two of them, the second more patient, so that a watchdog that is stopped together with
+the recorder is no gap. Both leave the recorder's cgroup, because that can be frozen as a whole.
 """
 
+import fcntl
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
-from contextlib import suppress
+import termios
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from services.recorder import hardening
 
 _ENDS_WITHIN = 5.0  # seconds from SIGKILL to the end of the recorder
+_SECOND = 2  # times the patience of the first has the second
+# Where a process leaves its cgroup to: the root of version 1's freezer, or of version 2.
+_CGROUP_ROOTS = ("/sys/fs/cgroup/freezer", "/sys/fs/cgroup/unified", "/sys/fs/cgroup")
+
+
+class Watchdogs:
+    """Both of them; see `Watchdog`."""
+
+    def __init__(self, state: Path, patience: float, log_form: str) -> None:
+        self._both = tuple(
+            Watchdog(state, seconds, log_form) for seconds in (patience, patience * _SECOND)
+        )
+
+    def start(self) -> None:
+        """Start those that do not watch, and give each a first beat.
+
+        Raises:
+            OSError: no process, or no descriptor, can be had.
+        """
+        for one in self._both:
+            if not one.is_watching:
+                one.start()
+                one.beat()
+
+    @property
+    def are_watching(self) -> bool:
+        """Whether both watch."""
+        return all(one.is_watching for one in self._both)
+
+    def beat(self) -> None:
+        """Say that the recorder works."""
+        for one in self._both:
+            one.beat()
+
+    def stop(self) -> None:
+        """End them; core_pattern is the recorder's own business from here on."""
+        for one in self._both:
+            one.stop()
 
 
 class Watchdog:
@@ -35,18 +79,27 @@ class Watchdog:
         # Nothing is read from it by us: open, so that a beat without a watchdog is no SIGPIPE.
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._process: subprocess.Popen[bytes] | None = None
+        # It reads each beat at once. What it leaves is as old as it has bytes, in seconds.
+        self._unread = max(3, round(patience))
 
     @property
-    def is_running(self) -> bool:
-        """Whether it watches."""
-        return self._process is not None and self._process.poll() is None
+    def is_watching(self) -> bool:
+        """Whether it runs, and is not stopped itself."""
+        if self._process is None or self._process.poll() is not None:
+            return False
+        (unread,) = struct.unpack("i", fcntl.ioctl(self._read, termios.FIONREAD, bytes(4)))
+        return bool(unread < self._unread)
 
     def start(self) -> None:
-        """Start it.
+        """Start it, in the place of one that does not watch.
 
         Raises:
             OSError: no process, or no descriptor, can be had.
         """
+        if self._process is not None:
+            self._process.kill()  # a frozen one ends once it is thawed
+        with suppress(BlockingIOError):
+            os.read(self._read, 1 << 20)
         us = os.pidfd_open(os.getpid())
         try:
             self._process = subprocess.Popen(
@@ -69,10 +122,11 @@ class Watchdog:
             os.write(self._write, b".")
 
     def stop(self) -> None:
-        """End it; core_pattern is the recorder's own business from here on."""
+        """End it."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_ENDS_WITHIN)
 
 
 def main() -> None:
@@ -83,12 +137,18 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # Whoever stops all of a service's processes at once stops the recorder too.
         signal.signal(number, signal.SIG_IGN)
+    _leave_cgroup()
     fell_silent = not _ended(recorder, beats, patience)
     if fell_silent:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(recorder, signal.SIGKILL)
-        _wait_for_end(recorder)
-    _put_back(state, log_form, patience if fell_silent else None)
+    has_ended = _has_ended(recorder)
+    held = [] if has_ended else _dumping()
+    _put_back(state, log_form, patience if fell_silent else None, has_ended)
+    for process in held:
+        # It waits for a recorder that cannot be ended: nothing but this ends it.
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
 
 
 def _ended(recorder: int, beats: int, patience: float) -> bool:
@@ -110,14 +170,51 @@ def _ended(recorder: int, beats: int, patience: float) -> bool:
     return False
 
 
-def _wait_for_end(recorder: int) -> None:
+def _leave_cgroup() -> None:
+    """Go to the root of the cgroups, where that is possible: what is frozen there is the host."""
+    for root in _CGROUP_ROOTS:
+        with suppress(OSError):
+            procs = os.open(f"{root}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(procs, b"0")  # whoever writes, cgroups(7)
+            finally:
+                os.close(procs)
+
+
+def _has_ended(recorder: int) -> bool:
+    """Wait for its end; False where it does not die of SIGKILL.
+
+    That is so in a frozen cgroup of version 1, or while it waits for a disk.
+    """
     waiting = select.poll()
     waiting.register(recorder, select.POLLIN)
-    waiting.poll(_ENDS_WITHIN * 1000)
+    return bool(waiting.poll(_ENDS_WITHIN * 1000))
 
 
-def _put_back(state: Path, log_form: str, silence: float | None) -> None:
-    """Put core_pattern back, unless another recorder has taken over already."""
+def _dumping() -> list[int]:
+    """Return pidfds of all processes that dump core now; proc_pid_status(5).
+
+    All of the host's cores go one way, so all of them wait for that recorder.
+    """
+    found = []
+    for place in Path("/proc").iterdir():
+        with suppress(OSError):
+            if place.name.isdecimal():
+                process = os.pidfd_open(int(place.name))
+                if b"\nCoreDumping:\t1\n" in (place / "status").read_bytes():
+                    found.append(process)
+                else:
+                    os.close(process)
+    return found
+
+
+def _put_back(state: Path, log_form: str, silence: float | None, has_ended: bool) -> None:
+    """Put core_pattern back, unless another recorder has taken over already.
+
+    Args:
+        silence: seconds after which the recorder was killed; None: it ended by itself.
+        has_ended: if not, it holds the lock of `core_pattern` for good, and nobody else will.
+    """
     # Loaded only now: until then this process needs a quarter of the memory, and what is held
     # is free by now even if the disk that these lie on is the reason for it all.
     import structlog
@@ -131,7 +228,7 @@ def _put_back(state: Path, log_form: str, silence: float | None) -> None:
     if silence is not None:
         log.error("killed a recorder that did not work any more", silent_for=f"{silence:g} s")
     try:
-        with core_pattern.only_one():
+        with core_pattern.only_one() if has_ended else nullcontext():
             if core_pattern.keeps_crashes(state):
                 log.warning("core_pattern stays: the pipe helper keeps crashes for a recorder")
             else:

@@ -60,11 +60,10 @@ HOG = ("/usr/bin/python3", "-c", _HOG)
 
 
 def kill_both(recorder: RecorderService) -> None:
-    """Kill a recorder that is stopped, so that its watchdog is neither missed nor quick."""
-    watchdog = recorder.watchdog()
-    assert watchdog is not None
+    """Kill a recorder that is stopped, so that its watchdogs are neither missed nor quick."""
     os.kill(recorder.pid, signal.SIGSTOP)
-    os.kill(watchdog, signal.SIGKILL)
+    for watchdog in recorder.watchdogs():
+        os.kill(watchdog, signal.SIGKILL)
     recorder.kill()
 
 

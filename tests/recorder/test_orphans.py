@@ -81,24 +81,6 @@ async def test_crash_without_a_recorder_is_captured_by_the_next_one(
     await until(lambda: not orphans(recorder), WITHIN)
 
 
-async def test_crash_that_a_stopped_recorder_does_not_take_is_kept(
-    recorder_with: MakeRecorder,
-) -> None:
-    recorder = recorder_with(recorder_mechanism="pipe", recorder_watchdog_deadline=3)
-    await recorder.start()
-    os.kill(recorder.pid, signal.SIGSTOP)
-
-    pid, number = await asyncio.to_thread(crash, crasher("null_pointer"), within=WITHIN)
-
-    assert number == signal.SIGSEGV
-    assert recorder.process is not None
-    assert await asyncio.to_thread(recorder.process.wait, WITHIN) == -signal.SIGKILL
-    await until(lambda: "core_pattern stays" in recorder.log, WITHIN)
-    await recorder.start()
-    record = await recorder.captured(pid, WITHIN)
-    assert not any(file.truncated for file in record.files.values())
-
-
 @pytest.mark.parametrize(
     "setting", [{"core_off": "executable=/usr/bin/python3*"}, {"core": "stacks"}]
 )

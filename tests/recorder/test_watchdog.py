@@ -4,12 +4,14 @@ import asyncio
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.recorder.conftest import MakeRecorder
 from tests.support import core_pattern
+from tests.support.cgroup import Freezer
 from tests.support.crashers import crasher
 from tests.support.recorder import crash
 from tests.support.wait import until
@@ -26,18 +28,21 @@ async def test_stopped_recorder_holds_nobody_beyond_its_deadline(
     os.kill(recorder.pid, signal.SIGSTOP)
     process = subprocess.Popen([crasher("null_pointer")])
 
-    status = await asyncio.to_thread(process.wait, 20)
+    status = await asyncio.to_thread(process.wait, 60)
 
     assert status == -signal.SIGSEGV
-    assert recorder.process.wait(5) == -signal.SIGKILL
-    await until(lambda: "core_pattern" in recorder.log.partition("killed a recorder that")[2])
+    assert recorder.process.wait(30) == -signal.SIGKILL
     if mechanism == "pipe":
-        assert "core_pattern stays: the pipe helper keeps crashes" in recorder.log
+        await until(lambda: "core_pattern stays: the pipe helper keeps" in recorder.log, 60)
     else:
-        assert core_pattern.current() == "/somewhere/core.%p"
+        await until(lambda: core_pattern.current() == "/somewhere/core.%p", 60)
+    await until(lambda: "killed a recorder that did not work any more" in recorder.log, 60)
     await recorder.start()
     pid, _ = crash(crasher("null_pointer"))
     assert (await recorder.captured(pid)).state == "complete"
+    if mechanism == "pipe":
+        record = await recorder.captured(process.pid, 60)
+        assert not any(file.truncated for file in record.files.values())
 
 
 async def test_core_pattern_is_put_back_after_sigkill(recorder_with: MakeRecorder) -> None:
@@ -47,23 +52,24 @@ async def test_core_pattern_is_put_back_after_sigkill(recorder_with: MakeRecorde
 
     recorder.kill()
 
-    await until(lambda: core_pattern.current() == "/somewhere/core.%p")
-    await until(lambda: "core_pattern put back" in recorder.log)
+    await until(lambda: core_pattern.current() == "/somewhere/core.%p", 60)
+    await until(lambda: "core_pattern put back" in recorder.log, 60)
 
 
 async def test_recorder_that_took_over_is_left_alone(recorder_with: MakeRecorder) -> None:
     first = recorder_with()
     await first.start()
-    watchdog = first.watchdog()
-    assert watchdog is not None
-    os.kill(watchdog, signal.SIGSTOP)
+    watchdogs = first.watchdogs()
+    for watchdog in watchdogs:
+        os.kill(watchdog, signal.SIGSTOP)
     first.kill()
     second = recorder_with(state=first.state)
     await second.start()
     taken = core_pattern.current()
 
-    os.kill(watchdog, signal.SIGCONT)
-    await until(lambda: "core_pattern stays as it is" in first.log)
+    for watchdog in watchdogs:
+        os.kill(watchdog, signal.SIGCONT)
+    await until(lambda: first.log.count("core_pattern stays as it is") == 2, 60)
 
     assert core_pattern.current() == taken
     pid, _ = crash(crasher("null_pointer"))
@@ -79,23 +85,75 @@ async def test_recorder_at_work_is_left_alone(recorder_with: MakeRecorder) -> No
         await asyncio.to_thread(recorder.process.wait, 5)
 
 
-async def test_killed_watchdog_is_replaced(recorder_with: MakeRecorder) -> None:
-    recorder = recorder_with()
+@pytest.mark.parametrize(
+    ("which", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP)]
+)
+async def test_watchdog_that_does_not_watch_is_replaced(
+    recorder_with: MakeRecorder, which: int, how: signal.Signals
+) -> None:
+    recorder = recorder_with(recorder_watchdog_deadline=3)
     await recorder.start()
-    former = recorder.watchdog()
-    assert former is not None
+    former = recorder.watchdogs()[which]
 
-    os.kill(former, signal.SIGKILL)
+    os.kill(former, how)
 
-    await until(lambda: recorder.watchdog() not in (None, former))
-    assert "the watchdog is gone, starting another" in recorder.log
+    await until(lambda: former not in recorder.watchdogs() and len(recorder.watchdogs()) == 2, 60)
+    assert "a watchdog is gone, or stopped: starting another" in recorder.log
+
+
+async def test_recorder_and_watchdog_that_are_stopped_hold_nobody(
+    recorder_with: MakeRecorder,
+) -> None:
+    core_pattern.set_pattern("/somewhere/core.%p")
+    recorder = recorder_with(recorder_watchdog_deadline=3)
+    await recorder.start()
+    assert recorder.process is not None
+    watchdog = recorder.watchdogs()[0]
+    for pid in (watchdog, recorder.pid):
+        os.kill(pid, signal.SIGSTOP)
+
+    _, number = await asyncio.to_thread(crash, crasher("null_pointer"), within=60)
+
+    assert number == signal.SIGSEGV
+    assert await asyncio.to_thread(recorder.process.wait, 60) == -signal.SIGKILL
+    await until(lambda: core_pattern.current() == "/somewhere/core.%p", 60)
+    os.kill(watchdog, signal.SIGCONT)  # it finds its recorder gone, and ends
+
+
+@pytest.fixture
+def freezer() -> Iterator[Freezer]:
+    place = Freezer()
+    yield place
+    place.remove()
+
+
+async def test_frozen_cgroup_of_the_recorder_holds_nobody(
+    recorder_with: MakeRecorder, freezer: Freezer
+) -> None:
+    core_pattern.set_pattern("/somewhere/core.%p")
+    recorder = recorder_with(recorder_watchdog_deadline=3)
+    recorder.prefix = ("sh", "-c", f'echo $$ >{freezer.procs}; exec "$@"', "sh")
+    await recorder.start()
+    assert recorder.process is not None
+    await until(lambda: not set(recorder.watchdogs()) & set(freezer.pids()), 60)
+    assert recorder.pid in freezer.pids()
+    freezer.freeze()
+
+    _, number = await asyncio.to_thread(crash, crasher("null_pointer"), within=60)
+
+    # What waits for a recorder that does not even die of SIGKILL is killed itself.
+    assert number in (signal.SIGSEGV, signal.SIGKILL)
+    await until(lambda: core_pattern.current() == "/somewhere/core.%p", 60)
+    freezer.thaw()
+    assert await asyncio.to_thread(recorder.process.wait, 60) == -signal.SIGKILL
 
 
 async def test_watchdog_ends_with_its_recorder(recorder_with: MakeRecorder) -> None:
     recorder = recorder_with()
     await recorder.start()
-    watchdog = recorder.watchdog()
+    watchdogs = recorder.watchdogs()
 
     assert recorder.stop() == 0
 
-    assert not Path(f"/proc/{watchdog}").exists()
+    assert len(watchdogs) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in watchdogs)

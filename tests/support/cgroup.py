@@ -37,3 +37,41 @@ def cgroup_path(group: Path) -> str:
     """Return a cgroup's path as /proc/<pid>/cgroup shows it."""
     v1 = Path("/sys/fs/cgroup/memory")
     return f"/{group.relative_to(v1 if v1.is_dir() else '/sys/fs/cgroup')}"
+
+
+class Freezer:
+    """A cgroup whose processes can be frozen, of version 1 or 2."""
+
+    def __init__(self) -> None:
+        v1, hybrid = Path("/sys/fs/cgroup/freezer"), Path("/sys/fs/cgroup/unified")
+        self._is_v1 = v1.is_dir()
+        root = v1 if self._is_v1 else hybrid if hybrid.is_dir() else Path("/sys/fs/cgroup")
+        self._place = root / f"crashbus-freezer-{os.getpid()}"
+        self.procs = self._place / "cgroup.procs"
+        try:
+            self._place.mkdir()
+        except OSError as error:
+            lacking(f"needs a cgroup that can be frozen: {error}")
+
+    def pids(self) -> list[int]:
+        """Return who is in it."""
+        return [int(pid) for pid in self.procs.read_text().split()]
+
+    def freeze(self) -> None:
+        if self._is_v1:
+            (self._place / "freezer.state").write_text("FROZEN")
+        else:
+            (self._place / "cgroup.freeze").write_text("1")
+
+    def thaw(self) -> None:
+        if self._is_v1:
+            (self._place / "freezer.state").write_text("THAWED")
+        else:
+            (self._place / "cgroup.freeze").write_text("0")
+
+    def remove(self) -> None:
+        """Let go of all that is in it."""
+        self.thaw()
+        for pid in self.pids():
+            (self._place.parent / "cgroup.procs").write_text(str(pid))
+        self._place.rmdir()

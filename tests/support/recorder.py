@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from crashbus import capture
 from crashbus.capture import CaptureRecord
 from tests.support.wait import until
 
-START_WITHIN = 20  # seconds; the machine may be busy
+START_WITHIN = 60  # seconds; the machine may be busy
 FILES = ("info", "cfg", "backtrace", "backtrace_json", "snapshot", "core")
 
 
@@ -30,6 +31,7 @@ class RecorderService:
         self.state = self._directory / "state"
         self._log = self._directory / "log"
         self.process: subprocess.Popen[bytes] | None = None
+        self.prefix: tuple[str, ...] = ()  # of its command
         self._environment = {
             "CRASHBUS_SPOOL": self.spool,
             "CRASHBUS_STATE": self.state,
@@ -48,12 +50,19 @@ class RecorderService:
         assert self.process is not None
         return self.process.pid
 
-    def watchdog(self) -> int | None:
-        """Return the PID of its watchdog, if it has one."""
-        for child in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
-            if b"services.recorder.watchdog" in Path(f"/proc/{child}/cmdline").read_bytes():
-                return int(child)
-        return None
+    def children(self) -> list[int]:
+        """Return the PIDs of its workers and watchdogs, and of what those started."""
+        return _descendants(self.pid)
+
+    def watchdogs(self) -> list[int]:
+        """Return the PIDs of its watchdogs, the less patient one first."""
+        found = {}
+        for pid in self.children():
+            with suppress(OSError):  # a worker ends
+                line = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"services.recorder.watchdog" in line:
+                    found[pid] = float(line.split(b"\0")[-3])
+        return sorted(found, key=found.__getitem__)
 
     async def start(self) -> None:
         """Start it and wait until crashes go to it."""
@@ -66,7 +75,9 @@ class RecorderService:
         environment = os.environ | {k: str(v) for k, v in self._environment.items()}
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.recorder"], stderr=log, env=environment
+                [*self.prefix, sys.executable, "-m", "services.recorder"],
+                stderr=log,
+                env=environment,
             )
 
     def _starts(self) -> int:
@@ -121,6 +132,15 @@ class RecorderService:
         pattern = "backtrace_*.json" if kind == "backtrace_json" else f"{kind}_*[0-9]"
         (path,) = (self.spool / str(pid)).glob(pattern)
         return path
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    with suppress(OSError):  # a thread ends, or all do
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                found += (child, *_descendants(child))
+    return found
 
 
 def crash(*command: str | Path, within: float = 60, **options: object) -> tuple[int, int]:
