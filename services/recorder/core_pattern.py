@@ -246,6 +246,14 @@ def _write(path: Path, value: str) -> None:
     path.write_bytes(value.encode("utf-8", "surrogateescape"))
 
 
+def _was_killed() -> bool:
+    """Tell whether we clean up for systemd, after a recorder that it starts again.
+
+    ExecStopPost= learns that by SERVICE_RESULT, systemd.exec(5).
+    """
+    return os.environ.get("SERVICE_RESULT", "success") != "success"
+
+
 def main() -> None:
     """Put core_pattern back after a recorder that was killed."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -255,6 +263,9 @@ def main() -> None:
     try:
         state = arguments.state or BusSettings.load().state
         with only_one():
+            if _was_killed() and keeps_crashes(state):
+                sys.stdout.write("core_pattern stays: the pipe helper keeps crashes\n")
+                return
             restored = restore(state)
     except (SettingsError, OSError) as error:
         sys.exit(f"crashbus recorder: {error}")
