@@ -12,6 +12,7 @@ packages=(
   nats-server gdb nginx-light           # bus, crashbus debug, the demo's victim
   ceph-mon ceph-osd radosgw             # tests: a real S3 server
   prometheus openssl                    # tests: alert rules and metrics, TLS to the bus
+  debuginfod                            # tests: a real server of debug information
 )
 
 packages+=(mmdebstrap)                  # tests: a base for images where no registry is reached

@@ -1,11 +1,12 @@
 """What the unwinding worker is asked and what it answers: validated, because it handles what
 an attacker may have written."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from crashbus.fingerprint import Call
+if TYPE_CHECKING:
+    from crashbus.fingerprint import Call
 
 MAX_FRAMES = 1024  # of one thread
 MAX_THREADS = 4096
@@ -37,9 +38,10 @@ class Request(Part):
     Attributes:
         core: descriptor of the core.
         cpu_seconds: RLIMIT_CPU.
-        debug_directory: of separate debug information.
+        debug_directories: of separate debug information.
         machine: e_machine of the core; 0: not known.
         registers: the crashing thread's.
+        tid: the crashing thread's.
         code: memory from the program counter on, as hexadecimal digits; None: was no fault.
         frames: the most to be returned for all threads together.
     """
@@ -48,9 +50,10 @@ class Request(Part):
     modules: tuple[ModuleFile, ...] = ()
     cpu_seconds: int = Field(gt=0)
     machine: int = 0
+    tid: int = 0
     registers: dict[str, int] = Field(default_factory=dict)
     code: str | None = None
-    debug_directory: str = "/usr/lib/debug"
+    debug_directories: tuple[str, ...] = ("/usr/lib/debug",)
     frames: int = Field(20_000, gt=0)
 
 
@@ -142,9 +145,12 @@ class Backtrace(Part):
     instruction: Instruction | None = None
     fault: Text | None = None
 
-    def calls(self) -> tuple[Call, ...]:
+    def calls(self) -> "tuple[Call, ...]":
         """Return the crashing thread's frames for the fingerprint."""
         frames = self.threads[0].frames if self.threads else ()
+        # Only here: it brings the whole bus, and no worker needs it.
+        from crashbus.fingerprint import Call
+
         return tuple(Call(frame.symbol, self._module_path(frame)) for frame in frames)
 
     def _module_path(self, frame: Frame) -> str | None:

@@ -51,7 +51,7 @@ class Binaries:
     Args:
         max_bytes: of one file; larger ones are left where they are, 0: keep none.
         reserve: percent of the spool's disk to leave free.
-        debug_directory: where debug information of them may be.
+        debug_directories: where debug information of them may be.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Binaries:
         spool: Path,
         max_bytes: int,
         reserve: float,
-        debug_directory: Path = Path("/usr/lib/debug"),
+        debug_directories: tuple[Path, ...] = (Path("/usr/lib/debug"),),
     ) -> None:
         self._spool = spool
         self._max_bytes = max_bytes
         self._reserve = reserve
-        self._debug_directory = debug_directory
+        self._debug_directories = debug_directories
         self._known: dict[tuple[int, ...], Binary] = {}  # by what fstat(2) says of a file
 
     def keep(self, modules: tuple[MappedModule, ...]) -> tuple[Module, ...]:
@@ -94,14 +94,14 @@ class Binaries:
 
     def _keep(self, module: Module, file: int, directory: int) -> Module:
         kept = [self._kept(Kind.EXECUTABLE, module, file, directory)]
-        with suppress(OSError):
-            name = f"{module.build_id[2:]}.debug"
-            place = self._debug_directory / ".build-id" / module.build_id[:2] / name
-            debug = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                kept.append(self._kept(Kind.DEBUGINFO, module, debug, directory))
-            finally:
-                os.close(debug)
+        for place in self._debug_directories:
+            debug = _open_debug(place, module.build_id)
+            if debug >= 0:
+                try:
+                    kept.append(self._kept(Kind.DEBUGINFO, module, debug, directory))
+                finally:
+                    os.close(debug)
+                break
         return module.model_copy(update={"kept": tuple(one for one in kept if one)})
 
     def _kept(self, kind: Kind, module: Module, file: int, directory: int) -> Binary | None:
@@ -131,6 +131,15 @@ class Binaries:
             self._known.clear()
         self._known[key] = binary
         return binary
+
+
+def _open_debug(place: Path, build_id: str) -> int:
+    """Open the debug information of a build; -1 where there is none."""
+    name = place / ".build-id" / build_id[:2] / f"{build_id[2:]}.debug"
+    try:
+        return os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 def _copy(kind: Kind, build_id: str, file: int, size: int, directory: int) -> Binary:

@@ -216,6 +216,8 @@ def _table(until: Read) -> tuple[_Elf, int, int]:
     kind, offset, entry, count = elf.header(until(elf.header_size))
     if kind != _ET_CORE or entry != elf.program_header.size:
         raise _Bad("it is no core")
+    if offset > MAX_PROGRAM_HEADERS:
+        raise _Bad("its program headers are too far away")
     if count == _PN_XNUM:
         # The true number stands at the very end of the file, but the notes follow the table.
         first = elf.program_header.unpack_from(until(offset + entry), offset)

@@ -4,6 +4,7 @@ import ctypes
 import os
 import resource
 
+NOBODY = 65534
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 _CLONE_NEWNET = 0x40000000
@@ -20,6 +21,16 @@ def never_dump_core() -> None:
 def no_new_privileges() -> None:
     """Set PR_SET_NO_NEW_PRIVS: no program started from here gains any."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def become_nobody() -> None:
+    """Give up root, if we are, and every way to become anything else."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    no_new_privileges()
+    never_dump_core()  # a change of user sets it anew, prctl(2)
 
 
 def leave_network() -> bool:

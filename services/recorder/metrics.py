@@ -30,6 +30,11 @@ RUNTIME_ANSWERS = Counter(
     ["result"],  # answered, failed
 )
 BINARIES = Counter("crashbus_recorder_binaries_total", "Programs and libraries copied to the spool")
+DEBUGINFO = Counter(
+    "crashbus_recorder_debuginfo_total",
+    "Debug information asked of debuginfod servers, by what became of it",
+    ["result"],  # fetched, missing, refused
+)
 BACKTRACES = Counter(
     "crashbus_recorder_backtraces_total", "Backtraces, by what became of them", ["result"]
 )

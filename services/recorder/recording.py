@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import structlog
 
-from crashbus import capture, fingerprint, signals
+from crashbus import capture, elf, fingerprint, signals
 from crashbus.capture import CapturedFile, CaptureRecord
 from crashbus.identity import boot_id, crash_id
 from crashbus.layout import Kind, crash_file_name
@@ -42,6 +42,7 @@ from services.recorder.containers import Answer, Runtime
 from services.recorder.core_head import Cause, Head
 from services.recorder.core_pages import Pages
 from services.recorder.core_policy import CorePolicy, Extent
+from services.recorder.debuginfod import Debuginfod
 from services.recorder.errors import CaptureFailed
 from services.recorder.facts import Facts
 from services.recorder.hold import Hold, Stalled
@@ -79,7 +80,8 @@ class Conditions:
     only_stream: bool  # read no memory but what the kernel sends
     disk_reserve: float  # percent
     binaries: Binaries
-    debug_directory: Path
+    debug_directories: tuple[Path, ...]
+    debuginfod: Debuginfod
     configuration: Mapping[str, Any]
     module_files: Callable[[], int]
     on_disk_full: Callable[[bool], None]
@@ -116,9 +118,16 @@ class Conditions:
                 shared.spool,
                 settings.max_binary_bytes,
                 settings.disk_reserve,
-                settings.debug_directory,
+                settings.debug_directories,
             ),
-            debug_directory=settings.debug_directory,
+            debug_directories=settings.debug_directories,
+            debuginfod=Debuginfod(
+                settings.debuginfod_servers,
+                settings.debuginfod_cache,
+                settings.debuginfod_deadline,
+                settings.max_binary_bytes,
+                settings.debuginfod_cache_bytes,
+            ),
             configuration=configuration,
             module_files=module_files,
             on_disk_full=on_disk_full,
@@ -441,6 +450,9 @@ def finish(recording: Recording, on: Conditions, backtrace_within: float) -> Non
     try:
         assert recording.facts is not None
         _add_container(recording)
+        until = time.monotonic() + backtrace_within
+        _fetch_debug_information(recording.facts, backtrace_within / 2, on)
+        backtrace_within = until - time.monotonic()
         trace = _backtrace(recording, recording.facts, backtrace_within, on)
         if trace.fault:
             recording.notes.append(f"backtrace failed: {trace.fault}")
@@ -450,6 +462,11 @@ def finish(recording: Recording, on: Conditions, backtrace_within: float) -> Non
     finally:
         recording.close()
     _say(recording)
+
+
+def _fetch_debug_information(known: Facts, within: float, on: Conditions) -> None:
+    found = (elf.build_id(module.file) for module in known.modules if module.file >= 0)
+    on.debuginfod.fetch((one for one in found if one is not None), within)
 
 
 def _binaries(recording: Recording, known: Facts, on: Conditions) -> tuple[Module, ...]:
@@ -512,7 +529,7 @@ def _backtrace(recording: Recording, known: Facts, within: float, on: Conditions
         within,
         recording.head,
         recording.code,
-        on.debug_directory,
+        on.debug_directories,
         on.unwind_server,
     )
 

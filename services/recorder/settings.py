@@ -68,6 +68,25 @@ class RecorderSettings(Settings):
         description="directory of separate debug information, as .build-id/<xx>/<rest>.debug, "
         "readable for everyone",
     )
+    debuginfod_urls: str = Field(
+        "",
+        description="servers of debug information, separated by spaces, as DEBUGINFOD_URLS; "
+        "what they have is fetched once for each build ID; empty: none is asked",
+    )
+    debuginfod_deadline: float = Field(
+        10,
+        gt=0,
+        le=3600,
+        description="seconds for the debug information of one crash, and at most half of those "
+        "for its backtrace",
+    )
+    debuginfod_cache: Path = Field(
+        Path("/var/cache/crashbus/debuginfo"),
+        description="directory for what they sent, readable for everyone",
+    )
+    debuginfod_cache_bytes: int = Field(
+        8 * 1024**3, ge=0, description="bytes kept there; what was used longest ago goes first"
+    )
     max_binary_bytes: int = Field(
         1024**3,
         ge=0,
@@ -108,6 +127,24 @@ class RecorderSettings(Settings):
     captures: int = Field(16, ge=1, le=256, description="how many cores are read at once")
     backtraces: int = Field(2, ge=1, le=64, description="how many backtraces are made at once")
     http: str = Field("127.0.0.1:9602", description="host:port to serve health and metrics")
+
+    @property
+    def debuginfod_servers(self) -> tuple[str, ...]:
+        """The URLs of `debuginfod_urls`."""
+        return tuple(self.debuginfod_urls.split())
+
+    @property
+    def debug_directories(self) -> tuple[Path, ...]:
+        """Where debug information may lie."""
+        return (self.debug_directory, *((self.debuginfod_cache,) if self.debuginfod_urls else ()))
+
+    @field_validator("debuginfod_urls")
+    @classmethod
+    def _has_urls(cls, given: str) -> str:
+        for one in given.split():
+            if not one.startswith(("http://", "https://")):
+                raise ValueError(f"{one!r} is no URL of http:// or https://")
+        return given
 
     @property
     def core_off_rules(self) -> tuple[Rule, ...]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import drgn
 
-from services.recorder import hardening, instruction, python_frames
+from services.recorder import frame_pointers, hardening, instruction, python_frames
 from services.recorder.backtrace import (
     MAX_FRAMES,
     MAX_TEXT,
@@ -31,7 +31,6 @@ from services.recorder.backtrace import (
     Thread,
 )
 
-NOBODY = 65534
 _PYTHON = re.compile(r"python(\d)\.(\d{1,3})[^/]*$")  # python3.11, libpython3.11.so.1.0
 _ADDRESS_SPACE = 16 * 1024**3  # bytes; debug information and core are mapped, not read
 _DATA = 1024**3  # bytes of memory of its own
@@ -76,28 +75,40 @@ def give_up_rights(cpu_seconds: int) -> None:
         (resource.RLIMIT_NPROC, 0),
     ):
         resource.setrlimit(limit, (value, value))
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
-    hardening.no_new_privileges()
-    hardening.never_dump_core()  # a change of user sets it anew, prctl(2)
+    hardening.become_nobody()
 
 
 def unwind(request: Request) -> Backtrace:
     """Return the backtrace of all threads."""
     program = drgn.Program()
     program.set_enabled_debug_info_finders(["standard"])  # no debuginfod: there is no network
-    program.debug_info_options.directories = (request.debug_directory,)
+    program.debug_info_options.directories = request.debug_directories
     program.set_core_dump(request.core)
     _load(program, request.modules)
     modules = list(_modules(program, request.modules))
+    found = frame_pointers.addresses(program, request.machine, request.registers)
+    if found:  # drgn cannot unwind this machine's
+        frames = tuple(_plain_frame(program, pc, modules) for pc in found)
+        crashed = Thread(tid=request.tid, frames=frames, fault=frame_pointers.NOTE)
+        return Backtrace(threads=(crashed,), modules=tuple(modules))
     python = _python(program)
     threads = (
         thread.model_copy(update={"python": python.get(thread.tid, ())})
         for thread in _threads(program, modules, request.frames)
     )
     return Backtrace(threads=tuple(threads), modules=tuple(modules))
+
+
+def _plain_frame(program: drgn.Program, pc: int, modules: list[LoadedModule]) -> Frame:
+    name, offset = None, None
+    with suppress(LookupError):
+        symbol = program.symbol(pc)
+        name, offset = _short(symbol.name), pc - symbol.address
+    return Frame(pc=pc, symbol=name or None, offset=offset, module=_module_of(pc, modules))
+
+
+def _module_of(pc: int, modules: list[LoadedModule]) -> int | None:
+    return next((i for i, one in enumerate(modules) if one.start <= pc < one.end), None)
 
 
 def _python(program: drgn.Program) -> dict[int, tuple[PythonFrame, ...]]:
@@ -195,13 +206,12 @@ def _frame(frame: drgn.StackFrame, pc: int, modules: list[LoadedModule]) -> Fram
     with suppress(LookupError):
         location = frame.source()
         source = f"{location[0]}:{location[1]}"
-    inside = (i for i, one in enumerate(modules) if one.start <= pc < one.end)
     return Frame(
         pc=pc,
         symbol=_short(frame.function_name or name or "") or None,
         offset=offset if offset is not None and offset >= 0 else None,
         source=source and _short(source),
-        module=next(inside, None),
+        module=_module_of(pc, modules),
         inlined=frame.is_inline,
     )
 

@@ -25,7 +25,7 @@ def unwind(
     within: float,
     head: Head | None = None,
     code: bytes | None = None,
-    debug_directory: Path = Path("/usr/lib/debug"),
+    debug_directories: tuple[Path, ...] = (Path("/usr/lib/debug"),),
     server: Server | None = None,
 ) -> Backtrace:
     """Return the backtrace of a core; what goes wrong is told in it, never raised.
@@ -34,7 +34,7 @@ def unwind(
         core: descriptor of the core file.
         within: seconds after which the worker is killed.
         head: of the core, for its registers.
-        debug_directory: of separate debug information.
+        debug_directories: of separate debug information.
         code: what the crashing thread's program counter pointed at, if it faulted there.
         server: forks the worker; without one it is started, which takes longer.
     """
@@ -47,7 +47,8 @@ def unwind(
         return _failed(f"the core cannot be opened: {error.strerror}", "failed")
     try:
         request = _request(readable, modules, within, head, code)
-        request = request.model_copy(update={"debug_directory": str(debug_directory)})
+        places = tuple(str(place) for place in debug_directories)
+        request = request.model_copy(update={"debug_directories": places})
         return _unwind(request, within, server)
     finally:
         os.close(readable)
@@ -65,6 +66,7 @@ def _request(
         ),
         cpu_seconds=max(1, round(within)),
         machine=head.machine if head else 0,
+        tid=(head.tid or 0) if head else 0,
         registers=head.registers if head else {},
         code=None if code is None else code.hex(),
     )

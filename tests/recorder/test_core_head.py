@@ -36,6 +36,17 @@ def core(notes: bytes, memory: int = 8192, order: str = "<") -> bytes:
     return ident + header + first + second + notes
 
 
+class Endless:
+    """A stream that goes on, and counts on nobody who reads gigabytes of it."""
+
+    def __init__(self, raw: bytes) -> None:
+        self._file = io.BytesIO(raw)
+
+    def read(self, size: int) -> bytes:
+        assert size < 1 << 25, "so much is not read into memory"
+        return self._file.read(size).ljust(size, b"\0")
+
+
 def read(raw: bytes) -> core_head.Head:
     return core_head.read(io.BytesIO(raw).read)
 
@@ -83,14 +94,47 @@ def test_no_elf_is_told() -> None:
     )
 
 
+@pytest.mark.parametrize("place", [1 << 25, 4 << 30, 1 << 60, (1 << 64) - 1])
+@pytest.mark.parametrize("count", [2, 0xFFFE, 0xFFFF])  # the last is PN_XNUM: see elsewhere
+def test_program_headers_that_are_said_to_be_far_away_are_not_read(place: int, count: int) -> None:
+    raw = bytearray(core(b""))
+    struct.pack_into("<Q", raw, 32, place)  # e_phoff
+    struct.pack_into("<H", raw, 56, count)  # e_phnum
+
+    head = core_head.read(Endless(bytes(raw)).read)
+
+    assert "too far away" in (head.fault or "")
+    assert len(head.raw) < 1000
+
+
 def test_number_of_program_headers_is_bounded() -> None:
     raw = bytearray(core(b""))
-    struct.pack_into("<Q", raw, 32, 1 << 60)  # e_phoff
+    struct.pack_into("<H", raw, 56, 0xFFFF)  # e_phnum, PN_XNUM
+    struct.pack_into("<Q", raw, 72, 1 << 60)  # p_offset of the notes, which follow the table
 
-    head = read(bytes(raw))
+    head = core_head.read(Endless(bytes(raw)).read)
 
     assert "too many" in (head.fault or "")
     assert len(head.raw) < 1000
+
+
+def test_more_mappings_than_its_header_can_count() -> None:
+    """From 65,535 on the number is elsewhere, elf(5)."""
+    count, notes = 70_000, prstatus(11, 77) + siginfo(11, 1, 0)
+    header = bytearray(core(b"")[:64])
+    struct.pack_into("<H", header, 56, 0xFFFF)
+    data = 64 + 56 * (count + 1)
+    table = [struct.pack("<IIQQQQQQ", 4, 0, data, 0, 0, len(notes), 0, 0)]
+    first = -(-(data + len(notes)) // 4096) * 4096
+    for number in range(count):
+        place, address = first + number * 4096, (number + 1) * 8192
+        table.append(struct.pack("<IIQQQQQQ", 1, 6, place, address, 0, 4096, 4096, 4096))
+
+    head = read(b"".join((bytes(header), *table, notes)))
+
+    assert head.fault is None
+    assert (head.tid, head.size) == (77, first + count * 4096)
+    assert sum(1 for _ in head.loads()) == count
 
 
 @settings(deadline=None)

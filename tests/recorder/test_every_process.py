@@ -25,7 +25,8 @@ MIB = 1024 * 1024
 # No library at all, so that no 32-bit one is needed.
 _THIRTY_TWO_BITS = """
 static void crash_here(void) { *(volatile int *)0 = 1; }
-void _start(void) { crash_here(); }
+static void caller(void) { crash_here(); }
+void _start(void) { caller(); }
 """
 
 _TRACER = """
@@ -113,9 +114,28 @@ async def test_thirty_two_bits(recorder: RecorderService, tmp_path: Path) -> Non
     assert (record.signal_name, record.fault_address) == ("SIGSEGV", 0)
     assert not record.files[core.name].truncated
     assert core.read_bytes()[4] == 1  # ELFCLASS32
-    # drgn has no unwinder for i386; the core is for gdb.
-    assert "not supported for i386" in recorder.file(pid, "backtrace").read_text()
+    # drgn has no unwinder for i386.
+    text = recorder.file(pid, "backtrace").read_text()
+    assert [symbol for _, _, symbol in frames(text.split("incomplete:")[0])][:3] == [
+        *("crash_here", "caller", "_start")
+    ]
+    assert "incomplete: by frame pointers" in text
     assert "crash_here" in gdb(program, core, "bt")
+
+
+@by_one_mechanism
+async def test_address_sanitizer(recorder: RecorderService, tmp_path: Path) -> None:
+    """It reserves 20 TiB and sets RLIMIT_CORE to 0."""
+    program = build(tmp_path / "program", "-fsanitize=address")
+    environment = os.environ | {"ASAN_OPTIONS": "abort_on_error=1"}
+
+    pid, record = await capture(recorder, program, env=environment)
+
+    assert record.signal_name == "SIGABRT"
+    assert not any(file.truncated for file in record.files.values())
+    text = recorder.file(pid, "backtrace").read_text()
+    assert "crash_here" in [symbol for _, _, symbol in frames(text)]
+    assert recorder.file(pid, "core").stat().st_blocks * 512 < 512 * MIB
 
 
 async def test_a_thousand_threads(recorder: RecorderService) -> None:

@@ -1,0 +1,210 @@
+"""Debug information from debuginfod servers: a real one, and some that are up to no good."""
+
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+from crashbus import elf
+from services.recorder.debuginfod import Debuginfod
+from tests.recorder.conftest import MakeRecorder
+from tests.support.crashers import crasher
+from tests.support.nats import free_port
+from tests.support.recorder import RecorderService, crash
+from tests.support.requirements import need_program
+from tests.support.wait import until
+
+WITHIN = 30.0  # seconds
+MIB = 1024 * 1024
+
+
+class Server:
+    """A debuginfod that serves the files of a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        need_program("debuginfod")
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self._process = subprocess.Popen(
+            ["debuginfod", "-F", "-d", ":memory:", "-p", self.url.rpartition(":")[2], directory],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    async def has(self, build_id: str) -> None:
+        def there() -> bool:
+            with suppress(URLError, OSError), urlopen(f"{self.url}/buildid/{build_id}/debuginfo"):
+                return True
+            return False
+
+        await until(there, 60, every=0.1)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def stripped(directory: Path) -> tuple[Path, Path, str]:
+    """Return a program without debug information, that information, and its build ID."""
+    program = Path(shutil.copy(crasher("null_pointer"), directory / "program"))
+    debug = directory / "served" / "program.debug"
+    debug.parent.mkdir()
+    subprocess.run(["objcopy", "--only-keep-debug", program, debug], check=True)
+    subprocess.run(["strip", program], check=True)
+    with program.open("rb") as file:
+        build_id = elf.build_id(file.fileno())
+    assert build_id
+    return program, debug, build_id
+
+
+async def backtrace_of(recorder: RecorderService, program: Path) -> str:
+    pid, _ = crash(program)
+    record = await recorder.captured(pid)
+    assert record.state == "complete"
+    return recorder.file(pid, "backtrace").read_text()
+
+
+async def test_lines_come_from_a_server_that_is_asked_once(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    program, debug, build_id = stripped(tmp_path)
+    server = Server(debug.parent)
+    recorder = recorder_with(
+        recorder_debuginfod_urls=f"http://127.0.0.1:1 {server.url}",
+        recorder_debuginfod_cache=tmp_path / "cache",
+        recorder_debug_directory=tmp_path / "nothing",
+        recorder_debuginfod_deadline=30,
+        recorder_backtrace_deadline=60,
+    )
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:3]:
+        parent.chmod(parent.stat().st_mode | 0o055)  # the unwinder is nobody
+    try:
+        await server.has(build_id)
+        await recorder.start()
+        first = await backtrace_of(recorder, program)
+    finally:
+        server.stop()
+    second = await backtrace_of(recorder, program)
+
+    assert "null_pointer.c:" in first
+    assert "null_pointer.c:" in second
+    kept = tmp_path / "cache" / ".build-id" / build_id[:2] / f"{build_id[2:]}.debug"
+    assert kept.read_bytes() == debug.read_bytes()
+    # It is shipped with the core as well.
+    assert list((recorder.spool / "build-id").glob(f"debuginfo_{build_id}_*"))
+
+
+class Bad:
+    """A server that answers any request with these bytes, said to be so many."""
+
+    def __init__(self, body: bytes, length: int | None = None, status: int = 200) -> None:
+        self.asked = 0
+        outer, self.silent = self, threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.asked += 1
+                self.send_response(status)
+                if length is not None:
+                    self.send_header("Content-Length", str(length))
+                self.end_headers()
+                with suppress(OSError):
+                    self.wfile.write(body)
+                if length is not None and length > len(body):
+                    outer.silent.wait(60)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self.silent.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def bad(request: pytest.FixtureRequest) -> Iterator[Bad]:
+    server = Bad(*request.param)
+    yield server
+    server.stop()
+
+
+ANOTHER = Path("/bin/sleep").read_bytes()
+BUILD_ID = "00" * 20
+
+
+def fetcher(url: str, cache: Path, within: float = WITHIN, cache_bytes: int = MIB) -> Debuginfod:
+    return Debuginfod((url,), cache, within, MIB, cache_bytes)
+
+
+def files(cache: Path) -> list[Path]:
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (ANOTHER, len(ANOTHER)),
+        (b"no ELF file", 11),
+        (b"x" * (MIB + 1), MIB + 1),
+        (ANOTHER, len(ANOTHER), 500),
+    ],
+    indirect=True,
+    ids=["another build", "garbage", "too large", "error"],
+)
+def test_what_is_not_right_is_not_kept(bad: Bad, tmp_path: Path) -> None:
+    fetcher(bad.url, tmp_path).fetch([BUILD_ID], WITHIN)
+
+    assert bad.asked == 1
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [(b"\x7fELF", 1000)], indirect=True)
+def test_server_that_falls_silent_is_not_waited_for(bad: Bad, tmp_path: Path) -> None:
+    fetcher(bad.url, tmp_path, within=2).fetch([BUILD_ID], WITHIN)
+
+    assert not bad.silent.is_set(), "it was waited for"
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [(b"", 0, 404)], indirect=True)
+def test_server_is_not_asked_again_for_what_it_has_not(bad: Bad, tmp_path: Path) -> None:
+    servers = fetcher(bad.url, tmp_path)
+
+    servers.fetch([BUILD_ID], WITHIN)
+    servers.fetch([BUILD_ID], WITHIN)
+
+    assert bad.asked == 1
+
+
+def test_server_that_is_not_there_costs_nothing_but_the_lines(tmp_path: Path) -> None:
+    fetcher(f"http://127.0.0.1:{free_port()}", tmp_path).fetch([BUILD_ID], WITHIN)
+
+    assert not files(tmp_path)
+
+
+def test_cache_keeps_what_was_used_last(tmp_path: Path) -> None:
+    kept = []
+    for number in range(4):
+        place = tmp_path / ".build-id" / f"{number:02x}" / ("0" * 38 + ".debug")
+        place.parent.mkdir(parents=True)
+        place.write_bytes(bytes(400))
+        os.utime(place, (number, number))
+        kept.append(place)
+    servers = fetcher(f"http://127.0.0.1:{free_port()}", tmp_path, cache_bytes=800)
+
+    servers.fetch(["00" + "0" * 38, BUILD_ID.replace("0", "f")], WITHIN)
+
+    assert sorted(files(tmp_path)) == [kept[0], kept[3]]
