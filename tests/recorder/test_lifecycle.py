@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from crashbus import Bus, DeadLetter, capture, identity
+from services.recorder import core_head
 from tests.recorder.conftest import MakeRecorder
 from tests.support import core_pattern
 from tests.support.crashers import crasher
@@ -65,6 +67,24 @@ def kill_both(recorder: RecorderService) -> None:
     for watchdog in recorder.watchdogs():
         os.kill(watchdog, signal.SIGKILL)
     recorder.kill()
+
+
+@pytest.mark.parametrize(("result", "stays"), [("signal", True), ("success", False)])
+async def test_pipe_helper_stays_while_systemd_starts_a_killed_recorder_again(
+    recorder_with: MakeRecorder, result: str, stays: bool
+) -> None:
+    core_pattern.set_pattern("/somewhere/core.%p")
+    recorder = recorder_with(recorder_mechanism="pipe")
+    await recorder.start()
+    kill_both(recorder)
+    command = [
+        ".venv/bin/python", "-m", "services.recorder.core_pattern",
+        "--restore", "--state", str(recorder.state),
+    ]  # fmt: skip
+
+    subprocess.run(command, check=True, env=os.environ | {"SERVICE_RESULT": result})
+
+    assert core_pattern.current().startswith("|" if stays else "/somewhere")
 
 
 @pytest.mark.parametrize("mechanism", ["socket", "pipe"])
@@ -208,6 +228,54 @@ async def test_storm_of_fifty_crashes_at_once_loses_none(
         assert len(record.files) == len(FILES)
         assert not any(file.truncated for file in record.files.values())
     assert len({record.crash_id for record in records}) == 50
+
+
+def memory_of(recorder: RecorderService) -> int:
+    """Return the memory of a recorder and all its workers in bytes, shared pages in parts."""
+    total = 0
+    for pid in (recorder.pid, *recorder.children()):
+        with suppress(OSError, ValueError, StopIteration):  # a worker ends
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += int(next(line.split()[1] for line in lines if line.startswith("Pss:")))
+    return total * 1024
+
+
+def is_whole(core: Path) -> bool:
+    with core.open("rb") as file:
+        return core_head.read(file.read).size == core.stat().st_size
+
+
+async def test_storm_of_two_hundred_crashes_at_once_is_captured_in_constant_memory(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with(
+        recorder_loop_burst=0,
+        recorder_debug_directory="/nonexistent",  # this host may have any
+    )
+    await recorder.start()
+    program = str(crasher("waiting"))
+    processes = [subprocess.Popen([program], stdout=subprocess.PIPE) for _ in range(200)]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
+
+    for process in processes:
+        process.send_signal(signal.SIGSEGV)
+    most = 0
+    while any(process.poll() is None for process in processes) or not finished(recorder, 10):
+        most = max(most, await asyncio.to_thread(memory_of, recorder))
+        await asyncio.sleep(0.05)
+
+    for process in processes:
+        process.communicate()
+        assert process.returncode == -signal.SIGSEGV
+        assert is_whole(recorder.file(process.pid, "core"))
+    assert most < 150 << 20, f"{most >> 20} MiB"
+
+
+def finished(recorder: RecorderService, count: int) -> bool:
+    """Tell whether so many crashes have their backtraces."""
+    return len(list(recorder.spool.glob("*/backtrace_*.json"))) >= count
 
 
 async def test_backtrace_that_failed_is_told(recorder_with: MakeRecorder) -> None:
