@@ -49,13 +49,14 @@ def guards() -> Iterator[list[Guard]]:
         guard.process.wait(60)
 
 
-def kill_with_its_watchdog(recorder: RecorderService) -> None:
+def kill_with_its_watchdogs(recorder: RecorderService) -> None:
     """As a container's end does."""
-    watchdog = recorder.watchdog()
-    assert watchdog is not None
-    os.kill(watchdog, signal.SIGSTOP)  # neither notices that the other is gone
+    watchdogs = recorder.watchdogs()
+    for watchdog in watchdogs:
+        os.kill(watchdog, signal.SIGSTOP)  # none notices that another is gone
     recorder.kill()
-    os.kill(watchdog, signal.SIGKILL)
+    for watchdog in watchdogs:
+        os.kill(watchdog, signal.SIGKILL)
 
 
 async def test_guard_puts_back_what_a_killed_recorder_has_left(
@@ -67,7 +68,7 @@ async def test_guard_puts_back_what_a_killed_recorder_has_left(
     guards.append(Guard(recorder))
     await guards[0].ready()
 
-    kill_with_its_watchdog(recorder)
+    kill_with_its_watchdogs(recorder)
 
     await until(lambda: core_pattern.current() == BEFORE)
 
@@ -79,7 +80,7 @@ async def test_guard_that_is_stopped_last_leaves_no_helper_in_force(
     core_pattern.set_pattern(BEFORE)
     recorder = recorder_with(recorder_mechanism="pipe")
     await recorder.start()
-    kill_with_its_watchdog(recorder)
+    kill_with_its_watchdogs(recorder)
     guards.append(Guard(recorder))
     await guards[0].ready()
     assert core_pattern.current().startswith("|")
