@@ -1,10 +1,11 @@
 """The capture record: the recorder's word to the collector about one set of crash files.
 
 ``capture_<epoch>`` lies beside the files it speaks of, is owned by root and never shipped.
-The recorder creates it while the crashing process is still held, and keeps it locked
-(flock(2), exclusive) until the set is whole. So a reader can always tell:
+The recorder creates it while the crashing process is still held, or lets a small process go and
+holds a lock at its PID until then (`services.common.unrecorded`), and keeps it locked (flock(2),
+exclusive) until the set is whole. So a reader can always tell:
 
-- no record when the process is gone: nothing was captured, and nothing will come;
+- no record and no such lock when the process is gone: nothing was captured, and nothing will come;
 - locked: being written;
 - not locked, state ``complete``: whole;
 - not locked, anything else: the recorder died; what is there is cut short.

@@ -1,7 +1,8 @@
 """Deaths: every death that the detector saw has crash files, or is told to have none.
 
-The recorder makes its capture record while it holds the process. So once the process is
-gone, a record is there or will never be.
+The recorder makes its capture record while it holds the process, or locks what tells that it will
+make one, `services.common.unrecorded`. So once the process is gone and nothing is locked, a record
+is there or will never be.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from services.collector.appscope import Containers
 from services.collector.gather import Gatherer
 from services.collector.ledger import Crash, Ledger
 from services.common.crash_directory import SpoolUnusable
+from services.common.unrecorded import is_unrecorded
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -29,6 +31,7 @@ SUID_DUMPABLE = Path("/proc/sys/fs/suid_dumpable")
 ACK_WAIT = 60.0  # seconds; a large process is held longer than that, so we keep saying "working"
 AT_ONCE = 512  # deaths followed at a time
 PATIENCE = 5.0  # seconds one may hold its place while its process lives; then others' turn
+LOOK_AGAIN = 0.02  # seconds; a record is made within milliseconds
 LATER = 10.0  # seconds until it comes again
 EPOCH_BEFORE = 5.0  # seconds; AppScope's set is made two seconds before the abort() it ends in
 SAME_CRASH = 60.0  # seconds between the signal and what was kept of it; a PID comes again later
@@ -113,6 +116,8 @@ class Deaths:
             await asyncio.wait_for(processes.gone(process.pid, process.start_ticks), PATIENCE)
         except TimeoutError:
             return time.time() - event.time > GIVE_UP
+        if not await self._is_recorded(process.pid):
+            return False
         # Before the look: when it is an orphan no more, its capture record is there.
         if event.disposition != "oom_kill" and _is_orphan(event, self._gatherer.root):
             return True  # the recorder makes its files when it is back, or tells why not
@@ -127,6 +132,15 @@ class Deaths:
         subject = f"crash.report.{token(self._host)}.{event.crash_id}"
         if not await self._bus.holds(Manifest, subject):
             await self._tell(event)
+        return True
+
+    async def _is_recorded(self, pid: int) -> bool:
+        """Wait until the recorder has made the record of what it has read; False: not yet."""
+        end = time.monotonic() + PATIENCE
+        while is_unrecorded(self._gatherer.root, pid):
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(LOOK_AGAIN)
         return True
 
     async def _keep_oom_kill(self, seen: oom.Seen) -> None:

@@ -120,6 +120,35 @@ def private_directory(name: str, spool: int) -> int:
     raise OSError(None, "it is swapped again and again")
 
 
+def private_file(name: str, spool: int) -> int:
+    """Return a descriptor of a file in the spool that root alone can open, made if it is missing.
+
+    Whatever else has the name is put aside.
+
+    Raises:
+        OSError: it cannot be had.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    for _ in range(_TRIES):
+        try:
+            file = os.open(name, flags, 0o600, dir_fd=spool)
+        except OSError as error:
+            # A link, a directory, a FIFO, or another user's, proc_sys_fs(5), protected_regular.
+            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EACCES):
+                raise
+        else:
+            if _is_private(os.fstat(file)):
+                return file
+            os.close(file)
+        _put_aside(name, spool, "it is not root's alone")
+    raise OSError(None, "it is swapped again and again")
+
+
+def _is_private(status: os.stat_result) -> bool:
+    ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
+    return ours and stat.S_IMODE(status.st_mode) == 0o600
+
+
 def adopt_file(name: str, directory: int, kind: layout.Kind, epoch: int, crash: int) -> None:
     """Move a file of ours from another directory of the spool to its place as a crash file.
 

@@ -1,4 +1,4 @@
-"""Reading /proc fast.
+"""Reading /proc: now, or once, so that what was read outlives the process.
 
 A process is held for as long as we read, so this is written for speed: a pathlib path costs more
 than the kernel needs for most of these files.
@@ -55,6 +55,45 @@ class Proc:
                 return [entry.name for entry in islice(entries, limit)]
         except OSError:
             return []
+
+
+class Remembered(Proc):
+    """What was read of one process, each name once.
+
+    After `seal` what was not read is not there: its PID may be another's by then.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, bytes] = {}
+        self._links: dict[str, bytes | None] = {}
+        self._lists: dict[str, list[str]] = {}
+        self._sealed = False
+
+    def seal(self) -> None:
+        """Read nothing more."""
+        self._sealed = True
+
+    def forget(self, name: str) -> None:
+        """Drop a file that is not needed again."""
+        self._files.pop(name, None)
+
+    def read(self, name: str, limit: int = MAX_READ) -> bytes:
+        """As `Proc.read`; the first limit counts."""
+        if name not in self._files:
+            self._files[name] = b"" if self._sealed else super().read(name, limit)
+        return self._files[name]
+
+    def link(self, name: str) -> bytes | None:
+        """As `Proc.link`."""
+        if name not in self._links:
+            self._links[name] = None if self._sealed else super().link(name)
+        return self._links[name]
+
+    def list(self, name: str, limit: int) -> "list[str]":
+        """As `Proc.list`; the first limit counts."""
+        if name not in self._lists:
+            self._lists[name] = [] if self._sealed else super().list(name, limit)
+        return self._lists[name]
 
 
 LIVE = Proc()

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import structlog
 
 from services.recorder import core_pages, core_reduced, metrics, sparse
-from services.recorder.core_pages import Pages, PagesUnreadable, Touched
+from services.recorder.core_memory import Found, Memory, PagesUnreadable
+from services.recorder.core_pages import Pages
 from services.recorder.core_reduced import Reduced
 from services.recorder.hold import Hold, Stalled
 
@@ -99,8 +100,7 @@ def _from_memory(
 ) -> Copied | None:
     """Copy the process's pages; None where the kernel must be asked for them after all."""
     try:
-        with core_pages.opened(pages.task) as (memory, pagemap):
-            touched = Touched(pages.task, pages.maps, pagemap)
+        with pages.opened() as (memory, touched):
             if stacks_because or announced > (limit or LARGEST):
                 reduced = core_reduced.plan(
                     pages.head, core, touched, limit or LARGEST, bool(stacks_because)
@@ -133,7 +133,7 @@ def _left_out(reduced: Reduced, limit: int, stacks_because: str) -> str | None:
     )
 
 
-def _reduced(hold: Hold, memory: int, touched: Touched, core: int, reduced: Reduced) -> Copied:
+def _reduced(hold: Hold, memory: Memory, touched: Found, core: int, reduced: Reduced) -> Copied:
     for offset, raw in reduced.headers.items():
         sparse.write(core, raw, offset)
     found = touched.pieces(iter(reduced.loads))

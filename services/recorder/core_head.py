@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from crashbus import signals
 from services.recorder import registers
+from services.recorder.hold import Hold, Stalled
 
 MAX_PROGRAM_HEADERS = 16 * 1024 * 1024  # bytes; room for 290,000 mappings
 _NOTES_WANTED = 64 * 1024  # the two notes come within the first KiB
@@ -203,6 +204,14 @@ def read(read_bytes: Read) -> Head:
         _elf=elf,
         _table=(table, table + count),
     )
+
+
+def from_hold(hold: Hold) -> Head:
+    """Read the head of a core that the kernel sends."""
+    try:
+        return read(hold.read_exactly)
+    except (Stalled, OSError) as error:
+        return Head(b"", fault=f"no core came: {error}")
 
 
 def _table(until: Read) -> tuple[_Elf, int, int]:

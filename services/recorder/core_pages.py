@@ -23,24 +23,33 @@ import threading
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import NamedTuple
 
 from crashbus import unfinished
 from services.recorder import facts, sparse
 from services.recorder.core_head import Head, Load
+from services.recorder.core_memory import (
+    BLOCK,
+    PAGE,
+    Found,
+    Kept,
+    LiveMemory,
+    Memory,
+    PagesUnreadable,
+    Piece,
+    Runs,
+    in_blocks,
+)
 from services.recorder.hold import Hold
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
-_BLOCK = 1024 * 1024  # bytes read at once
 _ENTRY = 8  # bytes of one page in pagemap
 _SCANNED = 16 * 1024  # pages looked up at once
 _MAX_OFFSET = (1 << 63) - 1  # of a file; only x86-64's vsyscall page lies beyond
 _THREADS = min(4, len(os.sched_getaffinity(0)))
+_SMALL = 64 * 1024  # bytes of a mapped file
 _ALONE = 16 * 1024 * 1024  # bytes of a core for which a second thread does not pay
 
 # In the last byte of an entry: present (bit 63), swapped (62).
@@ -53,26 +62,6 @@ _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 3, 1 << 4
 _REGIONS = 1024  # runs told at once
 
 _PRIVATE, _READABLE, _FILE = 1, 2, 4
-
-
-_Runs = Iterator[tuple[int, int]]  # start and end
-
-
-class PagesUnreadable(Exception):
-    """The process's memory cannot be had in this way; nothing of the stream was taken."""
-
-
-class Piece(NamedTuple):
-    """A range of memory to copy.
-
-    Attributes:
-        readable: zeros are the right content of what cannot be read.
-    """
-
-    address: int
-    offset: int
-    size: int
-    readable: bool
 
 
 class _Mappings:
@@ -128,16 +117,31 @@ class Pages:
     Attributes:
         task: a living thread of it, as a name in /proc.
         maps: proc_pid_maps(5), whole.
+        kept: all of it, if it was read already.
     """
 
     task: int
     head: Head
     maps: bytes
+    kept: Kept | None = None
 
     @property
     def start(self) -> int:
         """Where memory begins in the core file; before, there are headers and notes."""
         return self.head.data
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[Memory, Found]]:
+        """Give the memory, and what of it must be read.
+
+        Raises:
+            PagesUnreadable: it is gone, or the kernel refuses.
+        """
+        if self.kept is not None:
+            yield self.kept, self.kept
+            return
+        with opened(self.task) as (memory, pagemap):
+            yield memory, Touched(self.task, self.maps, pagemap)
 
 
 class Touched:
@@ -152,7 +156,8 @@ class Touched:
         self._task = task
         self._mappings = _Mappings(maps)
         self._pagemap = pagemap
-        self._look = _scan if _kernel_scans() else _look_up
+        self._look: Callable[[int, int, int], Runs] = _scan if _kernel_scans() else _look_up
+        self._all: list[tuple[int, int]] = []
 
     def runs(self, loads: Iterator[Load]) -> Iterator[Load]:
         """Give the parts of a core's pieces that may be other than zeros, in their order.
@@ -166,18 +171,39 @@ class Touched:
                 if kind & _READABLE:
                     raise PagesUnreadable("its vsyscall page can be read, but not from here")
             elif kind & (_PRIVATE | _FILE):
-                runs = self._touched(load)
-                if kind & _FILE:
-                    runs = _united(runs, self._with_data(load))
-                for start, stop in runs:
+                for start, stop in self._to_read(load, kind):
                     yield Load(start, load.offset + start - load.address, stop - start)
             else:
                 yield load
 
-    def _touched(self, load: Load) -> _Runs:
+    def _to_read(self, load: Load, kind: int) -> Runs:
+        if not kind & _FILE:
+            return self._touched(load)
+        if load.size <= _SMALL:  # what would be spared costs less than to find it
+            return iter([(load.address, load.address + load.size)])
+        return _united(self._touched(load), self._with_data(load))
+
+    def look_at_all(self, loads: list[Load]) -> None:
+        """Find at once what of all pieces was touched, where the kernel can tell."""
+        ends = [load.address + load.size for load in loads]
+        ends = [end for end in ends if end <= _MAX_OFFSET]
+        if ends and self._look is _scan:
+            self._all = list(_scan(self._pagemap, min(load.address for load in loads), max(ends)))
+            self._look = self._looked_up
+
+    def _looked_up(self, _: int, start: int, end: int) -> Runs:
+        first = bisect_right(self._all, (start, 0)) - 1
+        for one in range(max(0, first), len(self._all)):
+            low, high = self._all[one]
+            if low >= end:
+                return
+            if high > start:
+                yield max(low, start), min(high, end)
+
+    def _touched(self, load: Load) -> Runs:
         return self._look(self._pagemap, load.address, load.address + load.size)
 
-    def _with_data(self, load: Load) -> _Runs:
+    def _with_data(self, load: Load) -> Runs:
         """Give start and end address of each run of pages for which the mapped file has data."""
         name, offset = self._mappings.file(load)
         file = facts.open_mapping(self._task, name)
@@ -193,13 +219,12 @@ class Touched:
     def pieces(self, loads: Iterator[Load]) -> Iterator[Piece]:
         """Give the same in pieces to read at once."""
         for run in self.runs(loads):
-            readable = bool(self._mappings.kind(run) & _READABLE)
-            for place in range(0, run.size, _BLOCK):
-                size = min(_BLOCK, run.size - place)
-                yield Piece(run.address + place, run.offset + place, size, readable)
+            kind = self._mappings.kind(run)
+            sure = kind & (_PRIVATE | _READABLE | _FILE) == _PRIVATE | _READABLE
+            yield from in_blocks(run, readable=bool(kind & _READABLE), sure=sure)
 
 
-def _data(file: int, start: int, end: int) -> _Runs:
+def _data(file: int, start: int, end: int) -> Runs:
     """Give the ranges of a file, in whole pages, that are no holes, lseek(2)."""
     while start < end:
         try:
@@ -217,7 +242,7 @@ def _data(file: int, start: int, end: int) -> _Runs:
         start = -(-stop // PAGE) * PAGE
 
 
-def _united(one: _Runs, other: _Runs) -> _Runs:
+def _united(one: Runs, other: Runs) -> Runs:
     """Give the ranges that are in either of two, each of which is in order."""
     last: tuple[int, int] | None = None
     for run in heapq.merge(one, other):
@@ -242,7 +267,7 @@ def _kernel_scans() -> bool:
     return True
 
 
-def _scan(pagemap: int, start: int, end: int) -> _Runs:
+def _scan(pagemap: int, start: int, end: int) -> Runs:
     """As `_look_up`, in no time for terabytes: Documentation/admin-guide/mm/pagemap.rst."""
     found = array("Q", bytes(3 * _ENTRY * _REGIONS))
     place, _ = found.buffer_info()
@@ -262,7 +287,7 @@ def _scan(pagemap: int, start: int, end: int) -> _Runs:
         start = _SCAN_ARG.unpack(request)[4]  # walk_end
 
 
-def _look_up(pagemap: int, start: int, end: int) -> _Runs:
+def _look_up(pagemap: int, start: int, end: int) -> Runs:
     """Give start and end address of each run of pages that were touched."""
     for place in range(start, end, _SCANNED * PAGE):
         wanted = min(_SCANNED, (end - place) // PAGE)
@@ -278,24 +303,31 @@ def _look_up(pagemap: int, start: int, end: int) -> _Runs:
 
 
 @contextmanager
-def opened(task: int) -> _Runs:
+def opened(task: int) -> Iterator[tuple[LiveMemory, int]]:
     """Open memory and pagemap of a process.
 
     Raises:
         PagesUnreadable: it is gone, or the kernel refuses.
     """
-    with ExitStack() as stack:
-        try:
-            memory, pagemap = (
-                stack.enter_context(Path(f"/proc/{task}/{name}").open("rb", buffering=0))
-                for name in ("mem", "pagemap")
-            )
-        except OSError as error:
-            raise PagesUnreadable(f"{error.filename}: {error.strerror}") from error
-        yield memory.fileno(), pagemap.fileno()
+    files: list[int] = []
+    try:
+        files.append(os.open(f"/proc/{task}/mem", os.O_RDONLY | os.O_CLOEXEC))
+        files.append(os.open(f"/proc/{task}/pagemap", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        _close(files)
+        raise PagesUnreadable(f"{error.filename}: {error.strerror}") from error
+    try:
+        yield LiveMemory(files[0]), files[1]
+    finally:
+        _close(files)
 
 
-def copy(hold: Hold, memory: int, found: Iterator[Piece], core: int, size: int) -> int:
+def _close(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+def copy(hold: Hold, memory: Memory, found: Iterator[Piece], core: int, size: int) -> int:
     """Copy a held process's pages to their places in its core file.
 
     Args:
@@ -330,7 +362,7 @@ class _Work:
     """The pieces of one core, and the threads that share them."""
 
     def __init__(
-        self, hold: Hold, memory: int, core: int, found: Iterator[Piece], size: int
+        self, hold: Hold, memory: Memory, core: int, found: Iterator[Piece], size: int
     ) -> None:
         self._hold = hold
         self._memory = memory
@@ -370,7 +402,7 @@ class _Work:
                 unfinished.finished(self._core, end)
 
     def _run(self) -> None:
-        buffer, piece = bytearray(_BLOCK), None
+        buffer, piece = bytearray(BLOCK), None
         try:
             while (piece := self._next()) is not None:
                 if self._copy(piece, buffer):
@@ -388,13 +420,13 @@ class _Work:
             try:
                 piece = next(self._pieces, None)
             except PagesUnreadable:
-                if not self._process_is_gone():
+                if not self._memory.is_gone():
                     raise
                 self._end = min(self._end, self._given)
                 return None
             if piece is None or piece.offset >= self._end:
                 return None
-            if not self._hold.is_held:
+            if not self._hold.has_memory:
                 self._end = piece.offset
                 return None
             self._given = piece.offset + piece.size
@@ -406,14 +438,8 @@ class _Work:
         with self._lock:
             is_first = piece.offset == min(self._in_work)
             self._in_work.remove(piece.offset)
-            if is_first and self._given - self._told >= _BLOCK:
+            if is_first and self._given - self._told >= BLOCK:
                 self._tell(min(self._in_work, default=self._given))
-
-    def _process_is_gone(self) -> bool:
-        try:
-            return not os.pread(self._memory, 1, PAGE)
-        except OSError:  # nothing is mapped there, but it lives
-            return False
 
     def _stop_at(self, offset: int) -> None:
         with self._lock:
@@ -425,7 +451,7 @@ class _Work:
         while done < piece.size:
             into = memoryview(buffer)[: piece.size - done]
             try:
-                got = os.preadv(self._memory, [into], piece.address + done)
+                got = self._memory.read(into, piece.address + done)
             except OSError as error:
                 if error.errno not in (errno.EIO, errno.EFAULT):
                     raise PagesUnreadable(f"memory: {error.strerror}") from error

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from services.recorder.core_head import Head, Load
-from services.recorder.core_pages import PAGE, PagesUnreadable, Touched
+from services.recorder.core_memory import PAGE, Found, PagesUnreadable
 
 STACK = 256 * 1024  # bytes kept of each stack, from its stack pointer on
 # Bytes of a mapping that is kept with stacks alone: without the pages that tell where libraries
@@ -49,7 +49,7 @@ class Reduced:
     headers: dict[int, bytes]
 
 
-def plan(head: Head, core: int, touched: Touched, limit: int, stacks_only: bool) -> Reduced:
+def plan(head: Head, core: int, touched: Found, limit: int, stacks_only: bool) -> Reduced:
     """Choose what a core of at most `limit` bytes holds.
 
     Args:
@@ -109,7 +109,7 @@ def _joined(runs: Iterator[Load]) -> Iterator[Load]:
         yield last
 
 
-def _stacks(head: Head, core: int, touched: Touched) -> Iterator[Load]:
+def _stacks(head: Head, core: int, touched: Found) -> Iterator[Load]:
     """Give the touched pages of each thread's stack, the crashing thread's first."""
     loads = sorted(head.loads())
     for pointer in stack_pointers(head, core):

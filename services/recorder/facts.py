@@ -10,12 +10,13 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from crashbus import names
+from crashbus import names, signals
 from crashbus.messages import Process
 from services.common import process as processes
 from services.common import redact, resources
-from services.common.proc import LIVE, Proc
+from services.common.proc import LIVE, Proc, Remembered
 from services.common.resources import Resources
+from services.recorder.core_head import Head
 from services.recorder.errors import CaptureFailed
 
 MAX_ENVIRONMENT = 128 * 1024  # bytes kept; 2 MiB are possible, execve(2)
@@ -123,8 +124,27 @@ def read_identity(pid: int, boot_id: str, proc: Proc = LIVE) -> Process:
     return process
 
 
-def read_rest(process: Process, proc: Proc = LIVE) -> Facts:
-    """Read everything else but the modules; what cannot be read is left out."""
+def remember(pid: int, proc: Remembered) -> None:
+    """Read all that `read_identity` and `read_rest` want of a process that will be gone by then."""
+    for name in ("stat", "comm", "limits"):
+        proc.read(f"{pid}/{name}")
+    for name in ("exe", "cwd", "root"):
+        proc.link(f"{pid}/{name}")
+    processes.raw_command_line(pid, proc)
+    read_environment(pid, proc)
+    in_namespace = _ns_tid(pid, f"{pid}", proc) != pid
+    for task in read_threads(pid, proc):
+        proc.read(f"{pid}/task/{task}/comm")
+        if in_namespace:
+            proc.read(f"{pid}/task/{task}/status")
+
+
+def read_rest(process: Process, proc: Proc = LIVE, found: Resources | None = None) -> Facts:
+    """Read everything else but the modules; what cannot be read is left out.
+
+    Args:
+        found: what it had in use, if that was read already.
+    """
     living = _living_task(process.pid, proc)
     environment, cut = _environment(read_environment(living, proc))
     return Facts(
@@ -139,8 +159,16 @@ def read_rest(process: Process, proc: Proc = LIVE) -> Facts:
         notes=(f"environment cut to {MAX_ENVIRONMENT} bytes",) if cut else (),
         maps=read_maps(living, proc),
         task=living,
-        resources=resources.read(living, process.cgroup, proc),
+        resources=found or resources.read(living, process.cgroup, proc),
     )
+
+
+def code_at_fault(task: int, head: Head, maps: bytes) -> bytes | None:
+    """Return the code at the program counter; None where the fault was not the instruction's."""
+    at, cause = head.program_counter, head.cause
+    if at is None or cause is None or not signals.is_fault(cause.signal, cause.code or 0):
+        return None
+    return read_code(task, at, maps)
 
 
 def read_code(task: int, address: int, maps: bytes) -> bytes:

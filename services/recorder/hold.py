@@ -72,12 +72,18 @@ class Hold:
         self._process = -1  # pidfd
         self.held_for: float | None = None  # seconds, once it was let go
         self.let_go_because: str | None = None  # where that was before the end
+        self.memory_was_read = False
         self.last_progress = self._arrived  # monotonic seconds
 
     @property
     def is_held(self) -> bool:
         """Whether the process still is held by us."""
         return self._held
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the process's memory can be read: it is held, or all of it was."""
+        return self._held or self.memory_was_read
 
     @property
     def age(self) -> float:

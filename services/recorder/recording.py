@@ -24,6 +24,7 @@ from crashbus.messages import Module, Process
 from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
 from services.common.settings import BusSettings
+from services.common.unrecorded import Unrecorded
 from services.recorder import (
     arrival,
     backtrace_json,
@@ -45,10 +46,11 @@ from services.recorder.core_policy import CorePolicy, Extent
 from services.recorder.debuginfod import Debuginfod
 from services.recorder.errors import CaptureFailed
 from services.recorder.facts import Facts
-from services.recorder.hold import Hold, Stalled
+from services.recorder.hold import Hold
 from services.recorder.mechanism import Mechanism
 from services.recorder.orphans import Orphan
 from services.recorder.settings import RecorderSettings
+from services.recorder.taking import Taken, Taker
 from services.recorder.unwind_process import Server as UnwindServer
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -78,6 +80,7 @@ class Conditions:
     core_policy: CorePolicy
     runtime: Runtime | None
     only_stream: bool  # read no memory but what the kernel sends
+    taker: Taker | None  # of small processes; None: none is let go that early
     disk_reserve: float  # percent
     binaries: Binaries
     debug_directories: tuple[Path, ...]
@@ -113,6 +116,7 @@ class Conditions:
             ),
             runtime=Runtime(settings.runtime_socket) if settings.runtime_socket else None,
             only_stream=settings.core_source == "stream",
+            taker=_taker(shared.spool, settings),
             disk_reserve=settings.disk_reserve,
             binaries=Binaries(
                 shared.spool,
@@ -132,6 +136,13 @@ class Conditions:
             module_files=module_files,
             on_disk_full=on_disk_full,
         )
+
+
+def _taker(spool: Path, settings: RecorderSettings) -> Taker | None:
+    if settings.core_source == "stream":
+        return None
+    asks_runtime = settings.runtime_socket is not None
+    return Taker(Unrecorded(spool), settings.max_core_bytes, labels_needed=asks_runtime)
 
 
 @dataclass
@@ -168,24 +179,34 @@ class Recording:
 
 
 def capture_crash(hold: Hold, on: Conditions) -> Recording:
-    """Do all that needs the process, then let it go.
+    """Do all that needs the process, and let it go as soon as that can be.
 
     Raises:
         CaptureFailed: nothing of the crash could be kept.
     """
+    taken = Taken()
     try:
         arrived = arrival.receive(on.mechanism, hold)
         hold.belongs_to(arrived.pid)
-        process = facts.read_identity(arrived.pid, on.boot_id)
-        return capture_process(process, arrived.signal, hold, on)
+        if on.taker is not None:
+            taken = on.taker.take(arrived.pid, hold, on.module_files())
+        process = facts.read_identity(arrived.pid, on.boot_id, taken.proc)
+        return capture_process(process, arrived.signal, hold, on, taken)
     finally:
         hold.close()
+        taken.close()
         if hold.held_for is not None:
             metrics.HOLD_SECONDS.observe(hold.held_for)
 
 
-def capture_process(process: Process, signal: int, hold: Hold, on: Conditions) -> Recording:
-    """Do all that needs a process that is held, then let it go; see `capture_crash`."""
+def capture_process(
+    process: Process, signal: int, hold: Hold, on: Conditions, taken: Taken | None = None
+) -> Recording:
+    """Do all that needs a process that is held, then let it go; see `capture_crash`.
+
+    Args:
+        taken: what was read of it already.
+    """
     name = crash_id(process.boot_id, process.pid, process.start_ticks)
     try:
         recording = _begin(name, process, signal, hold.arrived_at, on)
@@ -193,7 +214,7 @@ def capture_process(process: Process, signal: int, hold: Hold, on: Conditions) -
         failure.crash_id = name
         raise
     try:
-        _fill(recording, hold, on)
+        _fill(recording, hold, on, taken or Taken())
     except BaseException:
         recording.close()
         raise
@@ -275,18 +296,21 @@ def _no_record(path: Path, error: OSError) -> CaptureFailed:
     )
 
 
-def _fill(recording: Recording, hold: Hold, on: Conditions) -> None:
+def _fill(recording: Recording, hold: Hold, on: Conditions, taken: Taken) -> None:
     container = recording.record.process.container
     if on.runtime is not None and container is not None:
         recording.container = on.runtime.ask(container)
-    recording.facts = facts.read_rest(recording.record.process)
+    recording.facts = facts.read_rest(recording.record.process, taken.proc, taken.resources)
     recording.notes.extend(recording.facts.notes)
-    head = _read_head(hold)
+    head = taken.head or core_head.from_hold(hold)
     _understand(recording, head)
     _explain_fault(recording)
+    recording.code = taken.code
+    if taken.memory is None:
+        recording.code = facts.code_at_fault(recording.facts.task, head, recording.facts.maps)
     _write_early(recording, on)
-    recording.facts = facts.with_modules(recording.facts, on.module_files())
-    _write_core(recording, hold, head, on)
+    recording.facts = facts.with_modules(recording.facts, on.module_files(), taken.take_files())
+    _write_core(recording, hold, head, on, taken)
     hold.let_go()
     recording.held_for = hold.held_for
 
@@ -303,30 +327,22 @@ def _understand(recording: Recording, head: Head) -> None:
 
 
 def _explain_fault(recording: Recording) -> None:
-    """Look the fault address up in the mappings, and the instruction in its memory."""
-    known, cause, at = recording.facts, recording.cause, recording.head.program_counter
+    """Look the fault address up in the mappings."""
+    known, cause = recording.facts, recording.cause
     assert known is not None
     if cause.fault_address is not None and known.maps:
         recording.fault = fault_address.describe(known.maps, cause.fault_address)
-    if at is not None and signals.is_fault(cause.signal, cause.code or 0):
-        recording.code = facts.read_code(known.task, at, known.maps)
 
 
-def _pages(recording: Recording, head: Head, on: Conditions) -> Pages | None:
+def _pages(recording: Recording, head: Head, on: Conditions, taken: Taken) -> Pages | None:
     """Say where the core's memory can be read; drop the mappings, which have megabytes."""
     known = recording.facts
     assert known is not None
     recording.facts = replace(known, maps=b"")
+    taken.proc.forget(f"{known.task}/maps")
     if on.only_stream or head.fault is not None or not 0 < len(known.maps) < facts.MAX_MAPS:
         return None
-    return Pages(known.task, head, known.maps)
-
-
-def _read_head(hold: Hold) -> Head:
-    try:
-        return core_head.read(hold.read_exactly)
-    except (Stalled, OSError) as error:
-        return Head(b"", fault=f"no core came: {error}")
+    return Pages(known.task, head, known.maps, taken.memory)
 
 
 def _with_cause(record: CaptureRecord, cause: Cause) -> CaptureRecord:
@@ -365,13 +381,13 @@ def _write_early(recording: Recording, on: Conditions) -> None:
     _write_file(recording, Kind.CFG, crash_files.cfg(on.configuration))
 
 
-def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions) -> None:
+def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions, taken: Taken) -> None:
     assert recording.facts is not None
     name = crash_file_name(Kind.CORE, recording.epoch)
     if on.core_policy.asks_for_labels:
         _add_container(recording)
     decision = on.core_policy.decide(recording.record.process, recording.facts.username)
-    pages = _pages(recording, head, on)
+    pages = _pages(recording, head, on, taken)
     try:
         recording.core_file = _new_core(recording, decision.extent)
     except OSError as error:
