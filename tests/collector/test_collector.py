@@ -15,6 +15,7 @@ from nats.js.errors import NotFoundError
 
 from crashbus import DeadLetter, Manifest, crash_id, identity, layout, streams
 from crashbus.errors import BusUnreachable
+from services.common.unrecorded import Unrecorded
 from tests.collector.conftest import FILE, TCP, Setup, fill_chunk_store
 from tests.collector.stand_in import signal_event
 from tests.support.crashers import crasher
@@ -155,6 +156,27 @@ async def test_death_without_crash_files_is_told(setup: Setup) -> None:
     refuses = Path("/proc/sys/fs/suid_dumpable").read_text().strip() == "0"
     assert ("sysctl fs.suid_dumpable=2" in letter.mend) is refuses
     assert manifest.files == () and "nothing captured it" in manifest.notes[0]
+
+
+async def test_crash_that_was_read_and_has_no_record_yet_is_waited_for(setup: Setup) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    await until(lambda: deaths_in_hand(setup, 0))
+    victim = subprocess.Popen(["sleep", "60"])
+    unrecorded = Unrecorded(setup.spool)
+    assert unrecorded.begin(victim.pid)
+    await setup.bus.publish(signal_event(victim.pid))
+    await until(lambda: deaths_in_hand(setup, 1))
+    victim.kill()
+    victim.wait()
+    await asyncio.sleep(1)  # nothing is to happen, and nothing can be waited for
+    assert await setup.bus.stored(DeadLetter) == []
+
+    unrecorded.end(victim.pid)
+
+    await reports(setup)
+    (letter,) = await setup.bus.stored(DeadLetter)
+    assert letter.reason == "not_captured"
 
 
 async def test_crash_that_the_pipe_helper_keeps_is_not_told_as_missing(setup: Setup) -> None:

@@ -34,21 +34,29 @@ def coredump_socket(tmp_path: Path) -> Iterator[socket.socket]:
 
 
 class Crash:
-    """A process that is held, and its core as far as the notes."""
+    """A process that is held, and its core as far as the notes, if that shall be read."""
 
-    def __init__(self, listening: socket.socket, *command: str | Path) -> None:
+    make_hold: type[Hold] = Hold
+
+    def __init__(
+        self, listening: socket.socket, *command: str | Path, reads_head: bool = True
+    ) -> None:
         self.process = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
         while not self._is_ours(listening):  # other tests crash processes meanwhile
             self.hold.close()
-        self.head = core_head.read(self.hold.read_exactly)
+        if reads_head:
+            self.head = self.read_head()
         self.maps = Path(f"/proc/{self.pid}/maps").read_bytes()
 
     def _is_ours(self, listening: socket.socket) -> bool:
         connection, _ = listening.accept()
         connection.setblocking(False)
-        self.hold = Hold(connection.detach(), 20)
+        self.hold = self.make_hold(connection.detach(), 20)
         self.pid = arrival.receive(Mechanism.SOCKET_REQUEST, self.hold).pid
         return self.pid == self.process.pid
+
+    def read_head(self) -> core_head.Head:
+        return core_head.read(self.hold.read_exactly)
 
     def from_memory(self, core: int) -> int:
         assert self.head.size is not None
