@@ -1,10 +1,14 @@
-"""The keys that name each part of Crashbus to a secured bus; ``python -m crashbus.keys DIR``.
+"""The keys that name each part of Crashbus to a secured bus.
+
+``python -m crashbus.keys DIRECTORY [USER=UID…]`` makes them where there is no ``crashbus`` command.
 
 An nkey is an Ed25519 key pair: its owner keeps the seed, the server knows the public key alone.
 """
 
 import os
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from crashbus.errors import CrashbusError
@@ -21,11 +25,14 @@ class KeysError(CrashbusError):
     """Keys cannot be made or read."""
 
 
-def make_keys(directory: Path) -> dict[str, str]:
+def make_keys(directory: Path, owners: Mapping[str, int] | None = None) -> dict[str, str]:
     """Make a key for each user that has none yet, and what the server needs to know of all.
 
     Seeds are written as ``<directory>/<user>/nkey`` for the owner of ``<directory>/<user>``
     alone, who may be another than ours.
+
+    Args:
+        owners: users' directories, or `SERVER`, to UIDs that they are given to.
 
     Returns:
         user to public key.
@@ -34,9 +41,13 @@ def make_keys(directory: Path) -> dict[str, str]:
         KeysError: a file cannot be read or written, or the package nkeys is not installed.
     """
     try:
+        for name in (*USERS, SERVER):
+            mode = 0o755 if name == SERVER else 0o700
+            (directory / name).mkdir(mode=mode, parents=True, exist_ok=True)
+            if owners and name in owners:
+                os.chown(directory / name, owners[name], owners[name])
         public = {user: _key_of(directory / user) for user in USERS}
         server = directory / SERVER
-        server.mkdir(exist_ok=True)
         (server / "users.conf").write_text(_HEADER + "".join(map(_lines, public, public.values())))
         if not (server / "tls.conf").exists():
             (server / "tls.conf").write_text(_NO_TLS)
@@ -56,7 +67,6 @@ def _key_of(directory: Path) -> str:
         import nkeys
     except ImportError:
         raise KeysError("the package nkeys is not installed: pip install nkeys") from None
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = directory / SEED
     if not path.exists():
         _write_private(path, nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER) + b"\n")
@@ -88,11 +98,12 @@ def _write_private(path: Path, content: bytes) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Make keys and say what was made."""
     given = sys.argv[1:] if arguments is None else arguments
-    if len(given) != 1 or given[0].startswith("-"):
-        sys.stderr.write("usage: python -m crashbus.keys DIRECTORY\n")
+    owners = dict(re.findall(r"^(\w+)=(\d+)$", "\n".join(given[1:]), re.MULTILINE))
+    if not given or given[0].startswith("-") or len(owners) != len(given) - 1:
+        sys.stderr.write("usage: python -m crashbus.keys DIRECTORY [USER=UID…]\n")
         return 2
     try:
-        public = make_keys(Path(given[0]))
+        public = make_keys(Path(given[0]), {user: int(uid) for user, uid in owners.items()})
     except KeysError as error:
         sys.stderr.write(f"crashbus keys: {error}\n")
         return 1

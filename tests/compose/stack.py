@@ -32,7 +32,7 @@ class Stack:
     """Images, containers and what they share with the host.
 
     Attributes:
-        directory: on the host; holds spool, state and the S3 keys.
+        directory: on the host; holds spool, state and all keys.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -40,6 +40,7 @@ class Stack:
         self.directory = Path(tempfile.mkdtemp(prefix="cb-compose-", dir="/tmp"))
         self.spool = self.directory / "spool"
         self.state = self.directory / "state"
+        self.keys = self.directory / "keys"
         self.access_key, self.secret_key = "k" + os.urandom(8).hex(), "s" + os.urandom(16).hex()
         self._write_keys()
         self._environment = os.environ | {
@@ -52,6 +53,8 @@ class Stack:
             "CRASHBUS_RUNTIME_SOCKET": str(engine.socket),
             "CRASHBUS_SPOOL_DIRECTORY": str(self.spool),
             "CRASHBUS_STATE_DIRECTORY": str(self.state),
+            "CRASHBUS_KEYS": str(self.keys),
+            "CRASHBUS_NATS_LISTEN": "127.0.0.1:0",  # any port
             "CRASHBUS_DESTINATIONS": "s3://crashes/host,file:///var/crashes",
             "CRASHBUS_S3_ACCESS_KEY_FILE": str(self.directory / "s3_access_key"),
             "CRASHBUS_S3_SECRET_KEY_FILE": str(self.directory / "s3_secret_key"),

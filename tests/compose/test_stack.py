@@ -19,6 +19,8 @@ import zstandard
 from minio import Minio
 
 from crashbus import Bus, Manifest, Receipt, connect
+from crashbus.errors import CrashbusError
+from crashbus.keys import SEED, USERS
 from crashbus.layout import MANIFEST_NAME, Kind
 from crashbus.messages import DeadLetter, SignalEvent
 from tests.compose.stack import OTHERS, Stack
@@ -80,7 +82,8 @@ def stack(built: Stack) -> Iterator[Stack]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def bus(stack: Stack) -> AsyncIterator[Bus]:
-    async with connect(f"nats://{stack.address('nats')}:4222") as connected:
+    url, seed = f"nats://{stack.address('nats')}:4222", str(stack.keys / "operator" / SEED)
+    async with connect(url, nkeys_seed=seed) as connected:
         yield connected
 
 
@@ -308,14 +311,39 @@ async def test_service_has_the_user_and_the_capabilities_that_are_written_down(
         assert shown["ReadonlyRootfs"] and not shown["Privileged"]
 
 
+STORE_KEYS = {"/run/secrets/s3_access_key", "/run/secrets/s3_secret_key"}
+GIVEN = {
+    "nats": {"/etc/nats/keys/server"},
+    "shipper": STORE_KEYS | {"/run/keys"},
+    "storage": STORE_KEYS,
+}
+
+
 async def test_shipper_and_store_have_nothing_of_the_host(stack: Stack) -> None:
-    for service in ("shipper", "storage", "nats"):
+    for service in GIVEN:
         for container in stack.containers(service):
             mounts = stack.inspect(container)["Mounts"]
             assert isinstance(mounts, list)
-            secrets = {"/run/secrets/s3_access_key", "/run/secrets/s3_secret_key"}
             binds = {one["Destination"] for one in mounts if one["Type"] == "bind"}
-            assert binds == (set() if service == "nats" else secrets)
+            assert binds == GIVEN[service]
+
+
+async def test_bus_knows_nobody_without_a_key(stack: Stack) -> None:
+    with pytest.raises(CrashbusError):
+        async with connect(f"nats://{stack.address('nats')}:4222") as nobody:
+            await nobody.stored(Manifest)
+
+
+async def test_whoever_listens_from_the_host_hears_of_crashes_with_the_consumers_key(
+    stack: Stack, bus: Bus
+) -> None:
+    (container,) = stack.containers("nats")
+    address = stack.docker("port", container, "4222/tcp").split()[0]
+    seed = str(stack.keys / "consumer" / SEED)
+    async with connect(f"nats://{address}", nkeys_seed=seed) as listener:
+        assert {one.crash_id for one in await listener.stored(Manifest)} == {
+            one.crash_id for one in await bus.stored(Manifest)
+        }
 
 
 async def test_no_secret_is_shown_anywhere(stack: Stack, store: Minio) -> None:
@@ -328,6 +356,8 @@ async def test_no_secret_is_shown_anywhere(stack: Stack, store: Minio) -> None:
     told = "\n".join([*inspected, *images, stack.logs()])
     assert stack.secret_key not in told
     assert stack.access_key not in told
+    for user in USERS:
+        assert (stack.keys / user / SEED).read_text().strip() not in told
     for one in store.list_objects("crashes", recursive=True):
         assert not (one.object_name or "").endswith("s3.json")
 

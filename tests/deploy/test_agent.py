@@ -33,8 +33,9 @@ def test_an_agent_is_the_capturing_services_of_the_compose_file_with_a_key_each(
         assert set(service.get("depends_on", {})) <= set(agent["services"])
         if name == "guard":
             continue
-        assert service["secrets"] == ["nats_ca", f"{name}_nkey"]
-        assert service["environment"]["CRASHBUS_NATS_NKEY_FILE"] == f"/run/secrets/{name}_nkey"
+        assert service["secrets"] == ["nats_ca"]
+        key = f"${{CRASHBUS_KEYS:-./keys}}/{name}:/run/keys:ro"
+        assert key in whole["services"][name]["volumes"]
     volumes = {
         volume.partition(":")[0]
         for name in agent["services"]

@@ -1,7 +1,6 @@
 """TLS to the bus: checked, never left out, and the connection comes back."""
 
 import asyncio
-import os
 import shutil
 import ssl
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from crashbus.errors import BusUnreachable
 from crashbus.keys import SEED, make_keys
 from tests.cli.support import crashbus
 from tests.support.nats import NatsServer, SecuredNats
-from tests.support.requirements import need_program
+from tests.support.requirements import need_program, need_root
 from tests.support.wait import until
 
 
@@ -82,9 +81,10 @@ def test_keys_that_are_there_stay(tmp_path: Path) -> None:
 
 
 def test_a_key_belongs_to_the_owner_of_its_directory(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        return  # only root gives files away
-    (tmp_path / "shipper").mkdir()
-    os.chown(tmp_path / "shipper", 12345, 12345)
+    need_root()  # only root gives files away
+    make_keys(tmp_path, {"shipper": 12345})
+    (tmp_path / "shipper" / SEED).unlink()
     make_keys(tmp_path)
+    assert (tmp_path / "shipper").stat().st_uid == 12345
     assert (tmp_path / "shipper" / SEED).stat().st_uid == 12345
+    assert (tmp_path / "recorder" / SEED).stat().st_uid == 0
