@@ -35,6 +35,7 @@ from services.recorder import (
     facts,
     fault_address,
     metrics,
+    room,
     unwinder,
 )
 from services.recorder.backtrace import Backtrace
@@ -67,7 +68,7 @@ class Conditions:
         mechanism: how crashes arrive.
         configuration: what ``cfg`` shows.
         module_files: how many descriptors one crash may keep open for its modules now.
-        on_disk_full: told whether the last core found room.
+        on_want_of_room: told how many bytes the last core wanted in vain; 0: it had them.
         unwind_server: has workers ready; without it each is started for itself.
     """
 
@@ -87,7 +88,7 @@ class Conditions:
     debuginfod: Debuginfod
     configuration: Mapping[str, Any]
     module_files: Callable[[], int]
-    on_disk_full: Callable[[bool], None]
+    on_want_of_room: Callable[[int], None]
     unwind_server: UnwindServer | None = None
 
     @classmethod
@@ -98,7 +99,7 @@ class Conditions:
         configuration: Mapping[str, Any],
         mechanism: Mechanism = Mechanism.SOCKET,
         module_files: Callable[[], int] = lambda: MODULE_FILES,
-        on_disk_full: Callable[[bool], None] = lambda _: None,
+        on_want_of_room: Callable[[int], None] = lambda _: None,
     ) -> Self:
         """Return what the settings say."""
         return cls(
@@ -134,7 +135,7 @@ class Conditions:
             ),
             configuration=configuration,
             module_files=module_files,
-            on_disk_full=on_disk_full,
+            on_want_of_room=on_want_of_room,
         )
 
 
@@ -393,8 +394,8 @@ def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions, ta
     except OSError as error:
         recording.notes.append(f"{name} could not be made: {error.strerror}")
         return
-    room = _room(recording.core_file, on.disk_reserve)
-    limit = min(on.max_core_bytes or room, room)
+    free = room.for_core(recording.core_file, on.disk_reserve)
+    limit = min(on.max_core_bytes or free, free)
     copied = core_copy.copy(
         hold, head.raw, head.size, recording.core_file, limit, pages, decision.because
     )
@@ -411,7 +412,8 @@ def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions, ta
             note=fault,
         )
     metrics.CORE_BYTES.inc(copied.size)
-    on.on_disk_full(copied.disk_full or (fault is not None and (head.size or 0) > room))
+    lacked = copied.disk_full or (fault is not None and (head.size or 0) > free)
+    on.on_want_of_room((head.size or 1) if lacked else 0)
     if copied.fault:
         hold.let_go(copied.fault)
 
@@ -433,13 +435,6 @@ def _new_core(recording: Recording, extent: Extent) -> int:
     name, descriptor = crash_directory.hidden_file(Kind.CORE, recording.directory)
     os.unlink(name, dir_fd=recording.directory)
     return descriptor
-
-
-def _room(file: int, reserve: float) -> int:
-    """Return how many bytes a core may take of its disk: at least 1."""
-    disk = os.fstatvfs(file)
-    kept = int(disk.f_blocks * disk.f_frsize * reserve / 100)
-    return max(1, disk.f_bavail * disk.f_frsize - max(kept, core_copy.GIVEN_BACK))
 
 
 def _write_file(recording: Recording, kind: Kind, content: bytes) -> None:

@@ -35,6 +35,7 @@ from services.recorder.listener import Listener
 from services.recorder.mechanism import Mechanism, Plan
 from services.recorder.orphans import Orphan, Orphans
 from services.recorder.recording import MODULE_FILES, Conditions, Recording
+from services.recorder.room import Lack
 from services.recorder.settings import RecorderSettings
 from services.recorder.unwind_process import Server as UnwindServer
 from services.recorder.watchdog import Watchdogs
@@ -113,6 +114,8 @@ class Recorder:
         self._watchdogs = Watchdogs(
             self._state, settings.watchdog_deadline, runtime.bus_settings.log_format
         )
+        self._lack_of_room = Lack(runtime.bus_settings.spool, settings.disk_reserve)
+        self._health.watch("spool", self._lack_of_room.fault)
         self._unwind_server = UnwindServer()
         conditions = Conditions.of(
             runtime.bus_settings,
@@ -120,7 +123,7 @@ class Recorder:
             _configuration(runtime, settings, self._plan),
             self._plan.mechanism,
             self._module_files_left,
-            self._on_disk_full,
+            self._lack_of_room.note,
         )
         self._conditions = replace(conditions, unwind_server=self._unwind_server)
 
@@ -262,12 +265,6 @@ class Recorder:
     def _module_files_left(self) -> int:
         in_flight = len(self._captures.in_work()) + self._unfinished.unfinished_tasks
         return MODULE_FILES if in_flight * MODULE_FILES < self._module_files else 0
-
-    def _on_disk_full(self, full: bool) -> None:
-        if full:
-            self._health.failing("spool", "no room for a core; free some, see docs/operations.md")
-        else:
-            self._health.working("spool")
 
     def _let_go_of_stalled(self) -> None:
         """Let go of what is in work and stands still, or will not end.

@@ -1,0 +1,34 @@
+"""Room for cores, on a real disk."""
+
+from pathlib import Path
+
+from services.recorder import room
+from tests.support.disk import small_disk
+
+MIB = 1024 * 1024
+
+
+def test_want_of_room_is_told_until_there_is_room_for_such_a_core(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 64) as disk:
+        lack = room.Lack(disk.place, 5)
+        disk.fill(8 * MIB)
+        assert lack.fault() is None  # no core wanted more yet
+
+        lack.note(20 * MIB)
+        assert "no room" in (lack.fault() or "")
+        disk.empty()
+        assert lack.fault() is None
+
+
+def test_a_core_that_found_room_ends_the_want_of_it(tmp_path: Path) -> None:
+    lack = room.Lack(tmp_path, 5)
+    lack.note(1 << 60)
+    assert lack.fault()
+    lack.note(0)
+    assert lack.fault() is None
+
+
+def test_the_reserve_stays_free(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 64) as disk:
+        assert room.for_core(disk.place, 50) < 32 * MIB
+        assert room.for_core(disk.place, 99) == 1
