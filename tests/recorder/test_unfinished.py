@@ -9,7 +9,7 @@ import pytest
 
 from crashbus import unfinished
 from services.recorder import core_pages
-from services.recorder.core_pages import Piece
+from services.recorder.core_memory import LiveMemory, Piece
 from services.recorder.hold import Hold
 
 MIB = 1024 * 1024
@@ -31,7 +31,8 @@ class Copying:
     def __init__(self, place: Path, there: int = SIZE) -> None:
         self.content = b"".join(os.urandom(16) * (MIB // 16) for _ in range(SIZE // MIB))
         (place / "memory").write_bytes(self.content[:there])
-        self.memory = os.open(place / "memory", os.O_RDONLY)
+        self._memory = os.open(place / "memory", os.O_RDONLY)
+        self.memory = LiveMemory(self._memory)
         self.core = os.open(place / "core", os.O_RDWR | os.O_CREAT, 0o600)
         self._reader = os.open(place / "core", os.O_RDONLY)
         self.told: list[int] = []
@@ -48,7 +49,7 @@ class Copying:
         self.told.append(final)
 
     def close(self) -> None:
-        for descriptor in (self.memory, self.core, self._reader):
+        for descriptor in (self._memory, self.core, self._reader):
             os.close(descriptor)
 
 

@@ -15,10 +15,18 @@ from crashbus.keys import SEED, make_keys
 DEPLOY = Path(__file__).parents[2] / "deploy" / "nats"
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody listens on, and none twice: its user may only start later."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 def listens(bus: Bus) -> bool:
