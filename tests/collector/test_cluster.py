@@ -23,8 +23,8 @@ LONG = 150  # seconds; a leader is chosen by servers that share two busy cores w
 async def cluster(tmp_path: Path) -> AsyncIterator[tuple[NatsCluster, Bus]]:
     need_program("nats-server")
     made = NatsCluster(tmp_path / "nats")
-    made.start()
     try:
+        made.start()
         async with connect(made.url) as bus:
             yield made, bus
     finally:
