@@ -97,7 +97,8 @@ class Consumer:
             except nats.errors.TimeoutError:
                 self._subscription = await _if_there(self._subscription)
             except (nats.errors.Error, OSError) as error:
-                log.warning("cannot take work from %s, trying again: %s", self._stream, error)
+                why = str(error) or "no answer"  # what asyncio.wait_for raises has no words
+                log.warning("cannot take work from %s, trying again: %s", self._stream, why)
                 await self.close()
                 await asyncio.sleep(TRY_AGAIN)
                 await self._restore_if_lost(error)
