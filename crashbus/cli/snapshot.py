@@ -27,7 +27,7 @@ def snapshot(
     # Only here: nobody else needs what the recorder needs.
     from services.common import log, redact
     from services.common.settings import BusSettings
-    from services.recorder import core_pattern, facts, recording
+    from services.recorder import capturing, conditions, core_pattern, facts, finishing
     from services.recorder.errors import CaptureFailed
     from services.recorder.live import LiveHold
     from services.recorder.settings import RecorderSettings
@@ -41,20 +41,20 @@ def snapshot(
         "snapshot_of": pid,
         "core_pattern": core_pattern.current(),
     }
-    on = recording.Conditions.of(shared, settings, configuration)
+    on = conditions.Conditions.of(shared, settings, configuration)
     if pid == os.getpid():
         raise Trouble("that is this command itself", "name another process")
     try:
         process = facts.read_identity(pid, boot_id())
         hold = LiveHold(pid)
         try:
-            taken = recording.capture_process(process, 0, hold, on)
+            taken = capturing.capture_process(process, 0, hold, on)
         finally:
             hold.close()
     except CaptureFailed as failure:
         raise Trouble(str(failure), failure.mend) from None
     taken.notes.append("a snapshot of a living process, by crashbus snapshot")
-    recording.finish(taken, on, settings.backtrace_deadline)
+    finishing.finish(taken, on, settings.backtrace_deadline)
     held = (hold.held_for or 0) * 1000
     console().print(
         plain(

@@ -20,21 +20,24 @@ from services.common.crash_directory import SpoolUnusable
 from services.common.health import Health
 from services.common.service import Runtime, finish
 from services.recorder import (
+    adopting,
     arrival,
+    capturing,
     core_pattern,
+    finishing,
     hardening,
     mechanism,
     metrics,
     orphan_rules,
-    recording,
 )
+from services.recorder.conditions import MODULE_FILES, Conditions
 from services.recorder.dead_letters import DeadLetters
 from services.recorder.errors import CaptureFailed, RecorderError
 from services.recorder.hold import Hold, end_those_let_go
 from services.recorder.listener import Listener
 from services.recorder.mechanism import Mechanism, Plan
 from services.recorder.orphans import Orphan, Orphans
-from services.recorder.recording import MODULE_FILES, Conditions, Recording
+from services.recorder.recording import Recording
 from services.recorder.room import Lack
 from services.recorder.settings import RecorderSettings
 from services.recorder.unwind_process import Server as UnwindServer
@@ -191,11 +194,11 @@ class Recorder:
     def _adopt(self, orphan: Orphan) -> None:
         """Make crash files of what the pipe helper kept."""
         try:
-            captured = recording.adopt(orphan, self._conditions)
+            captured = adopting.adopt(orphan, self._conditions)
         except BaseException:
             orphan.close()
             raise
-        recording.finish(captured, self._conditions, self._backtrace_within())
+        finishing.finish(captured, self._conditions, self._backtrace_within())
 
     def _start_watchdogs(self) -> None:
         try:
@@ -240,15 +243,15 @@ class Recorder:
             hold.close()
 
     def _capture(self, hold: Hold) -> None:
-        captured = recording.capture_crash(hold, self._conditions)
+        captured = capturing.capture_crash(hold, self._conditions)
         try:
             self._unfinished.put_nowait(captured)
         except queue.Full:
-            recording.finish(captured, self._conditions, 0)
+            finishing.finish(captured, self._conditions, 0)
 
     def _finish_one(self, captured: Recording) -> None:
         try:
-            recording.finish(captured, self._conditions, self._backtrace_within())
+            finishing.finish(captured, self._conditions, self._backtrace_within())
         except Exception as error:  # noqa: BLE001 - as above; its record shows it cut short
             metrics.CAPTURES.labels("failed").inc()
             self._letters.add(_unexpected(error))

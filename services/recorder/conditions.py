@@ -1,0 +1,107 @@
+"""What is the same for every crash."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+from crashbus.identity import boot_id
+from services.common.settings import BusSettings
+from services.common.unrecorded import Unrecorded
+from services.recorder.binaries import Binaries
+from services.recorder.containers import Runtime
+from services.recorder.core_policy import CorePolicy, Extent
+from services.recorder.debuginfod import Debuginfod
+from services.recorder.mechanism import Mechanism
+from services.recorder.settings import RecorderSettings
+from services.recorder.taking import Taker
+from services.recorder.unwind_process import Server as UnwindServer
+
+MODULE_FILES = 64  # opened for one crash: most programs map fewer libraries
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is the same for every crash.
+
+    Attributes:
+        mechanism: how crashes arrive.
+        configuration: what ``cfg`` shows.
+        module_files: how many descriptors one crash may keep open for its modules now.
+        on_want_of_room: told how many bytes the last core wanted in vain; 0: it had them.
+        unwind_server: has workers ready; without it each is started for itself.
+    """
+
+    mechanism: Mechanism
+    host: str
+    boot_id: str
+    spool: Path
+    version: str
+    max_core_bytes: int
+    core_policy: CorePolicy
+    runtime: Runtime | None
+    only_stream: bool  # read no memory but what the kernel sends
+    taker: Taker | None  # of small processes; None: none is let go that early
+    disk_reserve: float  # percent
+    binaries: Binaries
+    debug_directories: tuple[Path, ...]
+    debuginfod: Debuginfod
+    configuration: Mapping[str, Any]
+    module_files: Callable[[], int]
+    on_want_of_room: Callable[[int], None]
+    unwind_server: UnwindServer | None = None
+
+    @classmethod
+    def of(
+        cls,
+        shared: BusSettings,
+        settings: RecorderSettings,
+        configuration: Mapping[str, Any],
+        mechanism: Mechanism = Mechanism.SOCKET,
+        module_files: Callable[[], int] = lambda: MODULE_FILES,
+        on_want_of_room: Callable[[int], None] = lambda _: None,
+    ) -> Self:
+        """Return what the settings say."""
+        return cls(
+            mechanism=mechanism,
+            host=shared.host,
+            boot_id=boot_id(),
+            spool=shared.spool,
+            version=version("crashbus"),
+            max_core_bytes=settings.max_core_bytes,
+            core_policy=CorePolicy(
+                Extent.STACKS if settings.core == "stacks" else Extent.ALL,
+                settings.core_off_rules,
+                settings.loop_burst,
+                settings.loop_one_in,
+            ),
+            runtime=Runtime(settings.runtime_socket) if settings.runtime_socket else None,
+            only_stream=settings.core_source == "stream",
+            taker=_taker(shared.spool, settings),
+            disk_reserve=settings.disk_reserve,
+            binaries=Binaries(
+                shared.spool,
+                settings.max_binary_bytes,
+                settings.disk_reserve,
+                settings.debug_directories,
+            ),
+            debug_directories=settings.debug_directories,
+            debuginfod=Debuginfod(
+                settings.debuginfod_servers,
+                settings.debuginfod_cache,
+                settings.debuginfod_deadline,
+                settings.max_binary_bytes,
+                settings.debuginfod_cache_bytes,
+            ),
+            configuration=configuration,
+            module_files=module_files,
+            on_want_of_room=on_want_of_room,
+        )
+
+
+def _taker(spool: Path, settings: RecorderSettings) -> Taker | None:
+    if settings.core_source == "stream":
+        return None
+    asks_runtime = settings.runtime_socket is not None
+    return Taker(Unrecorded(spool), settings.max_core_bytes, labels_needed=asks_runtime)
