@@ -1,16 +1,13 @@
 """The Python frames of a process that ran CPython, read from its core.
 
-The structures are not an interface and differ between versions, so each version that is known has
-a table of its own (Include/internal/pycore_runtime.h, pycore_interp.h, pycore_frame.h,
-Include/cpython/pystate.h, code.h, unicodeobject.h of that version; 64-bit layouts). All that is
-read was the process's to write: each walk is bounded and ends at the first thing that is wrong.
+All that is read was the process's to write: each walk is bounded and ends at the first thing that
+is wrong.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
 
 from services.recorder.backtrace import MAX_TEXT, PythonFrame
+from services.recorder.python_layouts import Layout, Memory
 
 MAX_FRAMES = 512  # of one thread
 MAX_ALL_FRAMES = 20_000
@@ -18,73 +15,9 @@ MAX_THREADS = 4096
 _MAX_STRING = MAX_TEXT
 _MAX_TABLE = 256 * 1024  # bytes of a table of line numbers
 _POINTER = 8
-
-
-class Memory(Protocol):
-    """What a process had in memory."""
-
-    def read(self, address: int, size: int, /) -> bytes:
-        """Read exactly `size` bytes.
-
-        Raises:
-            Exception: they are not there.
-        """
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Offsets in bytes of one version."""
-
-    runtime_interpreters: int
-    interpreter_next: int
-    interpreter_threads: int
-    thread_next: int
-    thread_frames: int
-    thread_native_id: int
-    frames_current: int
-    frame_code: int
-    frame_previous: int
-    frame_instruction: int
-    frame_owner: int
-    code_first_line: int
-    code_filename: int
-    code_qualname: int
-    code_lines: int
-    code_instructions: int
-    text_length: int
-    text_state: int
-    text_ascii: int
-    text_compact: int
-    bytes_size: int
-    bytes_data: int
-
-
-LAYOUTS = {
-    (3, 11): Layout(
-        runtime_interpreters=40,
-        interpreter_next=0,
-        interpreter_threads=16,
-        thread_next=8,
-        thread_frames=56,
-        thread_native_id=160,
-        frames_current=8,
-        frame_code=32,
-        frame_previous=48,
-        frame_instruction=56,
-        frame_owner=69,
-        code_first_line=72,
-        code_filename=112,
-        code_qualname=128,
-        code_lines=136,
-        code_instructions=184,
-        text_length=16,
-        text_state=32,
-        text_ascii=48,
-        text_compact=72,
-        bytes_size=16,
-        bytes_data=32,
-    )
-}
+_TAGS = 7  # bits of a pointer to an object that may say how it is held (_PyStackRef)
+_OF_FUNCTIONS = 2  # FRAME_OWNED_BY_FRAME_OBJECT; others stand for C between Python's
+_MAX_COPIES = 1 << 20  # of a function's code; as many as there were threads
 
 
 class Interpreter:
@@ -92,16 +25,12 @@ class Interpreter:
 
     Args:
         runtime: address of ``_PyRuntime``.
-        version: major and minor.
-
-    Raises:
-        KeyError: that version is not known.
     """
 
-    def __init__(self, memory: Memory, runtime: int, version: tuple[int, int]) -> None:
+    def __init__(self, memory: Memory, runtime: int, layout: Layout) -> None:
         self._memory = memory
         self._runtime = runtime
-        self._at = LAYOUTS[version]
+        self._at = layout
         self._left = MAX_ALL_FRAMES
         self._codes: dict[int, tuple[str, str, int, bytes]] = {}
 
@@ -128,24 +57,38 @@ class Interpreter:
     def _frames(self, thread: int) -> Iterator[PythonFrame]:
         at = self._at
         try:
-            frame = self._word(self._word(thread + at.thread_frames) + at.frames_current)
+            frame = self._word(thread + at.thread_frame)
+            if at.current_frame is not None:
+                frame = self._word(frame + at.current_frame)
             for _ in range(MAX_FRAMES):
                 if not frame or not self._left:
                     return
                 self._left -= 1
-                yield self._frame(frame)
+                if self._memory.read(frame + at.frame_owner, 1)[0] <= _OF_FUNCTIONS:
+                    yield self._frame(frame)
                 frame = self._word(frame + at.frame_previous)
         except Exception:  # noqa: BLE001 - what was found so far is worth more than nothing
             return
 
     def _frame(self, frame: int) -> PythonFrame:
         at = self._at
-        code = self._word(frame + at.frame_code)
-        done = self._word(frame + at.frame_instruction) - (code + at.code_instructions)
+        code = self._word(frame + at.frame_code) & ~_TAGS
+        done = self._word(frame + at.frame_instruction) - self._instructions(frame, code)
         if code not in self._codes:
             self._codes[code] = self._code(code)
         function, file, first, lines = self._codes[code]
         return PythonFrame(function=function, file=file, line=line_of(lines, first, done))
+
+    def _instructions(self, frame: int, code: int) -> int:
+        """Return where the instructions begin that a frame runs."""
+        at = self._at
+        if at.frame_copy is not None:
+            copy = int.from_bytes(self._memory.read(frame + at.frame_copy, 4), "little")
+            if 0 < copy < _MAX_COPIES:
+                # struct _PyCodeArray: a size, then pointers.
+                copies = self._word(code + at.code_copies)
+                return self._word(copies + _POINTER * (1 + copy))
+        return code + at.code_instructions
 
     def _code(self, code: int) -> tuple[str, str, int, bytes]:
         """Return name, file, first line and table of lines of a code object."""
@@ -164,8 +107,9 @@ class Interpreter:
         """Return a str object: one, two or four bytes a character, or ASCII (PEP 393)."""
         at = self._at
         length = min(self._word(address + at.text_length), _MAX_STRING)
-        state = self._memory.read(address + at.text_state, 1)[0]
-        width, is_compact, is_ascii = state >> 2 & 7, state >> 5 & 1, state >> 6 & 1
+        bits = int.from_bytes(self._memory.read(address + at.text_state, 4), "little")
+        state = bits >> at.text_kind
+        width, is_compact, is_ascii = state & 7, state >> 3 & 1, state >> 4 & 1
         if width not in (1, 2, 4) or not is_compact:
             raise ValueError("not a str object")
         start = address + (at.text_ascii if is_ascii else at.text_compact)

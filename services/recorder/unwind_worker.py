@@ -16,7 +16,13 @@ from pathlib import Path
 
 import drgn
 
-from services.recorder import frame_pointers, hardening, instruction, python_frames
+from services.recorder import (
+    frame_pointers,
+    hardening,
+    instruction,
+    python_frames,
+    python_layouts,
+)
 from services.recorder.backtrace import (
     MAX_FRAMES,
     MAX_TEXT,
@@ -117,10 +123,9 @@ def _python(program: drgn.Program) -> dict[int, tuple[PythonFrame, ...]]:
         runtime = program.symbol("_PyRuntime").address
         # Py_Version is in read-only data, which a core does not hold.
         found = _PYTHON.search(program.module(runtime).name)
-        if found is None:
-            return {}
-        version = int(found[1]), int(found[2])
-        return python_frames.Interpreter(program, runtime, version).threads()
+        version = (int(found[1]), int(found[2])) if found else None
+        layout = python_layouts.layout_of(program, runtime, version)
+        return python_frames.Interpreter(program, runtime, layout).threads()
     except Exception:  # noqa: BLE001 - none of it is needed, and all of it the process's to forge
         return {}
 

@@ -2,21 +2,22 @@
 
 import dis
 import json
-import subprocess
+import struct
+from functools import partial
 from pathlib import Path
 from types import CodeType
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.recorder import python_frames
+from services.recorder.backtrace import PythonFrame
 from services.recorder.python_frames import Interpreter, line_of
+from services.recorder.python_layouts import TABLES, VERSIONS, layout_of
 from tests.recorder.conftest import MakeRecorder
+from tests.support.pythons import interpreter, is_installed
 from tests.support.recorder import crash
-from tests.support.requirements import lacking
-
-PYTHON = "/usr/bin/python3"
 
 SCRIPT = """\
 import ctypes, threading
@@ -27,7 +28,7 @@ class Über:
             return self.method(
                 depth - 1
             )
-        return [self.crash() for _ in range(1)]
+        return list(map(lambda _: self.crash(), range(1)))
 
     def crash(self):
         ctypes.string_at(0)
@@ -43,24 +44,21 @@ barrier.wait()
 """
 
 
-def version_of(python: str) -> tuple[int, int]:
-    code = "import sys; print(*sys.version_info[:2])"
-    shown = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
-    major, minor = shown.split()
-    return int(major), int(minor)
+# What few machines have is tried where it is; `test_free_threaded…` stands in for it elsewhere.
+TRIED = sorted(one for one in VERSIONS if one != (3, 14) or is_installed(one))
 
 
+@pytest.mark.parametrize("version", TRIED, ids=lambda version: "{}.{}".format(*version))
 async def test_crash_in_a_library_shows_the_python_that_called_it(
-    recorder_with: MakeRecorder, tmp_path: Path
+    recorder_with: MakeRecorder, tmp_path: Path, version: tuple[int, int]
 ) -> None:
-    if version_of(PYTHON) not in python_frames.LAYOUTS:
-        lacking(f"{PYTHON} is of a version whose structures are not known")
+    python = interpreter(version)
     recorder = recorder_with()
     await recorder.start()
     script = tmp_path / "scrípt.py"
     script.write_text(SCRIPT)
 
-    pid, _ = crash(PYTHON, script)
+    pid, _ = crash(python, script)
     await recorder.captured(pid)
 
     found = json.loads(recorder.file(pid, "backtrace_json").read_bytes())
@@ -69,7 +67,7 @@ async def test_crash_in_a_library_shows_the_python_that_called_it(
     assert mine == [
         ("string_at", mine[0][1]),
         ("Über.crash", 12),
-        ("Über.method.<locals>.<listcomp>", 9),
+        ("Über.method.<locals>.<lambda>", 9),
         ("Über.method", 9),
         ("Über.method", 6),
         ("Über.method", 6),
@@ -127,19 +125,111 @@ class Noise:
         return (self._noise * (size // len(self._noise) + 2))[start : start + size]
 
 
-@given(st.binary(min_size=1, max_size=64))
-def test_memory_that_lies_ends_somewhere(noise: bytes) -> None:
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python_frames, "MAX_THREADS", 8)
+    monkeypatch.setattr(python_frames, "MAX_FRAMES", 8)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(min_size=1, max_size=64), st.sampled_from(sorted(TABLES)))
+def test_memory_that_lies_ends_somewhere(few: None, noise: bytes, version: tuple[int, int]) -> None:
     memory = Noise(noise)
-    small = python_frames.MAX_THREADS, python_frames.MAX_FRAMES
-    python_frames.MAX_THREADS, python_frames.MAX_FRAMES = 8, 8
-    try:
-        threads = Interpreter(memory, 0, (3, 11)).threads()
-    finally:
-        python_frames.MAX_THREADS, python_frames.MAX_FRAMES = small
+    threads = Interpreter(memory, 0, TABLES[version]).threads()
     assert len(threads) <= 8
     assert memory.reads < 2000
 
 
-def test_version_that_is_not_known_is_an_error() -> None:
+class Built:
+    """Memory of what is put into it; all else is not there."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[int, int] = {}
+
+    def put(self, address: int, value: bytes | int) -> None:
+        raw = value if isinstance(value, bytes) else value.to_bytes(8, "little")
+        self._bytes.update(zip(range(address, address + len(raw)), raw, strict=True))
+
+    def read(self, address: int, size: int) -> bytes:
+        return bytes(self._bytes[place] for place in range(address, address + size))
+
+
+def runtime(version: int, free_threaded: int, *offsets: int) -> bytes:
+    """Return the beginning of _PyRuntime."""
+    return b"xdebugpy" + struct.pack(f"<{len(offsets) + 2}Q", version, free_threaded, *offsets)
+
+
+# Of 3.14's members, in their order; each offset another one, and none a real interpreter's.
+OFFSETS_3_14 = (
+    *(9, 9, 900),  # runtime: …, interpreters_head
+    *(9, 9, 16, 24, *(9,) * 12),  # interpreter: …, next, threads_head, …
+    *(9, 9, 32, 9, 40, 9, 48, 9, 9),  # thread: …, next, …, current_frame, …, native_thread_id, …
+    *(9, 56, 64, 72, 9, 80, 9, 84),  # frame: previous, executable, instr_ptr, …, owner, …, copy
+    *(9, 88, 9, 96, 104, 112, 9, 9, 9, 120, 128),  # code: filename, …, qualname, linetable, …
+    *(9,) * (2 + 4 + 3 + 3 + 4 + 3 + 2 + 3),  # object, type, tuple, list, set, dict, float, long
+    *(9, 8, 16),  # bytes: ob_size, ob_sval
+    *(9, 20, 8, 32),  # unicode: state, length, asciiobject_size
+)
+
+
+def put_text(memory: Built, address: int, text: str) -> None:
+    """Put a str object of a free-threaded interpreter, whose characters have two bytes."""
+    width, is_compact, is_ascii = (1, 1, 1) if text.isascii() else (2, 1, 0)
+    memory.put(address + 8, len(text))
+    state = 0xFF | (width | is_compact << 3 | is_ascii << 4) << 8
+    memory.put(address + 20, state.to_bytes(4, "little"))
+    start = address + (32 if is_ascii else 48)
+    memory.put(start, text.encode("ascii" if is_ascii else "utf-16-le"))
+
+
+def test_free_threaded_interpreter_tells_where_its_frames_are() -> None:
+    """Of 3.14, of which few machines have one: all there is to it, at places of its own."""
+    memory = Built()
+    interpreter, thread, inner, between, outer, code = range(0x10000, 0x70000, 0x10000)
+    memory.put(0x1000, runtime(0x030E08F0, 1, *OFFSETS_3_14))
+    for place, members in (
+        (0x1000, {900: interpreter}),
+        (interpreter, {16: 0, 24: thread}),
+        (thread, {32: 0, 40: inner, 48: 4711}),
+        (inner, {56: between, 64: code | 1, 72: 0xC004, 80: b"\0", 84: 2}),
+        (between, {56: outer, 80: b"\3"}),  # what stands for C has nothing else
+        (outer, {56: 0, 64: code, 72: code + 120 + 2, 80: b"\1", 84: 0}),
+        (code, {88: 0xA000, 96: 0xA100, 104: 0xA200, 112: 7, 128: 0xB000}),
+        (0xB000, {0: 3, 8: 0, 16: 0, 24: 0xC000}),  # the copies of the code
+        # Two bytes of code on the first line, then two on the next, then two two lines further on.
+        (0xA200, {8: 3, 16: bytes([0x80 | 10 << 3, 0x80 | 11 << 3, 0x80 | 12 << 3])}),
+    ):
+        for offset, value in members.items():
+            memory.put(place + offset, value)
+    put_text(memory, 0xA000, "/srv/app.py")
+    put_text(memory, 0xA100, "größer")
+
+    found = Interpreter(memory, 0x1000, layout_of(memory, 0x1000, None)).threads()
+
+    app = partial(PythonFrame, function="größer", file="/srv/app.py")
+    assert found == {4711: (app(line=10), app(line=8))}
+
+
+@given(st.binary(min_size=16, max_size=600))
+def test_offsets_that_lie_are_refused_or_lead_to_an_end(noise: bytes) -> None:
+    memory = Built()
+    memory.put(0, b"xdebugpy" + noise.ljust(700, b"\0"))
+    with pytest.raises((KeyError, ValueError)):
+        Interpreter(memory, 0, layout_of(memory, 0, (3, 13))).threads()
+
+
+def test_offset_beyond_any_structure_is_refused() -> None:
+    memory = Built()
+    memory.put(0, runtime(0x030D00F0, 0, *(9,) * 66, 1 << 40, *(9,) * 20))
+    with pytest.raises(ValueError, match="no offsets"):
+        layout_of(memory, 0, (3, 13))
+
+
+@pytest.mark.parametrize("version", [None, (3, 0), (3, 13)])
+def test_version_that_is_not_known_is_an_error(version: tuple[int, int] | None) -> None:
     with pytest.raises(KeyError):
-        Interpreter(Noise(b"x"), 0, (3, 0))
+        layout_of(Noise(b"x"), 0, version)
+    memory = Built()
+    memory.put(0, runtime(0x030F00F0, 0))  # 3.15
+    with pytest.raises(KeyError):
+        layout_of(memory, 0, version)
