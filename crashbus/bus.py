@@ -185,6 +185,15 @@ class Bus:
             return 0
         return (info.state.subjects or {}).get(subject, 0)
 
+    async def crashes_with_chunks(self) -> set[str]:
+        """Return the IDs of the crashes of which the bus holds chunks, whatever host's."""
+        found: set[str] = set()
+        for stream, subject in streams.CHUNK_SUBJECTS.items():
+            with suppress(NoStreams), as_bus_errors():
+                info = await self._js.stream_info(stream, subjects_filter=subject)
+                found.update(one.split(".")[2] for one in info.state.subjects or {})
+        return found
+
     async def holds(self, kind: type[Message], subject: str) -> bool:
         """Tell whether the bus holds a message of this kind on exactly this subject."""
         try:

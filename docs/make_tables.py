@@ -253,13 +253,24 @@ def fault_table(_: str) -> str:
     """Return a row for each fault of the last ``make test-faults``."""
     rows = json.loads((ROOT / "docs" / "reliability.json").read_text())
     return table(
-        ("what is done", "crashes", "MiB of cores", "what became of them", "seconds", "seed"),
+        (
+            "what is done",
+            "what it hit",
+            "crashes",
+            "what became of them",
+            "MiB of cores",
+            "largest",
+            "seconds",
+            "seed",
+        ),
         (
             (
                 row["name"],
+                row["hit"],
                 str(row["crashes"]),
-                f"{row['mib']:.0f}",
                 row["ended"] if row["passed"] else "**not as it should be**",
+                f"{row['mib']:.0f}",
+                str(row["largest"]),
                 f"{row['seconds']:.0f}",
                 str(row["seed"]),
             )

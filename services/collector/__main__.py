@@ -9,6 +9,7 @@ from services.collector.deaths import Deaths
 from services.collector.delivery import Deliverer
 from services.collector.entering import Entering
 from services.collector.gather import Gatherer
+from services.collector.late import Late
 from services.collector.ledger import Ledger
 from services.collector.publish import Publisher
 from services.collector.retention import Retention
@@ -66,6 +67,8 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
             tasks.create_task(deaths.run(), name="deaths")
             retention = Retention(str(shared.spool), ledger, bus, deliverer, settings)
             tasks.create_task(retention.run(), name="retention")
+            late = Late(runtime.host, bus, ledger, ahead, settings.recheck)
+            tasks.create_task(late.run(), name="late")
 
 
 def main() -> None:

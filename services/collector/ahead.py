@@ -64,6 +64,10 @@ class Ahead:
         self._expected[crash_id] = Source(directory=directory, name=name, kind=Kind.CORE)
         return True
 
+    def has(self, crash_id: str) -> bool:
+        """Tell whether chunks of a crash may be on the bus that the ledger does not know yet."""
+        return any(crash_id in one for one in (self._expected, self._sending, self._sent))
+
     async def send(self, crash_id: str) -> None:
         """Send the core of a crash, if one is expected, as it is written."""
         source = self._expected.pop(crash_id, None)
@@ -111,9 +115,9 @@ class Ahead:
             if crash_id in self._sending or (sent and time.monotonic() - sent.at < KEPT):
                 continue
             if self._ledger.get(crash_id) is None:
-                await self._bus.purge_chunks(crash_id, mark.read_text())
+                await self._bus.purge_chunks(crash_id, await asyncio.to_thread(mark.read_text))
                 self._sent.pop(crash_id, None)
-            mark.unlink(missing_ok=True)
+            await asyncio.to_thread(mark.unlink, missing_ok=True)
 
     def _mark(self, crash_id: str, name: str) -> None:
         self._marks.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -170,12 +170,16 @@ class Ledger:
         new.write_bytes(data)
         new.rename(path)
 
-    def forget(self, crash: Crash) -> None:
-        """Remove an entry whose files are removed."""
-        self._crashes.pop(crash.crash_id, None)
+    async def forget(self, crash: Crash) -> None:
+        """Remove an entry whose files are removed; one that is made anew meanwhile stays."""
+        crash_id = crash.crash_id
+        self._crashes.pop(crash_id, None)
         self._files.difference_update((s.directory, s.name) for s in crash.sources.values())
-        self._writing.pop(crash.crash_id, None)
-        self._path(crash.crash_id).unlink(missing_ok=True)
+        async with self._writing.setdefault(crash_id, asyncio.Lock()):
+            if crash_id not in self._crashes:
+                await asyncio.to_thread(self._path(crash_id).unlink, missing_ok=True)
+        if crash_id not in self._crashes:
+            self._writing.pop(crash_id, None)
 
     def get(self, crash_id: str) -> Crash | None:
         """Return an entry."""

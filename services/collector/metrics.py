@@ -28,6 +28,10 @@ LATENCY = Histogram(
     buckets=(0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 7200),
 )
 FAILED = Counter("crashbus_collector_failed_files", "Crash files given up by a shipper")
+LATE = Counter(
+    "crashbus_collector_late_chunks",
+    "Crashes of which chunks came when all was delivered and forgotten, and were removed",
+)
 DROPPED = Counter(
     "crashbus_collector_dropped_files",
     "Crash files removed for want of room before they were delivered",

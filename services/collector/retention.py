@@ -184,7 +184,7 @@ async def remove_crash(root: str, ledger: Ledger, crash: Crash) -> None:
         log.warning("files stay", crash_id=crash.crash_id, error=str(error))
         return
     if crash.delivered_at is not None and len(crash.sources) == len(files):
-        ledger.forget(crash)
+        await ledger.forget(crash)
         log.info("removed", crash_id=crash.crash_id, files=len(files))
 
 

@@ -24,17 +24,29 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     ]
     if not rows:
         return
-    rows.sort(key=lambda row: row["order"])
+    rows.sort(key=_order)
     terminalreporter.section("what was done, and what became of the crashes")
     for row in rows:
         terminalreporter.write_line(_line(row))
     if os.environ.get(RESULTS):
-        Path(os.environ[RESULTS]).write_text(json.dumps(rows, indent=1) + "\n")
+        _write(Path(os.environ[RESULTS]), rows)
+
+
+def _order(row: dict[str, Any]) -> int:
+    return int(row["order"])
+
+
+def _write(results: Path, rows: list[dict[str, Any]]) -> None:
+    """Put rows in the place of those of the same faults; a long run may be made in parts."""
+    names = {row["name"] for row in rows}
+    former = json.loads(results.read_text()) if results.exists() else []
+    all_rows = sorted([*(row for row in former if row["name"] not in names), *rows], key=_order)
+    results.write_text(json.dumps(all_rows, indent=1) + "\n")
 
 
 def _line(row: dict[str, Any]) -> str:
     ended = row.get("ended", "") if row["passed"] else "FAILED"
     return (
         f"{row['name']:58}{row['crashes']:4} crashes{row['mib']:6.0f} MiB{row['seconds']:7.1f} s"
-        f"  seed {row['seed']:6}  {ended}"
+        f"  seed {row['seed']:6}  {ended}; hit: {row.get('hit', 'nothing')}"
     )

@@ -44,6 +44,15 @@ class SmallDisk:
         """Give the room back."""
         self._ballast.unlink(missing_ok=True)
 
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Let everyone who writes there wait, fsfreeze(8)."""
+        subprocess.run(["fsfreeze", "--freeze", self.place], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["fsfreeze", "--unfreeze", self.place], check=True)
+
 
 @contextmanager
 def small_disk(place: Path, mib: int) -> Iterator[SmallDisk]:

@@ -4,11 +4,13 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 PIECE = 64 * 1024  # bytes
+LARGE = 4 * 1024  # bytes of a piece that has some of a chunk
 _RESET = struct.pack("ii", 1, 0)  # socket(7): SO_LINGER with no time, so close sends a reset
 
 
@@ -52,6 +54,7 @@ class Proxy:
         loses_answers: what the server says is thrown away, and the connection reset.
         change_up: makes of a piece on its way to the server what arrives there.
         change_down: the same for the way back.
+        done: what became of connections and pieces so far, by the words of the fault suite.
     """
 
     def __init__(self, port: int) -> None:
@@ -63,6 +66,8 @@ class Proxy:
         self.loses_answers = False
         self.change_up: Callable[[bytes], bytes] | None = None
         self.change_down: Callable[[bytes], bytes] | None = None
+        self.done: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self._passing = threading.Event()
         self._passing.set()
         self._open: set[_Connection] = set()
@@ -84,7 +89,16 @@ class Proxy:
     def cut(self) -> None:
         """Reset all connections that are open now."""
         for connection in list(self._open):
+            self._count("connections cut")
             connection.reset()
+
+    def unanswered(self) -> int:
+        """Return on how many connections the client spoke last."""
+        return sum(connection.asked for connection in list(self._open))
+
+    def _count(self, what: str) -> None:
+        with self._counting:
+            self.done[what] += 1
 
     def close(self) -> None:
         """Stop listening and cut everything."""
@@ -105,6 +119,7 @@ class Proxy:
     def _serve(self, client: socket.socket) -> None:
         try:
             if self.refuses:
+                self._count("connections refused")
                 raise ConnectionRefusedError
             server = socket.create_connection(("127.0.0.1", self._server_port), 10)
             server.settimeout(None)
@@ -124,7 +139,9 @@ class Proxy:
         source, sink = ends if up else ends[::-1]
         try:
             while piece := source.recv(PIECE):
-                self._passing.wait()
+                if not self._passing.is_set():
+                    self._count("pieces held back")
+                    self._passing.wait()
                 sink.sendall(self._passed(connection, piece, up))
             sink.shutdown(socket.SHUT_WR)
         except OSError:
@@ -139,13 +156,17 @@ class Proxy:
             connection.up += len(piece)
             connection.asked = True
             if self.reset_after is not None and connection.up > self.reset_after:
+                self._count("connections reset")
                 raise ConnectionResetError
         elif self.loses_answers:
+            self._count("answers lost")
             raise ConnectionResetError
         elif connection.asked:
             connection.asked = False
             time.sleep(self.latency)
         if self.rate:
+            if len(piece) >= LARGE:
+                self._count("large pieces slowed")
             time.sleep(len(piece) / self.rate)
         change = self.change_up if up else self.change_down
         return change(piece) if change else piece

@@ -12,6 +12,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,15 @@ class S3Server:
 
     def resume_gateway(self) -> None:
         self._daemons["rgw"].send_signal(signal.SIGCONT)
+
+    @contextmanager
+    def store_paused(self) -> Iterator[None]:
+        """Let the daemon hang that keeps the objects; the gateway goes on."""
+        self._daemons["osd"].send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._daemons["osd"].send_signal(signal.SIGCONT)
 
     def ensure_gateway(self) -> None:
         """Have the gateway run again, after a test did something to it."""

@@ -80,14 +80,26 @@ class ServiceProcess:
 
     def metric(self, name: str) -> float:
         """Return the sum of a metric over its labels."""
+        return sum(self.samples(name).values())
+
+    def samples(self, name: str) -> dict[str, float]:
+        """Return a metric's values by their labels, such as ``kind="core",result="whole"``."""
         with urllib.request.urlopen(f"http://{self.http}/metrics", timeout=5) as answer:
             lines = answer.read().decode().splitlines()
-        values = [
-            float(line.rsplit(" ", 1)[1])
-            for line in lines
-            if line.startswith((f"{name} ", f"{name}{{"))
+        found = {}
+        for line in lines:
+            if line.startswith((f"{name} ", f"{name}{{")):
+                labelled, _, value = line.rpartition(" ")
+                found[labelled.removeprefix(name).strip("{}")] = float(value)
+        return found
+
+    def hanging_threads(self) -> list[int]:
+        """Return the IDs of its threads that wait for a disk, proc_pid_stat(5)."""
+        return [
+            int(task.name)
+            for task in Path(f"/proc/{self.pid}/task").iterdir()
+            if _state(task) == "D"
         ]
-        return sum(values)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
@@ -107,3 +119,10 @@ class ServiceProcess:
         except TimeoutError:
             self.kill()
             await self.wait()
+
+
+def _state(task: Path) -> str:
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:  # it has just ended
+        return ""

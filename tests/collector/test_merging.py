@@ -1,0 +1,103 @@
+"""Sets of one crash become one manifest, however they were found: in parts, again, in any order."""
+
+import asyncio
+import tempfile
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crashbus import crash_id, layout
+from crashbus.layout import Kind, crash_file_name
+from crashbus.messages import CrashFile, Manifest, Process
+from services.collector.entering import Entering
+from services.collector.found import FoundSet
+from services.collector.judge import Verdict
+from services.collector.ledger import Crash, Ledger
+from services.collector.spool import Entry
+
+BOOT, PID, START = "boot", 7, 1
+KINDS = (Kind.INFO, Kind.CFG, Kind.BACKTRACE, Kind.CORE)
+NAMES = [(epoch, kind) for epoch in (101, 102, 103) for kind in KINDS]
+PROCESS = Process(
+    boot_id=BOOT, pid=PID, ns_pid=PID, start_ticks=START, uid=0, gid=0, comm="recovers"
+)
+
+# What one look finds: some of the files of one epoch.
+LOOKS = st.lists(
+    st.tuples(st.sampled_from((101, 102, 103)), st.sets(st.sampled_from(KINDS), min_size=1)),
+    max_size=12,
+)
+
+
+def look(epoch: int, kinds: set[Kind]) -> FoundSet:
+    entries = {
+        kind: Entry(crash_file_name(kind, epoch), kind, epoch, 1, 0, (1, 1)) for kind in kinds
+    }
+    return FoundSet(str(PID), epoch, entries, Verdict.WHOLE, None, None, None, None, "recovers")
+
+
+def read(crash: Crash) -> Manifest:
+    """Return the manifest once all files were read."""
+    for source in crash.sources.values():
+        source.file = CrashFile(
+            name=source.name,
+            kind=source.kind,
+            size=1,
+            sha256="0" * 64,
+            encoding="identity",
+            stored_size=1,
+            chunks=1,
+        )
+    crash.revision += 1
+    return crash.to_manifest()
+
+
+@settings(max_examples=60)
+@given(LOOKS, st.sets(st.integers(0, 11)))
+def test_any_looks_in_any_order_make_the_manifest_of_all_that_was_seen(
+    looks: list[tuple[int, set[Kind]]], restarts: set[int]
+) -> None:
+    """The collector may be started anew between any two looks."""
+    with tempfile.TemporaryDirectory() as directory:
+        ledger, told = asyncio.run(enter(Path(directory), looks, restarts))
+    seen = {(epoch, kind) for epoch, kinds in looks for kind in kinds}
+    if not seen:
+        assert ledger.crashes() == []
+        return
+    (crash,) = ledger.crashes()
+    assert crash.crash_id == crash_id(BOOT, PID, START)
+    files = read(crash).files
+    assert sorted(file.name for file in files) == sorted(
+        crash_file_name(kind, epoch) for epoch, kind in seen
+    )
+    ranks = [layout.SHIPPING_ORDER.index(file.kind) for file in files]
+    assert ranks == sorted(ranks), "small files first, cores last"
+    assert crash.delivered_at is None
+    assert told == sum(is_new(looks, number) for number in range(len(looks)))
+
+
+def is_new(looks: list[tuple[int, set[Kind]]], number: int) -> bool:
+    """Tell whether a look found a file that none before it had found."""
+    epoch, kinds = looks[number]
+    before = {kind for other, found in looks[:number] if other == epoch for kind in found}
+    return bool(kinds - before)
+
+
+async def enter(
+    directory: Path, looks: list[tuple[int, set[Kind]]], restarts: set[int]
+) -> tuple[Ledger, int]:
+    """Enter what looks found; return the ledger and how often a crash was told to be new."""
+    told: list[Crash] = []
+    for number, (epoch, kinds) in enumerate(looks):
+        if number == 0 or number in restarts:
+            ledger = loaded(directory)
+            entering = Entering(directory, "h", BOOT, ("file:///a",), ledger, told.append)
+        await entering.enter(look(epoch, kinds), PROCESS)
+    return loaded(directory), len(told)
+
+
+def loaded(directory: Path) -> Ledger:
+    ledger = Ledger(directory / "ledger")
+    ledger.load()
+    return ledger

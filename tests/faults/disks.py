@@ -1,0 +1,47 @@
+"""Faults of the host's disks."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from tests.faults.blow import Blow
+from tests.faults.crashes import MIB
+
+_NO_ROOM = "No space left on device"
+
+
+@asynccontextmanager
+async def ledger_full(blow: Blow) -> AsyncIterator[None]:
+    rig = blow.rig
+    before = rig.collector.log.count(_NO_ROOM)
+    rig.state_disk.fill()
+    yield
+    await blow.until("writes failed", lambda: rig.collector.log.count(_NO_ROOM) - before)
+    rig.state_disk.empty()
+
+
+@asynccontextmanager
+async def ledger_hangs(blow: Blow) -> AsyncIterator[None]:
+    """Whoever writes there stands still, and everything else goes on."""
+    rig = blow.rig
+    await blow.reach("crashes in its hands", rig.undelivered)
+    with rig.state_disk.hanging():
+        yield
+        await blow.until("threads that hang", lambda: len(rig.collector.hanging_threads()))
+        for _ in range(20):
+            # The event loop runs in the main thread, whose ID is that of the process.
+            assert rig.collector.pid not in rig.collector.hanging_threads()
+            await blow.pause()
+
+
+@asynccontextmanager
+async def spool_full(blow: Blow) -> AsyncIterator[None]:
+    rig = blow.rig
+    before = await rig.captures("truncated", "failed")
+    rig.spool_disk.fill(leaving=blow.random.randrange(2 * MIB))
+    yield
+
+    async def not_whole() -> float:
+        return await rig.captures("truncated", "failed") - before
+
+    await blow.until("captures not whole", not_whole)
+    rig.spool_disk.empty()
