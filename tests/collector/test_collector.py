@@ -162,21 +162,27 @@ async def test_crash_that_was_read_and_has_no_record_yet_is_waited_for(setup: Se
     await setup.collector.start()
     await setup.collector.healthy()
     await until(lambda: deaths_in_hand(setup, 0))
-    victim = subprocess.Popen(["sleep", "60"])
+    read, lost = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
     unrecorded = Unrecorded(setup.spool)
-    assert unrecorded.begin(victim.pid)
-    await setup.bus.publish(signal_event(victim.pid))
+    assert unrecorded.begin(read.pid)
+    events = [signal_event(process.pid) for process in (read, lost)]
+    for event in events:
+        await setup.bus.publish(event)
+    await until(lambda: deaths_in_hand(setup, 2))
+    for process in (read, lost):
+        process.kill()
+        process.wait()
+    # The one that died later is told, so this one would have been.
     await until(lambda: deaths_in_hand(setup, 1))
-    victim.kill()
-    victim.wait()
-    await asyncio.sleep(1)  # nothing is to happen, and nothing can be waited for
-    assert await setup.bus.stored(DeadLetter) == []
+    letters = await setup.bus.stored(DeadLetter)
+    assert [one.crash_id for one in letters] == [events[1].crash_id]
 
-    unrecorded.end(victim.pid)
+    unrecorded.end(read.pid)
 
-    await reports(setup)
-    (letter,) = await setup.bus.stored(DeadLetter)
-    assert letter.reason == "not_captured"
+    await reports(setup, 2)
+    letters = await setup.bus.stored(DeadLetter)
+    assert [one.crash_id for one in letters] == [events[1].crash_id, events[0].crash_id]
+    assert {one.reason for one in letters} == {"not_captured"}
 
 
 async def test_crash_that_the_pipe_helper_keeps_is_not_told_as_missing(setup: Setup) -> None:
