@@ -185,13 +185,16 @@ class Bus:
             return 0
         return (info.state.subjects or {}).get(subject, 0)
 
-    async def crashes_with_chunks(self) -> set[str]:
-        """Return the IDs of the crashes of which the bus holds chunks, whatever host's."""
+    async def crashes_on_the_way(self, host: str) -> set[str]:
+        """Return the IDs of the crashes of which the bus holds a host's items, or any chunks.
+
+        Chunks do not tell which host they are of.
+        """
         found: set[str] = set()
-        for stream, subject in streams.CHUNK_SUBJECTS.items():
+        for stream, subject, token in streams.all_on_the_way(host):
             with suppress(NoStreams), as_bus_errors():
                 info = await self._js.stream_info(stream, subjects_filter=subject)
-                found.update(one.split(".")[2] for one in info.state.subjects or {})
+                found.update(one.split(".")[token] for one in info.state.subjects or {})
         return found
 
     async def holds(self, kind: type[Message], subject: str) -> bool:

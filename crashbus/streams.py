@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 
-from crashbus import layout
+from crashbus import layout, names
 from crashbus.messages import (
     DeadLetter,
     EventsLost,
@@ -39,7 +39,6 @@ REPLAYS = "CRASH_RETRIES"
 
 CHUNK_SUBJECT = "crash.chunk.>"
 SMALL_CHUNK_SUBJECT = "crash.small.>"
-CHUNK_SUBJECTS = {CHUNKS: CHUNK_SUBJECT, SMALL_CHUNKS: SMALL_CHUNK_SUBJECT}
 
 
 def _kept(
@@ -120,6 +119,19 @@ def on_the_way(crash_id: str) -> tuple[tuple[str, str], ...]:
         (FILES, WorkItem.SUBJECT.replace(">", f"*.{crash_id}.>")),
         (CHUNKS, CHUNK_SUBJECT.replace(">", f"{crash_id}.>")),
         (SMALL_CHUNKS, SMALL_CHUNK_SUBJECT.replace(">", f"{crash_id}.>")),
+    )
+
+
+def all_on_the_way(host: str) -> tuple[tuple[str, str, int], ...]:
+    """Return the same for all crashes, work items of one host's only.
+
+    Returns:
+        Stream, subject, and which of its tokens is the crash ID, from 0.
+    """
+    return (
+        (FILES, WorkItem.SUBJECT.replace(">", f"{names.token(host)}.>"), 3),
+        (CHUNKS, CHUNK_SUBJECT, 2),
+        (SMALL_CHUNKS, SMALL_CHUNK_SUBJECT, 2),
     )
 
 

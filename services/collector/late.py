@@ -1,7 +1,7 @@
-"""Chunks that come when their crash is delivered and forgotten.
+"""What is on the bus of crashes that are delivered, and for nobody.
 
-A copy can be held back anywhere on its way, and a restored store has old ones. No ledger speaks of
-them, so nobody else would ever take them off the bus.
+A copy can be held back anywhere on its way, and a nats-server 2.9 that is killed has items back
+that were acknowledged. Nobody else would ever take them off the bus.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class Late:
     """
 
     def __init__(self, host: str, bus: Bus, ledger: Ledger, ahead: Ahead, recheck: float) -> None:
-        self._host = token(host)
+        self._host = host
         self._bus = bus
         self._ledger = ledger
         self._ahead = ahead
@@ -46,37 +46,43 @@ class Late:
             try:
                 await self.look()
             except (BusUnreachable, BusFull) as error:
-                log.warning("chunks that came late stay for now", error=str(error))
+                log.warning("what came late stays for now", error=str(error))
             except Exception:  # one odd message must not end the rest
                 metrics.FAULTS.labels("late").inc()
-                log.exception("cannot look for chunks that came late")
+                log.exception("cannot look for what came late")
 
     async def look(self) -> None:
         """Remove what no destination waits for."""
-        found = await self._bus.crashes_with_chunks()
+        found = await self._bus.crashes_on_the_way(self._host)
         self._of_others &= found
         for crash_id in found - self._of_others:
-            if not self._is_known(crash_id) and await self._was_delivered(crash_id):
-                # Its process may have crashed once more while the bus was asked.
-                if self._is_known(crash_id):
-                    continue
+            is_over = self._is_over(crash_id)
+            if is_over is None:
+                is_over = await self._was_delivered(crash_id)
+            # Its process may have crashed once more while the bus was asked.
+            if is_over and self._is_over(crash_id) is not False:
                 await self._bus.purge_crash(crash_id)
                 metrics.LATE.inc()
-                log.info("removed chunks that came late", crash_id=crash_id)
+                log.info("removed what came late", crash_id=crash_id)
 
-    def _is_known(self, crash_id: str) -> bool:
-        return self._ledger.get(crash_id) is not None or self._ahead.has(crash_id)
+    def _is_over(self, crash_id: str) -> bool | None:
+        """Tell whether nobody waits for a crash any more, as far as we know of it."""
+        if self._ahead.has(crash_id):
+            return False
+        crash = self._ledger.get(crash_id)
+        return None if crash is None else crash.delivered_at is not None
 
     async def _was_delivered(self, crash_id: str) -> bool:
         """Tell whether a crash is ours and all of it has its receipts.
 
         An entry alone can be lost with the disk it was on, while its files are still on their way.
         """
-        reports = await self._bus.stored(Manifest, f"crash.report.{self._host}.{crash_id}")
+        subject = f"{token(self._host)}.{crash_id}"
+        reports = await self._bus.stored(Manifest, f"crash.report.{subject}")
         if not reports:
             self._of_others.add(crash_id)
             return False
-        receipts = await self._bus.stored(Receipt, f"crash.shipped.{self._host}.{crash_id}")
+        receipts = await self._bus.stored(Receipt, f"crash.shipped.{subject}")
         return is_delivered(reports[-1], receipts)
 
 

@@ -29,8 +29,8 @@ LATENCY = Histogram(
 )
 FAILED = Counter("crashbus_collector_failed_files", "Crash files given up by a shipper")
 LATE = Counter(
-    "crashbus_collector_late_chunks",
-    "Crashes of which chunks came when all was delivered and forgotten, and were removed",
+    "crashbus_collector_late",
+    "Times that chunks or items were removed of a crash that had been delivered",
 )
 DROPPED = Counter(
     "crashbus_collector_dropped_files",

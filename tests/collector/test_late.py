@@ -1,4 +1,4 @@
-"""Chunks that come when their crash is delivered and forgotten."""
+"""What is on the bus of crashes that are delivered, and for nobody."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crashbus import Bus, Manifest, Receipt, crash_id
+from crashbus import Bus, Manifest, Receipt, crash_id, streams
 from crashbus.chunks import Chunk
 from crashbus.layout import MANIFEST_NAME, Kind, crash_file_name
 from crashbus.messages import CrashFile, Process
@@ -115,11 +115,25 @@ async def test_chunks_of_another_host_s_crash_stay(bus: Bus, ledger: Ledger) -> 
     assert await left_after_a_look(bus, ledger) == 2
 
 
-async def test_chunks_of_a_crash_that_is_known_stay(bus: Bus, ledger: Ledger) -> None:
-    """What is delivered goes with its files; a process may also have crashed once more."""
+@pytest.mark.parametrize(("delivered_at", "left"), [(None, 2), (1.0, 0)])
+async def test_of_a_crash_that_is_known_the_ledger_decides(
+    bus: Bus, ledger: Ledger, delivered_at: float | None, left: int
+) -> None:
+    """It tells more than receipts do: the process may have crashed once more since."""
     await tell(bus, ALL)
-    await ledger.save(Crash(crash_id=CRASH_ID, host=HOST, crashed_at=1.0, process=PROCESS))
-    assert await left_after_a_look(bus, ledger) == 2
+    crash = Crash(crash_id=CRASH_ID, host=HOST, crashed_at=1.0, process=PROCESS)
+    crash.delivered_at = delivered_at
+    await ledger.save(crash)
+    assert await left_after_a_look(bus, ledger) == left
+
+
+async def test_items_that_a_killed_server_has_back_are_removed(bus: Bus, ledger: Ledger) -> None:
+    await tell(bus, ALL)
+    for host in (HOST, "another"):
+        await bus._js.publish(f"crash.file.{host}.{crash_id('b', 1, 1)}.info_1.x", b"not ours")
+    await bus._js.publish(f"crash.file.{HOST}.{CRASH_ID}.info_1.x", b"was acknowledged")
+    assert await left_after_a_look(bus, ledger) == 0
+    assert (await bus._js.stream_info(streams.FILES)).state.messages == 2
 
 
 async def test_chunks_of_a_core_that_is_sent_ahead_stay(bus: Bus, ledger: Ledger) -> None:
