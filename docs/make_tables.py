@@ -266,11 +266,11 @@ def fault_table(_: str) -> str:
         (
             (
                 row["name"],
-                row["hit"],
+                row.get("hit", ""),
                 str(row["crashes"]),
                 row["ended"] if row["passed"] else "**not as it should be**",
                 f"{row['mib']:.0f}",
-                str(row["largest"]),
+                str(row.get("largest", "")),
                 f"{row['seconds']:.0f}",
                 str(row["seed"]),
             )
