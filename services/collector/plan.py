@@ -11,7 +11,7 @@ from services.collector.ledger import Crash, Source
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 RENEWALS = 5  # times that chunks are published again because a shipper missed or misread some
-_RENEW = {"chunks_missing", "damaged_file"}  # reasons that a fresh copy of the source mends
+RENEWED = {"chunks_missing", "damaged_file"}  # reasons that a fresh copy of the source mends
 
 
 def wants(destination: str, kind: Kind) -> bool:
@@ -134,7 +134,7 @@ def apply_failure(crash: Crash, letter: DeadLetter) -> bool:
         if letter.time < source.offered_at or letter.time <= source.renewed_for:
             continue  # it speaks of an earlier try, or was heeded already
         changed = True
-        if letter.reason in _RENEW and source.renewals < RENEWALS:
+        if letter.reason in RENEWED and source.renewals < RENEWALS:
             source.renewals += 1
             source.renewed_for = letter.time
             source.on_bus = 1 << 40  # more than there are: all are published again

@@ -1,18 +1,24 @@
 """A real collector on a spool of the test's own."""
 
+import asyncio
 import os
+import subprocess
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from nats.js.api import StreamConfig
 
-from crashbus import Bus, streams
+from crashbus import Bus, Manifest, streams
+from crashbus.errors import BusUnreachable
 from tests.collector.stand_in import StandInShipper
+from tests.support.crashers import crasher
 from tests.support.nats import NatsServer
 from tests.support.requirements import need_root
 from tests.support.service import ServiceProcess
+from tests.support.wait import until
 
 FILE = "file:///delivered"
 TCP = "tcp://127.0.0.1:9"
@@ -62,3 +68,36 @@ async def fill_chunk_store(setup: Setup) -> StreamConfig:
     info.config.max_bytes = info.state.bytes
     await setup.bus._js.update_stream(info.config)
     return info.config
+
+
+@pytest.fixture
+async def shipper(setup: Setup) -> AsyncIterator[asyncio.Task[None]]:
+    """A shipper that takes what the collector offers."""
+    task = setup.shipper.start()
+    yield task
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def crash(setup: Setup, *options: str) -> subprocess.Popen[bytes]:
+    """Let a process die as one under AppScope does."""
+    return subprocess.Popen([crasher("appscope_like"), setup.spool, *options])
+
+
+async def reports(setup: Setup, count: int = 1) -> list[Manifest]:
+    """Wait until there are so many manifests."""
+
+    async def enough() -> list[Manifest] | None:
+        try:
+            found = await setup.bus.stored(Manifest)
+        except BusUnreachable:
+            return None
+        return found if len(found) >= count else None
+
+    return await until(enough, within=60)
+
+
+def epoch_of(setup: Setup, pid: int) -> int:
+    """Return the epoch of a crash's files."""
+    return int(next((setup.spool / str(pid)).glob("core_*")).name.split("_")[1])

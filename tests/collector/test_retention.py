@@ -1,6 +1,8 @@
 """Retention: what is removed, and what must stay."""
 
+import asyncio
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,32 @@ async def test_delivered_files_are_removed_with_their_entry(tmp_path: Path, ledg
     assert not (tmp_path / "spool" / "7").exists()
     assert ledger.get(CRASH_ID) is None
     assert not ledger.knows_file("7", "info_1")
+
+
+async def test_entry_is_removed_outside_the_event_loop(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk may hang."""
+    unlink, threads = Path.unlink, list[int]()
+
+    def noted(path: Path, missing_ok: bool = False) -> None:
+        threads.append(threading.get_ident())
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    (crash,) = ledger.crashes()
+    await ledger.forget(crash)
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
+
+
+async def test_entry_that_is_made_anew_while_it_is_removed_stays(ledger: Ledger) -> None:
+    (crash,) = ledger.crashes()
+    await asyncio.gather(ledger.forget(crash), ledger.save(crash))
+    again = Ledger(ledger._directory)
+    again.load()
+    assert [one.crash_id for one in again.crashes()] == [crash.crash_id]
+    assert ledger.get(crash.crash_id) is crash
 
 
 async def test_what_nobody_waits_for_leaves_the_bus_with_it(

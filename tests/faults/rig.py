@@ -5,8 +5,10 @@ import json
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
 import nats.errors
@@ -93,25 +95,22 @@ class Rig:
 
     async def on_bus(self) -> int:
         """Return how many messages wait on the bus; 0 where it does not tell."""
-        try:
+        with suppress(nats.errors.Error, OSError):
             return sum(await on_the_way(self.bus))
-        except (nats.errors.Error, OSError):
-            return 0
+        return 0
 
     async def items(self) -> int:
         """Return how many work items are on the bus; 0 where it does not tell."""
-        try:
+        with suppress(nats.errors.Error, OSError):
             return (await on_the_way(self.bus))[0]
-        except (nats.errors.Error, OSError):
-            return 0
+        return 0
 
     async def given_out(self) -> int:
-        """Return how many work items are in shippers' hands."""
-        try:
+        """Return how many work items are in shippers' hands; 0 where the bus does not tell."""
+        with suppress(nats.errors.Error, OSError):
             found = await self.bus._js.consumers_info(streams.FILES)
-        except (nats.errors.Error, OSError):
-            return 0
-        return sum(one.num_ack_pending or 0 for one in found)
+            return sum(one.num_ack_pending or 0 for one in found)
+        return 0
 
     async def watch_acks(self) -> None:
         """Count from now on what shippers acknowledge that was given out before.
@@ -128,12 +127,11 @@ class Rig:
 
     def undelivered(self) -> int:
         """Return how many crashes the collector knows that are not delivered."""
-        found = [json.loads(path.read_bytes()) for path in self.ledger.glob("*.json")]
-        return sum(one["delivered_at"] is None for one in found)
+        return sum('"delivered_at": null' in one for one in _texts(self.ledger, "*.json"))
 
     def being_captured(self) -> int:
         """Return how many crashes the recorder holds or writes files of."""
-        records = [path.read_text() for path in self.spool.glob("[0-9]*/capture_*")]
+        records = _texts(self.spool, "[0-9]*/capture_*")
         return self.dying + sum('"state": "writing"' in one for one in records)
 
     async def metric(self, service: ServiceProcess, name: str) -> float:
@@ -157,7 +155,7 @@ class Rig:
     async def _samples(self, service: ServiceProcess, name: str) -> Counter[str]:
         try:
             return Counter(await asyncio.to_thread(service.samples, name))
-        except OSError:
+        except (OSError, HTTPException):  # it stands still, or was killed just now
             return Counter()
 
     def done_by_ways(self) -> Counter[str]:
@@ -195,7 +193,14 @@ class Rig:
                     return bool(answer.status == 200)
             except urllib.error.HTTPError as error:
                 return all(fault.startswith("destination ") for fault in json.load(error)["faults"])
-            except OSError:
+            except (OSError, HTTPException):
                 return False
 
         return lambda: asyncio.to_thread(look)
+
+
+def _texts(directory: Path, pattern: str) -> Iterator[str]:
+    """Yield the contents of files that may vanish at any moment."""
+    for path in directory.glob(pattern):
+        with suppress(FileNotFoundError):
+            yield path.read_text()

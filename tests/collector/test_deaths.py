@@ -1,0 +1,114 @@
+"""Deaths that the detector saw: those without crash files are told."""
+
+import os
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from nats.js.errors import NotFoundError
+
+from crashbus import DeadLetter, layout, streams
+from services.common.unrecorded import Unrecorded
+from tests.collector.conftest import Setup, reports
+from tests.collector.stand_in import signal_event
+from tests.support.wait import until
+
+pytestmark = pytest.mark.usefixtures("shipper")
+
+
+async def deaths_in_hand(setup: Setup, count: int) -> bool:
+    """Tell whether the collector follows just so many signal events."""
+    with suppress(NotFoundError):  # its consumer is made soon
+        info = await setup.bus._js.consumer_info(streams.SIGNALS, "collector-signals-test-host")
+        return info.num_ack_pending == count
+    return False
+
+
+async def test_death_without_crash_files_is_told(setup: Setup) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    await until(lambda: deaths_in_hand(setup, 0))
+    victim = subprocess.Popen(["sleep", "60"])
+    event = signal_event(victim.pid)
+    await setup.bus.publish(event)
+    # It is alive, so nothing is told yet; its end is what decides.
+    await until(lambda: deaths_in_hand(setup, 1))
+    assert await setup.bus.stored(DeadLetter) == []
+    victim.kill()
+    victim.wait()
+    (manifest,) = await reports(setup)
+    (letter,) = await setup.bus.stored(DeadLetter)
+    assert letter.reason == "not_captured" and letter.crash_id == event.crash_id
+    refuses = Path("/proc/sys/fs/suid_dumpable").read_text().strip() == "0"
+    assert ("sysctl fs.suid_dumpable=2" in letter.mend) is refuses
+    assert manifest.files == () and "nothing captured it" in manifest.notes[0]
+
+
+async def test_crash_that_was_read_and_has_no_record_yet_is_waited_for(setup: Setup) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    await until(lambda: deaths_in_hand(setup, 0))
+    read, lost = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
+    unrecorded = Unrecorded(setup.spool)
+    assert unrecorded.begin(read.pid)
+    events = [signal_event(process.pid) for process in (read, lost)]
+    for event in events:
+        await setup.bus.publish(event)
+    await until(lambda: deaths_in_hand(setup, 2))
+    for process in (read, lost):
+        process.kill()
+        process.wait()
+    # The one that died later is told, so this one would have been.
+    await until(lambda: deaths_in_hand(setup, 1))
+    letters = await setup.bus.stored(DeadLetter)
+    assert [one.crash_id for one in letters] == [events[1].crash_id]
+
+    unrecorded.end(read.pid)
+
+    await reports(setup, 2)
+    letters = await setup.bus.stored(DeadLetter)
+    assert [one.crash_id for one in letters] == [events[1].crash_id, events[0].crash_id]
+    assert {one.reason for one in letters} == {"not_captured"}
+
+
+async def test_crash_that_the_pipe_helper_keeps_is_not_told_as_missing(setup: Setup) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    kept, lost = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
+    events = [signal_event(process.pid) for process in (kept, lost)]
+    place = setup.spool / layout.ORPHANS / f"{int(events[0].time)}-{kept.pid}"
+    place.mkdir(parents=True)
+
+    for process, event in zip((kept, lost), events, strict=True):
+        process.kill()
+        process.wait()
+        await setup.bus.publish(event)
+    await until(lambda: setup.bus.stored(DeadLetter), 30)
+    await until(lambda: deaths_in_hand(setup, 0), 30)
+
+    assert [one.crash_id for one in await setup.bus.stored(DeadLetter)] == [events[1].crash_id]
+
+
+@pytest.mark.parametrize("odd", ["forged_crash_id", "long_lived"])
+async def test_odd_events_do_not_end_the_following_of_deaths(setup: Setup, odd: str) -> None:
+    await setup.collector.start()
+    await until(lambda: deaths_in_hand(setup, 0))
+    for number in range(600):
+        event = signal_event(os.getpid()).model_copy(update={"event_id": f"{odd}-{number}"})
+        if odd == "forged_crash_id":
+            event = event.model_copy(update={"crash_id": "0" * 16})
+        await setup.bus.publish(event)
+    victim = subprocess.Popen(["sleep", "60"])
+    event = signal_event(victim.pid)
+    await setup.bus.publish(event)
+    victim.kill()
+    victim.wait()
+
+    async def told() -> bool:
+        letters = await setup.bus.stored(DeadLetter)
+        return [letter.crash_id for letter in letters] == [event.crash_id]
+
+    await until(told, within=60)
+    refused = setup.collector.metric("crashbus_collector_refused_total")
+    assert refused == (600 if odd == "forged_crash_id" else 0)

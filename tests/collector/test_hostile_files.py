@@ -1,0 +1,172 @@
+"""What others leave in the spool: refused or cut, and no harm to what is a crash."""
+
+import os
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from crashbus import Manifest, crash_id, identity
+from crashbus.errors import BusUnreachable
+from tests.collector.conftest import FILE, Setup, crash, reports
+from tests.support.wait import until
+
+pytestmark = pytest.mark.usefixtures("shipper")
+
+
+async def test_hostile_entries_are_refused_counted_and_left_alone(
+    setup: Setup, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("root's own")
+    secret.chmod(0o600)
+    directory = setup.spool / "4194303"
+    directory.mkdir()
+    (directory / "core_100").symlink_to(secret)
+    os.link(secret, directory / "info_100")
+    os.mkfifo(directory / "cfg_100")
+    (directory / "backtrace_100").mkdir()
+    os.mknod(directory / "snapshot_100", 0o600 | 0o020000, os.makedev(1, 3))
+    Path(os.fsdecode(bytes(directory) + b"/core_\xff\xfe")).write_text("not UTF-8")
+    (directory / "..core_1").write_text("odd")
+    (setup.spool / "4194302").symlink_to("/etc")
+    (setup.spool / "not-a-pid").mkdir()
+    await setup.collector.start()
+    await setup.collector.healthy()
+    await until(lambda: setup.collector.metric("crashbus_collector_refused_total") >= 6)
+    # It still works, and took none of them.
+    process = crash(setup)
+    process.wait()
+    (manifest,) = await reports(setup)
+    assert manifest.process.comm == "appscope_like"
+    assert secret.read_text() == "root's own"
+    assert len(list(directory.iterdir())) == 7
+
+
+async def test_file_of_another_user_in_a_crash_is_refused(setup: Setup) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    process = crash(setup)
+    directory = setup.spool / str(process.pid)
+    info = await until(lambda: next(iter(directory.glob("info_*")), None))
+    fake = directory / info.name.replace("info", "snapshot")
+    fake.write_text("{}")
+    os.chown(fake, 65534, 65534)
+    process.wait()
+    (manifest,) = await reports(setup)
+    assert fake.name not in {file.name for file in manifest.files}
+    await until(lambda: "belongs to UID 65534" in setup.collector.log)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("info_999999999999", "a year beyond 9999"),
+        ("core_\u0661\u0662", "digits that are not ASCII"),
+        (
+            "backtrace_100",
+            "backtrace info: signal 11 errno 0 fault address 0x1" + "f" * 30_000 + ", reason:\nx",
+        ),
+        ("cfg_100", "[" * 5_000),
+        ("info_0", "PID: 1\nProcess name: " + "n" * 5_000),
+    ],
+)
+async def test_odd_file_of_any_user_does_not_end_gathering(
+    setup: Setup, name: str, text: str
+) -> None:
+    directory = setup.spool / "4194303"
+    directory.mkdir()
+    (directory / name).write_text(text)
+    for path in (directory, directory / name):
+        os.chown(path, 65534, 65534)
+    await setup.collector.start()
+    process = crash(setup)
+    process.wait()
+
+    async def mine() -> Manifest | None:
+        with suppress(BusUnreachable):
+            for manifest in await setup.bus.stored(Manifest):
+                if manifest.process.pid == process.pid:
+                    return manifest
+        return None
+
+    manifest = await until(mine, within=60)
+    await setup.shipper.has(FILE, *(file.name for file in manifest.files), "manifest.json")
+    assert setup.collector.metric("crashbus_collector_faults_total") == 0
+
+
+async def test_name_that_forges_the_start_of_a_living_process_is_another_crash(
+    setup: Setup,
+) -> None:
+    await setup.collector.start()
+    victim = subprocess.Popen(["sleep", "60"])
+    start = identity.start_ticks(victim.pid)
+    directory = setup.spool / str(victim.pid)
+    directory.mkdir()
+    (directory / f"info_{start}").write_text("Process name: fine")
+    for path in (directory, directory / f"info_{start}"):
+        os.chown(path, 65534, 65534)
+    (manifest,) = await reports(setup)
+    assert manifest.crash_id != crash_id(identity.boot_id(), victim.pid, start)
+    assert manifest.process.uid == 65534
+    victim.kill()
+    victim.wait()
+
+
+async def test_many_foreign_names_hide_no_crash_file(setup: Setup) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    process = crash(setup)
+    directory = setup.spool / str(process.pid)
+    await until(directory.exists)
+    for number in range(5_000):
+        (directory / f"x{number}").touch()
+    process.wait()
+    (manifest,) = await reports(setup)
+    assert len(manifest.files) == 4
+
+
+async def test_spool_that_is_removed_is_made_again(setup: Setup) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    setup.spool.rmdir()
+    await until(setup.spool.exists, within=60)
+    process = crash(setup)
+    process.wait()
+    (manifest,) = await reports(setup)
+    assert len(manifest.files) == 4
+
+
+async def test_spool_of_another_user_is_taken_over(setup: Setup) -> None:
+    os.chown(setup.spool, 65534, 65534)
+    await setup.collector.start()
+    await setup.collector.healthy()
+    status = setup.spool.stat()
+    assert (status.st_uid, status.st_mode & 0o7777) == (0, 0o1777)
+
+
+async def test_small_file_that_is_huge_is_cut(setup: Setup) -> None:
+    await setup.collector.start()
+    directory = setup.spool / "4194303"
+    directory.mkdir()
+    with (directory / "info_100").open("wb") as file:
+        file.truncate(1 << 40)
+    (manifest,) = await reports(setup)
+    (info,) = manifest.files
+    assert info.truncated and info.size == 16 * 1024 * 1024
+
+
+async def test_file_over_the_limit_is_cut_and_flagged(setup: Setup) -> None:
+    setup.collector._environment["CRASHBUS_COLLECTOR_MAX_FILE_BYTES"] = "100000"
+    await setup.collector.start()
+    await setup.collector.healthy()
+    process = crash(setup)
+    process.wait()
+    (manifest,) = await reports(setup)
+    (core,) = [file for file in manifest.files if file.truncated]
+    assert core.size == 100_000
+    assert core.note and "CRASHBUS_COLLECTOR_MAX_FILE_BYTES" in core.note
+    await setup.shipper.has(FILE, core.name)
+    source = (setup.spool / str(process.pid) / core.name).read_bytes()
+    assert setup.shipper.content(FILE, core.name) == source[:100_000]
