@@ -67,3 +67,16 @@ if [ -d $sources ] && { [ ! -e $helper ] || [ -n "$(find $sources -newer $helper
   mkdir -p build
   gcc -static -pthread -O2 -Wall -Wextra -Werror -o $helper $sources/*.c
 fi
+
+# tests, benchmarks: systemd's handler of cores, unpacked and not installed: that changes core_pattern.
+coredump=build/systemd-coredump
+if [ ! -e $coredump ]; then
+  mkdir -p build
+  (
+    cd build
+    cp /var/cache/apt/archives/systemd-coredump_*.deb . 2>/dev/null ||
+      apt-get download -qq -o Acquire::Retries=3 systemd-coredump >/dev/null 2>&1 ||
+      { apt-get update -qq && apt-get download -qq -o Acquire::Retries=3 systemd-coredump; } >/dev/null 2>&1
+  ) && dpkg -x build/systemd-coredump_*.deb $coredump || say "no systemd-coredump to test beside"
+  rm -f build/systemd-coredump_*.deb
+fi

@@ -122,9 +122,10 @@ def _answer_request(hold: Hold) -> None:
 
 
 def _from_helper(hold: Hold, within: float = _HELPER_WITHIN) -> Arrival:
-    with socket.socket(fileno=os.dup(hold.descriptor)) as connection:
-        connection.settimeout(within)
-        text, descriptors, _, _ = socket.recv_fds(connection, 256, 1, socket.MSG_CMSG_CLOEXEC)
+    # It may wait for us, `chain`; closed together with the hold.
+    hold.helper = helper = socket.socket(fileno=os.dup(hold.descriptor))
+    helper.settimeout(within)
+    text, descriptors, _, _ = socket.recv_fds(helper, 256, 1, socket.MSG_CMSG_CLOEXEC)
     match = _HELPER_MESSAGE.fullmatch(text)
     if not match or len(descriptors) != 1:
         for descriptor in descriptors:

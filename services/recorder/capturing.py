@@ -34,7 +34,7 @@ def capture_crash(hold: Hold, on: Conditions) -> Recording:
     try:
         arrived = arrival.receive(on.mechanism, hold)
         hold.belongs_to(arrived.pid)
-        if on.taker is not None:
+        if on.taker is not None and on.chain is None:  # a former handler wants the process, too
             taken = on.taker.take(arrived.pid, hold, on.module_files())
         process = facts.read_identity(arrived.pid, on.boot_id, taken.proc)
         return capture_process(process, arrived.signal, hold, on, taken)
@@ -116,6 +116,7 @@ def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions, ta
         recording.core_file = _new_core(recording, decision.extent)
     except OSError as error:
         recording.notes.append(f"{name} could not be made: {error.strerror}")
+        _chain(recording, hold, on)
         return
     free = room.for_core(recording.core_file, on.disk_reserve)
     limit = min(on.max_core_bytes or free, free)
@@ -137,8 +138,20 @@ def _write_core(recording: Recording, hold: Hold, head: Head, on: Conditions, ta
     metrics.CORE_BYTES.inc(copied.size)
     lacked = copied.disk_full or (fault is not None and (head.size or 0) > free)
     on.on_want_of_room((head.size or 1) if lacked else 0)
+    _chain(recording, hold, on)
     if copied.fault:
         hold.let_go(copied.fault)
+
+
+def _chain(recording: Recording, hold: Hold, on: Conditions) -> None:
+    """Hand the process on to who had core_pattern before; what is no core for us is none for it."""
+    if on.chain is None:
+        return
+    name, crash_id = crash_file_name(Kind.CORE, recording.epoch), recording.record.crash_id
+    if name in recording.files:
+        on.chain.add(crash_id, hold, recording.core_file)
+    else:
+        on.chain.skip(crash_id, recording.notes[-1])
 
 
 def _new_core(recording: Recording, extent: Extent) -> int:

@@ -10,6 +10,7 @@ from crashbus.identity import boot_id
 from services.common.settings import BusSettings
 from services.common.unrecorded import Unrecorded
 from services.recorder.binaries import Binaries
+from services.recorder.chain import Chain
 from services.recorder.containers import Runtime
 from services.recorder.core_policy import CorePolicy, Extent
 from services.recorder.debuginfod import Debuginfod
@@ -31,6 +32,7 @@ class Conditions:
         module_files: how many descriptors one crash may keep open for its modules now.
         on_want_of_room: told how many bytes the last core wanted in vain; 0: it had them.
         unwind_server: has workers ready; without it each is started for itself.
+        chain: gets each captured crash whose core is kept.
     """
 
     mechanism: Mechanism
@@ -51,6 +53,7 @@ class Conditions:
     module_files: Callable[[], int]
     on_want_of_room: Callable[[int], None]
     unwind_server: UnwindServer | None = None
+    chain: Chain | None = None
 
     @classmethod
     def of(

@@ -126,15 +126,28 @@ def current() -> str:
     return PATTERN.read_bytes().rstrip(b"\n").decode("utf-8", "surrogateescape")
 
 
-def install(state: Path, plan: Plan) -> None:
+def former(state: Path) -> str:
+    """Return the core_pattern of before the recorder; changes nothing.
+
+    Raises:
+        OSError: it may not be read.
+    """
+    found, saved = current(), _load(_path(state))
+    return saved.pattern if saved is not None and found == saved.ours else found
+
+
+def install(state: Path, plan: Plan, chains: bool = False) -> None:
     """Take over core_pattern.
+
+    Args:
+        chains: who had it before still gets its share.
 
     Raises:
         RecorderError: the kernel refuses.
     """
     previous = _previous(state, plan)
     _save(_file(state), Saved(previous.pattern, previous.pipe_limit, plan.pattern))
-    if previous.pattern.startswith(("|", "@")):
+    if previous.pattern.startswith(("|", "@")) and not chains:
         log.warning(
             "taking over from another handler, which gets nothing until the recorder stops",
             handler=mechanism.owner(previous.pattern),
@@ -186,7 +199,7 @@ def _previous(state: Path, plan: Plan) -> Saved:
     if saved is not None and found == saved.ours:
         log.info("the last recorder did not put core_pattern back", previous=saved.pattern)
         return saved
-    if found == plan.pattern:
+    if found == plan.pattern or found.startswith(f"{plan.pattern} "):
         log.warning(
             "core_pattern is our own and nothing says what was before it; the kernel's default "
             "will be put back",
@@ -212,7 +225,11 @@ def _is_dead_socket(pattern: str) -> bool:
 
 
 def _file(state: Path) -> Path:
-    return directory(state) / "core_pattern.json"
+    return _path(directory(state).parent)
+
+
+def _path(state: Path) -> Path:
+    return state / "recorder" / "core_pattern.json"
 
 
 def _load(path: Path) -> Saved | None:

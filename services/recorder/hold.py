@@ -3,10 +3,12 @@
 import os
 import select
 import signal
+import socket
 import threading
 import time
 from collections import deque
 from contextlib import suppress
+from typing import Self
 
 import structlog
 
@@ -73,6 +75,7 @@ class Hold:
         self.held_for: float | None = None  # seconds, once it was let go
         self.let_go_because: str | None = None  # where that was before the end
         self.memory_was_read = False
+        self.helper: socket.socket | None = None  # the pipe helper that brought it, if there is one
         self.last_progress = self._arrived  # monotonic seconds
 
     @property
@@ -146,8 +149,17 @@ class Hold:
                 _let_go.append((self._process, time.monotonic()))
                 self._process = -1
 
+    def hand_on(self) -> Self:
+        """Return another hold that keeps the process from here on; this one has let it go."""
+        with self._lock:
+            other = type(self)(os.dup(self.descriptor), self._patience)
+            other._process, self._process = self._process, -1
+            other.helper, self.helper = self.helper, None
+        self.let_go()
+        return other
+
     def close(self) -> None:
-        """Let the process go and give the descriptor back."""
+        """Let the process go and give the descriptors back."""
         self.let_go()
         with self._lock:
             if not self._closed:
@@ -155,3 +167,5 @@ class Hold:
                 os.close(self.descriptor)
                 if self._process >= 0:
                     os.close(self._process)
+                if self.helper is not None:
+                    self.helper.close()

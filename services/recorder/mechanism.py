@@ -3,8 +3,9 @@
 See core(5) and the kernel's include/uapi/linux/coredump.h.
 """
 
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Literal
@@ -53,13 +54,23 @@ def kernel_version(release: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def choose(wanted: Literal["auto", "socket", "pipe"], version: tuple[int, int]) -> Mechanism:
+def choose(
+    wanted: Literal["auto", "socket", "pipe"], version: tuple[int, int], chains: bool = False
+) -> Mechanism:
     """Return the mechanism to use.
 
+    Args:
+        chains: a former handler is to be started, as only the pipe helper can.
+
     Raises:
-        RecorderError: the wanted one is not in this kernel.
+        RecorderError: the wanted one is not in this kernel, or starts no handler.
     """
-    if wanted == "pipe":
+    if chains and wanted == "socket":
+        raise RecorderError(
+            "the former handler of cores is started by the pipe helper "
+            "(CRASHBUS_RECORDER_CHAIN): set CRASHBUS_RECORDER_MECHANISM to auto or pipe"
+        )
+    if wanted == "pipe" or chains:
         return Mechanism.PIPE
     if version >= _FIRST_WITH_REQUEST:
         return Mechanism.SOCKET_REQUEST
@@ -74,11 +85,12 @@ def choose(wanted: Literal["auto", "socket", "pipe"], version: tuple[int, int]) 
     return Mechanism.PIPE
 
 
-def plan(mechanism: Mechanism, socket: Path, helper: Path) -> Plan:
+def plan(mechanism: Mechanism, socket: Path, helper: Path, templates: str = "") -> Plan:
     """Return what to tell the kernel.
 
     Args:
         helper: where the kernel finds the pipe helper.
+        templates: of core(5), that the kernel shall expand for it besides; see `chain`.
 
     Raises:
         RecorderError: a path is too long, or has a character that core_pattern gives a meaning.
@@ -95,10 +107,13 @@ def plan(mechanism: Mechanism, socket: Path, helper: Path) -> Plan:
                 "without spaces and percent signs"
             )
     plan = _plan(mechanism, socket, helper)
-    if len(plan.pattern.encode()) > MAX_PATTERN:
+    if templates:
+        plan = replace(plan, pattern=f"{plan.pattern} {templates}")
+    if len(os.fsencode(plan.pattern)) > MAX_PATTERN:
         raise RecorderError(
             f"core_pattern holds {MAX_PATTERN} bytes, {plan.pattern!r} is longer: shorten "
             "CRASHBUS_RECORDER_SOCKET or CRASHBUS_STATE"
+            + (", or switch CRASHBUS_RECORDER_CHAIN off" if templates else "")
         )
     return plan
 

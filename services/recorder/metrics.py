@@ -24,6 +24,17 @@ LET_GO = Counter(
     "crashbus_recorder_let_go_total",
     "Processes let go early: their capture stood still or took too long",
 )
+CHAINED = Counter(
+    "crashbus_recorder_chained_total",
+    "Crashes for the former owner of core_pattern (CRASHBUS_RECORDER_CHAIN), by what became of its "
+    "handler; skipped: none was started",
+    ["result"],  # done, failed, timed_out, skipped
+)
+CHAIN_SECONDS = Histogram(
+    "crashbus_recorder_chain_seconds",
+    "Time that such a handler took, and the process was held for it",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
+)
 RUNTIME_ANSWERS = Counter(
     "crashbus_recorder_runtime_answers_total",
     "Questions to the container runtime, by what became of them",
@@ -47,5 +58,7 @@ DEAD_LETTERS = Counter("crashbus_recorder_dead_letters_total", "Dead letters", [
 # A counter that begins with its first event has no rise that an alert could see.
 for _result in ("complete", "truncated", "failed"):
     CAPTURES.labels(_result)
+for _result in ("done", "failed", "timed_out", "skipped"):
+    CHAINED.labels(_result)
 for _result in ("published", "dropped"):
     DEAD_LETTERS.labels(_result)

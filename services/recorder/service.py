@@ -30,6 +30,7 @@ from services.recorder import (
     metrics,
     orphan_rules,
 )
+from services.recorder.chain import CannotChain, Chain, Handler
 from services.recorder.conditions import MODULE_FILES, Conditions
 from services.recorder.dead_letters import DeadLetters
 from services.recorder.errors import CaptureFailed, RecorderError
@@ -105,14 +106,21 @@ class Recorder:
         self._finishers = Workers(
             "finish", settings.backtraces, self._unfinished, self._finish_one, self._takes_too_long
         )
-        chosen = _mechanism(settings)
+        self._handler = _former_handler(settings, self._state)
+        chosen = _mechanism(settings, self._handler is not None)
         self._listener = Listener(
             settings.socket,
             self._arrivals,
             settings.stall_deadline,
             GREETING if chosen is Mechanism.PIPE else b"",
         )
-        self._plan = mechanism.plan(chosen, self._listener.path, _helper_place(self._state))
+        self._plan = mechanism.plan(
+            chosen,
+            self._listener.path,
+            _helper_place(self._state),
+            self._handler.templates if self._handler else "",
+        )
+        self._chain = Chain(self._handler, settings.chain_deadline) if self._handler else None
         self._orphans = Orphans(runtime.bus_settings.spool, self._adopt, letters.add)
         self._watchdogs = Watchdogs(
             self._state, settings.watchdog_deadline, runtime.bus_settings.log_format
@@ -128,7 +136,7 @@ class Recorder:
             self._module_files_left,
             self._lack_of_room.note,
         )
-        self._conditions = replace(conditions, unwind_server=self._unwind_server)
+        self._conditions = replace(conditions, unwind_server=self._unwind_server, chain=self._chain)
 
     def start(self) -> None:
         """Listen, then have the kernel send crashes here."""
@@ -139,7 +147,9 @@ class Recorder:
         if self._plan.mechanism is Mechanism.PIPE:
             self._install_helper()
         self._start_watchdogs()
-        core_pattern.install(self._state, self._plan)
+        if self._chain is not None:
+            self._chain.start()
+        core_pattern.install(self._state, self._plan, chains=self._chain is not None)
         self._orphans.start()
         log.info("recording crashes", mechanism=self._plan.mechanism.value)
 
@@ -157,6 +167,7 @@ class Recorder:
             self._check_core_pattern()
             metrics.HELD.labels("waiting").set(self._arrivals.qsize())
             metrics.HELD.labels("capturing").set(len(self._captures.in_work()))
+            metrics.HELD.labels("chained").set(self._chain.held if self._chain else 0)
             metrics.BACKTRACES_WAITING.set(self._unfinished.qsize())
 
     def stop(self, within: float) -> None:
@@ -171,6 +182,8 @@ class Recorder:
         # Last, for a crash that read core_pattern just before it was put back.
         self._listener.stop(max(0.1, end - time.monotonic()))
         self._wait_until_idle(end)
+        if self._chain is not None:
+            self._chain.stop(max(0.1, end - time.monotonic()))
         for hold in (*self._captures.in_work(), *self._waiting()):
             hold.let_go("it was stopped")
         self._unwind_server.stop()
@@ -349,8 +362,20 @@ def _no_progress(hold: Hold, _: float) -> bool:
     return time.monotonic() - hold.last_progress > _STANDS_STILL_AFTER
 
 
-def _mechanism(settings: RecorderSettings) -> Mechanism:
-    return mechanism.choose(settings.mechanism, mechanism.kernel_version(os.uname().release))
+def _former_handler(settings: RecorderSettings, state: Path) -> Handler | None:
+    """Return who is to get cores beside us."""
+    if not settings.chain:
+        return None
+    try:
+        return Handler.parse(core_pattern.former(state))
+    except CannotChain as error:
+        log.warning("there is no handler to chain", because=str(error))
+        return None
+
+
+def _mechanism(settings: RecorderSettings, chains: bool) -> Mechanism:
+    version = mechanism.kernel_version(os.uname().release)
+    return mechanism.choose(settings.mechanism, version, chains)
 
 
 def _helper_place(state: Path) -> Path:

@@ -109,6 +109,19 @@ class RecorderSettings(Settings):
     hold_deadline: float = Field(
         300, gt=0, le=86400, description="seconds until a held process is let go in any case"
     )
+    chain: bool = Field(
+        False,
+        description="whether the handler that core_pattern named before the recorder "
+        "(systemd-coredump, apport, ABRT) is started for each crash, too, with the core that was "
+        "captured; cores then come by the pipe helper",
+    )
+    chain_deadline: float = Field(
+        60,
+        ge=1,
+        le=3600,
+        description="seconds that a process is held for that handler once it is captured; then the "
+        "handler is killed",
+    )
     watchdog_deadline: float = Field(
         15,
         ge=3,

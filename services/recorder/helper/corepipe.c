@@ -1,6 +1,6 @@
 /* corepipe: the program that core_pattern names, core(5).
  *
- *     corepipe <socket> <pid> <tid> <signal> <time>
+ *     corepipe <socket> <pid> <tid> <signal> <time> [+ <for another handler>…]
  *
  * The kernel starts it as root with the core on standard input. It hands standard input and
  * its arguments to the recorder and ends: no core passes through it. The process that crashed
@@ -8,6 +8,8 @@
  *
  * The recorder greets who connects with a byte. Without that nothing is handed over, because it
  * could not be taken back from a recorder that stands still; the crash is kept as an orphan.
+ *
+ * With a "+" it stays, and starts another handler once the recorder is done, see chain.h.
  */
 #include <fcntl.h>
 #include <poll.h>
@@ -18,6 +20,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "chain.h"
 #include "orphan.h"
 
 enum { ARGUMENTS = 6, MESSAGE = 128, SECONDS = 10 };
@@ -67,13 +70,14 @@ static int hand_over(int fd, char *text, size_t size) {
 
 int main(int count, char **arguments) {
     char text[MESSAGE];
-    if (count != ARGUMENTS) return fail("?", "wrong arguments in core_pattern");
+    if (count < ARGUMENTS) return fail("?", "wrong arguments in core_pattern");
     const char *pid = arguments[2];
     int size = snprintf(text, sizeof text, "%s %s %s %s\n", pid, arguments[3], arguments[4],
                         arguments[5]);
     if (size < 0 || size >= MESSAGE) return fail(pid, "arguments too long");
     int fd = connect_to(arguments[1]);
-    if (fd >= 0 && is_greeted(fd) && hand_over(fd, text, (size_t)size) == 0) return 0;
+    if (fd >= 0 && is_greeted(fd) && hand_over(fd, text, (size_t)size) == 0)
+        return count > ARGUMENTS ? chain(fd, arguments + ARGUMENTS + 1) : 0;
     if (fd >= 0) close(fd);
     const char *fault = keep_orphan(arguments[0], text, pid, arguments[3], arguments[5]);
     return fault ? fail(pid, fault) : 0;

@@ -1,0 +1,14 @@
+#ifndef CRASHBUS_CHAIN_H
+#define CRASHBUS_CHAIN_H
+
+/* Start who had core_pattern before the recorder, when the recorder says so; services/recorder/chain.py.
+ *
+ * The recorder sends "<seconds>\0<word>\0<word>\0…" and the core, open for reading. A word "%" stands
+ * for the next of `expanded`, which the kernel made of this crash. The answer is one line: "exit
+ * <status>", "signal <number>", "deadline", or "error <errno>" where it could not be started.
+ *
+ * Returns when that handler has ended, or when the recorder wants none.
+ */
+int chain(int recorder, char **expanded);
+
+#endif
