@@ -121,6 +121,11 @@ def _open_lock() -> int:
         raise RecorderError(f"{LOCK} cannot be made: {error.strerror}; run as root") from error
 
 
+def in_container() -> bool:
+    """Tell whether programs that core_pattern names lie outside of what we see."""
+    return _KERNEL == _MOUNTED
+
+
 def current() -> str:
     """Return the core_pattern in force."""
     return PATTERN.read_bytes().rstrip(b"\n").decode("utf-8", "surrogateescape")

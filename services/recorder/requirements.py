@@ -9,6 +9,7 @@ from pathlib import Path
 from services.common.finding import Finding
 from services.common.settings import BusSettings
 from services.recorder import core_pattern, mechanism
+from services.recorder.chain import CannotChain, Handler
 from services.recorder.errors import RecorderError
 from services.recorder.mechanism import Mechanism
 from services.recorder.settings import RecorderSettings
@@ -25,7 +26,7 @@ def check() -> list[Finding]:
     shared, settings = BusSettings.load(), RecorderSettings.load()
     return [
         _root(),
-        _mechanism(settings),
+        *_cores(shared.state, settings),
         _core_pattern(),
         _suid_dumpable(),
         _drgn(),
@@ -40,10 +41,48 @@ def _root() -> Finding:
     return Finding("recorder: root", False, "does not run as root", "run it as root")
 
 
-def _mechanism(settings: RecorderSettings) -> Finding:
+def _cores(state: Path, settings: RecorderSettings) -> list[Finding]:
+    """Say how cores come, and who had them before."""
+    handler, fault = None, ""
+    try:
+        handler = Handler.parse(core_pattern.former(state))
+    except CannotChain as error:
+        fault = str(error)
+    except OSError as error:
+        fault = f"it cannot be told who had the cores before: {error.strerror}"
+    return [
+        _mechanism(settings, settings.chain and handler is not None),
+        _former(settings, handler, fault),
+    ]
+
+
+def _former(settings: RecorderSettings, handler: Handler | None, fault: str) -> Finding:
+    name = "recorder: former handler"
+    if handler is None:
+        switch_off = "set CRASHBUS_RECORDER_CHAIN=false" if settings.chain else ""
+        return Finding(name, not settings.chain, fault, switch_off)
+    if not settings.chain:
+        return Finding(
+            name,
+            True,
+            f"{handler.program} gets no cores while the recorder runs; with "
+            "CRASHBUS_RECORDER_CHAIN=true it gets each, too: every process is then held until it "
+            f"is done, {settings.chain_deadline:g} s at most, and cores come by the pipe helper",
+        )
+    detail = (
+        f"{handler.program} is started for each crash once it is captured; the process is held "
+        f"meanwhile, {settings.chain_deadline:g} s at most"
+    )
+    if not os.access(handler.program, os.X_OK) and not core_pattern.in_container():
+        mend = f"install {handler.program}, or set CRASHBUS_RECORDER_CHAIN=false"
+        return Finding(name, False, f"{detail}; but it is not there", mend)
+    return Finding(name, True, detail)
+
+
+def _mechanism(settings: RecorderSettings, chains: bool) -> Finding:
     name, release = "recorder: mechanism", os.uname().release
     try:
-        chosen = mechanism.choose(settings.mechanism, mechanism.kernel_version(release))
+        chosen = mechanism.choose(settings.mechanism, mechanism.kernel_version(release), chains)
     except RecorderError as error:
         return Finding(name, False, str(error), "set CRASHBUS_RECORDER_MECHANISM=auto")
     detail = f"Linux {release}: {chosen.value}"

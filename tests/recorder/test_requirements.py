@@ -1,12 +1,13 @@
 """`doctor` hears what this host has, as it is."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from services.common.finding import Finding
-from services.recorder import requirements
+from services.recorder import core_pattern, requirements
 
 
 def found(name: str) -> Finding:
@@ -45,3 +46,57 @@ def test_every_fault_has_a_mend(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for finding in requirements.check():
         assert finding.ok or finding.mend
+
+
+@pytest.fixture
+def pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A core_pattern of the test's own."""
+    path = tmp_path / "core_pattern"
+    monkeypatch.setattr(core_pattern, "PATTERN", path)
+    monkeypatch.setenv("CRASHBUS_STATE", str(tmp_path / "state"))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("named", "chain", "ok", "says"),
+    [
+        ("|/bin/sh %P", "false", True, "/bin/sh gets no cores"),
+        ("|/bin/sh %P", "true", True, "/bin/sh is started for each crash"),
+        ("|/nowhere/handler %P", "true", False, "it is not there"),
+        ("core", "false", True, "the kernel, which writes files"),
+        ("core", "true", False, "no handler to start"),
+    ],
+)
+def test_former_handler_is_named_with_what_becomes_of_it(
+    monkeypatch: pytest.MonkeyPatch, pattern: Path, named: str, chain: str, ok: bool, says: str
+) -> None:
+    pattern.write_text(f"{named}\n")
+    monkeypatch.setenv("CRASHBUS_RECORDER_CHAIN", chain)
+
+    finding = found("former handler")
+
+    assert (finding.ok, bool(finding.mend)) == (ok, not ok)
+    assert says in finding.detail
+
+
+def test_former_handler_is_known_while_a_recorder_runs(
+    monkeypatch: pytest.MonkeyPatch, pattern: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CRASHBUS_RECORDER_CHAIN", "true")
+    ours = "|/var/lib/crashbus/recorder/corepipe /run/s %P %I %s %t + %P"
+    saved = {"pattern": "|/bin/sh %P", "pipe_limit": 16, "ours": ours}
+    (tmp_path / "state/recorder").mkdir(parents=True)
+    (tmp_path / "state/recorder/core_pattern.json").write_text(json.dumps(saved))
+    pattern.write_text(f"{ours}\n")
+
+    assert "/bin/sh is started" in found("former handler").detail
+    assert "pipe helper" in found("mechanism").detail
+
+
+def test_chain_by_the_socket_is_a_fault(monkeypatch: pytest.MonkeyPatch, pattern: Path) -> None:
+    pattern.write_text("|/bin/sh %P\n")
+    monkeypatch.setenv("CRASHBUS_RECORDER_CHAIN", "true")
+    monkeypatch.setenv("CRASHBUS_RECORDER_MECHANISM", "socket")
+
+    assert not found("mechanism").ok
+    assert found("mechanism").mend == "set CRASHBUS_RECORDER_MECHANISM=auto"
