@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.recorder.test_capture import by_one_mechanism, capture, frames, gdb, recorder
+from tests.support import core_pattern
 from tests.support.crashers import SOURCES, crasher
-from tests.support.recorder import RecorderService
+from tests.support.recorder import RecorderService, crash
 from tests.support.requirements import lacking, need_program
 
 __all__ = ["recorder"]  # the module's fixture
@@ -147,36 +148,92 @@ async def test_a_thousand_threads(recorder: RecorderService) -> None:
     assert text.count("\n--- thread ") == 1001
 
 
-@by_one_mechanism
+async def nothing_comes_of(recorder: RecorderService, pid: int) -> None:
+    """The next crash is the proof that nothing was on its way."""
+    await capture(recorder, crasher("null_pointer"))
+    assert not (recorder.spool / str(pid)).exists()
+
+
+@pytest.mark.parametrize("limit", [2, 4096, 100_000])
+async def test_small_core_limit_is_none(recorder: RecorderService, limit: int) -> None:
+    """It is one for the files that the kernel writes itself."""
+    need_program("prlimit")
+
+    pid, record = await capture(recorder, "prlimit", f"--core={limit}", crasher("null_pointer"))
+
+    core = recorder.file(pid, "core")
+    assert not record.files[core.name].truncated
+    assert core.stat().st_size > limit
+
+
 async def test_core_limit_of_one_byte(recorder: RecorderService) -> None:
     need_program("prlimit")
 
-    pid, record = await capture(recorder, "prlimit", "--core=1", crasher("null_pointer"))
+    pid, _ = crash("prlimit", "--core=1", crasher("null_pointer"))
 
+    if core_pattern.current().startswith("|"):  # the kernel starts no helper
+        await nothing_comes_of(recorder, pid)
+        return
+    record = await recorder.captured(pid)
     assert not record.files[recorder.file(pid, "core").name].truncated
 
 
-@pytest.mark.parametrize("dumpable", ["0", "2"])
-async def test_setuid_program(recorder: RecorderService, tmp_path: Path, dumpable: str) -> None:
+@pytest.fixture
+def public(tmp_path: Path) -> Path:
+    """A directory that every user can look into."""
     tmp_path.chmod(0o755)
     for parent in tmp_path.parents[:3]:
         parent.chmod(parent.stat().st_mode | 0o055)
-    program = Path(shutil.copy(crasher("null_pointer"), tmp_path / "setuid"))
-    program.chmod(0o4755)
+    return tmp_path
+
+
+@pytest.mark.parametrize("dumpable", ["0", "2"])
+@pytest.mark.parametrize(("mode", "why"), [(0o4755, "setuid"), (0o111, "unreadable")])
+async def test_program_whose_user_may_not_look_into_it(
+    recorder: RecorderService, public: Path, mode: int, why: str, dumpable: str
+) -> None:
+    program = Path(shutil.copy(crasher("null_pointer"), public / why))
+    program.chmod(mode)
 
     with written("/proc/sys/fs/suid_dumpable", dumpable):
         process = subprocess.Popen([program], user=NOBODY, stderr=subprocess.DEVNULL)
         assert process.wait(60) == -signal.SIGSEGV
 
-    if dumpable == "2":
-        record = await recorder.captured(process.pid)
-        core = recorder.file(process.pid, "core")
-        assert not record.files[core.name].truncated
-        assert (core.stat().st_uid, core.stat().st_mode & 0o077) == (0, 0)
+    await _as_suid_dumpable_says(recorder, process.pid, dumpable)
+
+
+@by_one_mechanism
+@pytest.mark.parametrize("dumpable", ["0", "2"])
+async def test_service_that_became_another_user(recorder: RecorderService, dumpable: str) -> None:
+    """As most do that root starts."""
+    script = f"import ctypes, os; os.setuid({NOBODY}); ctypes.string_at(0)"
+
+    with written("/proc/sys/fs/suid_dumpable", dumpable):
+        pid, number = crash("/usr/bin/python3", "-c", script)
+
+    assert number == signal.SIGSEGV
+    await _as_suid_dumpable_says(recorder, pid, dumpable)
+
+
+async def _as_suid_dumpable_says(recorder: RecorderService, pid: int, dumpable: str) -> None:
+    if dumpable == "0":
+        await nothing_comes_of(recorder, pid)
         return
-    # The kernel offers no core: the next crash is the proof that none was on its way.
-    await capture(recorder, crasher("null_pointer"))
-    assert not (recorder.spool / str(process.pid)).exists()
+    record = await recorder.captured(pid)
+    core = recorder.file(pid, "core")
+    assert not record.files[core.name].truncated
+    assert (core.stat().st_uid, core.stat().st_mode & 0o077) == (0, 0)
+
+
+async def test_process_that_forbids_its_core(recorder: RecorderService) -> None:
+    """PR_SET_DUMPABLE 0, prctl(2), holds whatever fs.suid_dumpable says."""
+    script = "import ctypes; ctypes.CDLL(None).prctl(4, 0); ctypes.string_at(0)"
+
+    with written("/proc/sys/fs/suid_dumpable", "2"):
+        pid, number = crash("/usr/bin/python3", "-c", script)
+
+    assert number == signal.SIGSEGV
+    await nothing_comes_of(recorder, pid)
 
 
 @by_one_mechanism
