@@ -20,6 +20,7 @@ from tests.support.crashers import crasher
 from tests.support.former import Former, is_gone
 from tests.support.recorder import RecorderService, crash
 from tests.support.requirements import lacking
+from tests.support.victim import waiting
 from tests.support.wait import until
 
 SAID = "the former handler of cores had its turn"
@@ -38,6 +39,17 @@ async def chained(recorder_with: MakeRecorder, pattern: str, **settings: object)
     recorder = recorder_with(recorder_chain="true", **settings)
     await recorder.start()
     return recorder
+
+
+async def hanging(
+    recorder_with: MakeRecorder, former: Former, deadline: int
+) -> tuple[RecorderService, "subprocess.Popen[bytes]", list[int]]:
+    """Have a crash wait for a handler that hangs; return the processes of that, too."""
+    recorder = await chained(
+        recorder_with, former.pattern("hangs"), recorder_chain_deadline=deadline
+    )
+    process = subprocess.Popen([crasher("null_pointer")])
+    return recorder, process, await former.kept()
 
 
 async def became(recorder: RecorderService, result: str) -> str:
@@ -116,10 +128,8 @@ async def test_handler_that_reads_nothing_holds_nobody(
 async def test_handler_that_hangs_is_killed_with_its_children(
     recorder_with: MakeRecorder, former: Former
 ) -> None:
-    recorder = await chained(recorder_with, former.pattern("hangs"), recorder_chain_deadline=1)
+    recorder, process, handlers = await hanging(recorder_with, former, deadline=1)
 
-    process = subprocess.Popen([crasher("null_pointer")])
-    handlers = await former.kept()
     # Our own capture does not wait for it.
     await recorder.captured(process.pid)
     assert await asyncio.to_thread(process.wait, 60) == -signal.SIGSEGV
@@ -133,9 +143,7 @@ async def test_capture_is_complete_while_the_handler_still_runs(
     recorder_with: MakeRecorder, former: Former
 ) -> None:
     """And the process is there for the handler until its recorder is stopped."""
-    recorder = await chained(recorder_with, former.pattern("hangs"), recorder_chain_deadline=600)
-    process = subprocess.Popen([crasher("null_pointer")])
-    handlers = await former.kept()
+    recorder, process, handlers = await hanging(recorder_with, former, deadline=600)
     try:
         await recorder.captured(process.pid)
         assert process.poll() is None
@@ -151,9 +159,7 @@ async def test_capture_is_complete_while_the_handler_still_runs(
 async def test_killed_recorder_lets_the_process_of_a_handler_go(
     recorder_with: MakeRecorder, former: Former
 ) -> None:
-    recorder = await chained(recorder_with, former.pattern("hangs"), recorder_chain_deadline=600)
-    process = subprocess.Popen([crasher("null_pointer")])
-    handlers = await former.kept()
+    recorder, process, handlers = await hanging(recorder_with, former, deadline=600)
     try:
         recorder.kill()
 
@@ -247,10 +253,7 @@ async def test_storm_goes_to_the_handler_a_few_at_a_time(
 ) -> None:
     """Forty at once, of which none hangs, and each is captured and told."""
     recorder = await chained(recorder_with, former.pattern("ends"), recorder_backtrace_deadline=0.1)
-    processes = [subprocess.Popen([crasher("waiting")], stdout=subprocess.PIPE) for _ in range(40)]
-    for process in processes:
-        assert process.stdout is not None
-        process.stdout.readline()
+    processes = waiting(40)
 
     for process in processes:
         process.send_signal(signal.SIGSEGV)

@@ -42,33 +42,35 @@ class Guard:
 
 @pytest.fixture
 def guards() -> Iterator[list[Guard]]:
-    started: list[Guard] = []
-    yield started
-    for guard in started:
+    all_of_them: list[Guard] = []
+    yield all_of_them
+    for guard in all_of_them:
         guard.process.kill()
         guard.process.wait(60)
 
 
-def kill_with_its_watchdogs(recorder: RecorderService) -> None:
-    """As a container's end does."""
-    watchdogs = recorder.watchdogs()
-    for watchdog in watchdogs:
-        os.kill(watchdog, signal.SIGSTOP)  # none notices that another is gone
-    recorder.kill()
-    for watchdog in watchdogs:
-        os.kill(watchdog, signal.SIGKILL)
+async def started(recorder_with: MakeRecorder, mechanism: str) -> RecorderService:
+    """Start a recorder after who has core_pattern `BEFORE`."""
+    core_pattern.set_pattern(BEFORE)
+    recorder = recorder_with(recorder_mechanism=mechanism)
+    await recorder.start()
+    return recorder
+
+
+async def guarding(guards: list[Guard], recorder: RecorderService) -> Guard:
+    """Start a guard for a recorder."""
+    guards.append(Guard(recorder))
+    await guards[-1].ready()
+    return guards[-1]
 
 
 async def test_guard_puts_back_what_a_killed_recorder_has_left(
     recorder_with: MakeRecorder, guards: list[Guard]
 ) -> None:
-    core_pattern.set_pattern(BEFORE)
-    recorder = recorder_with(recorder_mechanism="socket")
-    await recorder.start()
-    guards.append(Guard(recorder))
-    await guards[0].ready()
+    recorder = await started(recorder_with, "socket")
+    await guarding(guards, recorder)
 
-    kill_with_its_watchdogs(recorder)
+    recorder.kill_with_watchdogs()
 
     await until(lambda: core_pattern.current() == BEFORE)
 
@@ -77,15 +79,12 @@ async def test_guard_that_is_stopped_last_leaves_no_helper_in_force(
     recorder_with: MakeRecorder, guards: list[Guard]
 ) -> None:
     """Until then the helper stays, and keeps crashes for the next recorder."""
-    core_pattern.set_pattern(BEFORE)
-    recorder = recorder_with(recorder_mechanism="pipe")
-    await recorder.start()
-    kill_with_its_watchdogs(recorder)
-    guards.append(Guard(recorder))
-    await guards[0].ready()
+    recorder = await started(recorder_with, "pipe")
+    recorder.kill_with_watchdogs()
+    guard = await guarding(guards, recorder)
     assert core_pattern.current().startswith("|")
 
-    assert guards[0].stop() == 0
+    assert guard.stop() == 0
 
     assert core_pattern.current() == BEFORE
     assert not (recorder.state.with_name("run") / "s").exists()
@@ -94,13 +93,10 @@ async def test_guard_that_is_stopped_last_leaves_no_helper_in_force(
 async def test_guard_leaves_a_recorder_that_runs_alone(
     recorder_with: MakeRecorder, guards: list[Guard]
 ) -> None:
-    core_pattern.set_pattern(BEFORE)
-    recorder = recorder_with(recorder_mechanism="socket")
-    await recorder.start()
-    guards.append(Guard(recorder))
-    await guards[0].ready()
+    recorder = await started(recorder_with, "socket")
+    guard = await guarding(guards, recorder)
 
-    assert guards[0].stop() == 0
+    assert guard.stop() == 0
 
     assert core_pattern.current().startswith("@")
     assert (recorder.state.with_name("run") / "s").exists()

@@ -21,9 +21,10 @@ from services.recorder.settings import RecorderSettings
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_capture import frames, gdb
 from tests.support.crashers import crasher
+from tests.support.disk import frozen, small_disk
 from tests.support.nats import NatsServer
 from tests.support.recorder import FILES, RecorderService, crash
-from tests.support.requirements import need_program, need_root
+from tests.support.requirements import need_root
 from tests.support.victim import Victim
 from tests.support.wait import until
 
@@ -198,17 +199,9 @@ def test_helper_does_not_wait_for_ever_for_a_core(
 
 
 def test_disk_that_does_not_answer_does_not_hold_the_process(tmp_path: Path, sleeper: int) -> None:
-    need_program("mkfs.ext4")
-    place, image = tmp_path / "disk", tmp_path / "image"
-    place.mkdir()
-    with image.open("wb") as file:
-        file.truncate(32 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
-    subprocess.run(["mount", "-o", "loop", str(image), str(place)], check=True)
-    try:
-        helper = Helper(place, hold_deadline=1)
-        subprocess.run(["fsfreeze", "-f", str(place)], check=True)
-        try:
+    with small_disk(tmp_path / "disk", 32) as disk:
+        helper = Helper(disk.place, hold_deadline=1)
+        with frozen(disk.place):
             # It cannot end: its thread waits for the disk. But it holds nothing any more.
             reading, writing = os.pipe()
             stuck = helper.start(sleeper, reading)
@@ -217,11 +210,7 @@ def test_disk_that_does_not_answer_does_not_hold_the_process(tmp_path: Path, sle
                 held = select.poll()
                 held.register(writing, 0)  # POLLERR comes unasked: nobody can read any more
                 assert held.poll(WITHIN * 1000) == [(writing, select.POLLERR)]
-        finally:
-            subprocess.run(["fsfreeze", "-u", str(place)], check=True)
         stuck.wait(WITHIN)
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_only_so_many_are_kept(tmp_path: Path, sleeper: int) -> None:

@@ -23,6 +23,16 @@ FATAL = {
     "threads": "SIGSEGV",
 }
 
+# Fills so many MiB, given as its argument, and crashes.
+_HOG = """
+import ctypes, mmap, sys
+size = int(sys.argv[1]) << 20
+memory = mmap.mmap(-1, size)
+memory.write(b"\\xa5" * size)
+ctypes.string_at(0)
+"""
+HOG = ("/usr/bin/python3", "-c", _HOG)
+
 
 def crasher(name: str) -> Path:
     """Return the program made of ``crashers/<name>.c``."""

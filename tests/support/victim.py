@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crashbus import identity
+from tests.support.crashers import crasher
 
 
 class Victim:
@@ -33,3 +34,13 @@ class Victim:
     def end(self) -> None:
         self.process.kill()
         self.process.communicate()
+
+
+def waiting(count: int) -> list["subprocess.Popen[bytes]"]:
+    """Start so many programs that do nothing but wait for a signal to die of."""
+    program = str(crasher("waiting"))
+    processes = [subprocess.Popen([program], stdout=subprocess.PIPE) for _ in range(count)]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
+    return processes

@@ -1,0 +1,137 @@
+"""core_pattern while a recorder starts and stops, is killed, or finds another."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.recorder.conftest import MakeRecorder
+from tests.support import core_pattern
+from tests.support.crashers import crasher
+from tests.support.recorder import crash
+from tests.support.wait import until
+
+
+@pytest.mark.parametrize(("result", "stays"), [("signal", True), ("success", False)])
+async def test_pipe_helper_stays_while_systemd_starts_a_killed_recorder_again(
+    recorder_with: MakeRecorder, result: str, stays: bool
+) -> None:
+    core_pattern.set_pattern("/somewhere/core.%p")
+    recorder = recorder_with(recorder_mechanism="pipe")
+    await recorder.start()
+    recorder.kill_with_watchdogs()
+    command = [
+        ".venv/bin/python", "-m", "services.recorder.core_pattern",
+        "--restore", "--state", str(recorder.state),
+    ]  # fmt: skip
+
+    subprocess.run(command, check=True, env=os.environ | {"SERVICE_RESULT": result})
+
+    assert core_pattern.current().startswith("|" if stays else "/somewhere")
+
+
+@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
+async def test_core_pattern_is_put_back_after_sigterm(
+    recorder_with: MakeRecorder, mechanism: str
+) -> None:
+    core_pattern.set_pattern("/somewhere/core.%p")
+    before = core_pattern.pipe_limit()
+    recorder = recorder_with(recorder_mechanism=mechanism)
+    await recorder.start()
+
+    assert recorder.stop() == 0
+
+    assert core_pattern.current() == "/somewhere/core.%p"
+    assert core_pattern.pipe_limit() == before
+    assert "old=/somewhere/core.%p" in recorder.log
+
+
+async def test_core_pattern_of_before_survives_a_killed_recorder_and_watchdog(
+    recorder_with: MakeRecorder,
+) -> None:
+    core_pattern.set_pattern("/somewhere/core.%p")
+    recorder = recorder_with()
+    await recorder.start()
+    recorder.kill_with_watchdogs()
+    assert core_pattern.current().startswith("@")
+
+    await recorder.start()
+    recorder.stop()
+
+    assert core_pattern.current() == "/somewhere/core.%p"
+
+
+async def test_core_pattern_can_be_put_back_without_a_recorder(
+    recorder_with: MakeRecorder,
+) -> None:
+    core_pattern.set_pattern("/somewhere/core.%p")
+    recorder = recorder_with()
+    await recorder.start()
+    command = [
+        ".venv/bin/python", "-m", "services.recorder.core_pattern",
+        "--restore", "--state", str(recorder.state),
+    ]  # fmt: skip
+
+    refused = subprocess.run(command, capture_output=True, text=True)
+    recorder.kill_with_watchdogs()
+    subprocess.run(command, check=True, capture_output=True)
+
+    assert "a recorder runs on this host already" in refused.stderr
+    assert core_pattern.current() == "/somewhere/core.%p"
+
+
+async def test_pattern_that_somebody_else_set_meanwhile_stays(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with()
+    await recorder.start()
+    core_pattern.set_pattern("/theirs/core")
+    await until(lambda: "core_pattern was changed" in recorder.log)
+
+    assert recorder.stop() == 0
+
+    assert core_pattern.current() == "/theirs/core"
+
+
+async def test_other_handler_is_named_when_it_is_replaced(recorder_with: MakeRecorder) -> None:
+    core_pattern.set_pattern("|/bin/false %P")
+    recorder = recorder_with()
+
+    await recorder.start()
+
+    assert re.search(r"taking over from another handler.*handler=false", recorder.log)
+
+
+async def test_second_recorder_with_the_same_state_is_refused(
+    recorder_with: MakeRecorder,
+) -> None:
+    first = recorder_with()
+    second = recorder_with(state=first.state)
+    await first.start()
+
+    second.launch()
+    assert second.process is not None
+    assert second.process.wait(60) == 2
+
+    assert "a recorder runs on this host already" in second.log
+    assert "Traceback" not in second.log
+    pid, _ = crash(crasher("null_pointer"))
+    await first.captured(pid)
+
+
+async def test_state_that_others_may_write_to_is_refused(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    (tmp_path / "recorder").mkdir()
+    (tmp_path / "recorder").chmod(0o777)
+    before = core_pattern.current()
+    recorder = recorder_with(state=tmp_path, recorder_mechanism="pipe")
+
+    recorder.launch()
+    assert recorder.process is not None
+
+    assert recorder.process.wait(60) == 2
+    assert "others may write to" in recorder.log
+    assert core_pattern.current() == before

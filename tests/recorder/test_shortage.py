@@ -1,0 +1,148 @@
+"""What a recorder does when it runs out of something, or what it needs does not answer."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from crashbus import Bus, DeadLetter
+from tests.recorder.conftest import MakeRecorder
+from tests.support.crashers import HOG, crasher
+from tests.support.disk import frozen, small_disk
+from tests.support.fuse import StandingStill
+from tests.support.nats import NatsServer
+from tests.support.recorder import FILES, crash
+from tests.support.requirements import need_program, need_root
+from tests.support.wait import until
+
+
+async def test_core_over_the_limit_is_cut_and_flagged(recorder_with: MakeRecorder) -> None:
+    recorder = recorder_with(recorder_max_core_bytes=2_000_000, recorder_core_source="stream")
+    await recorder.start()
+
+    pid, _ = crash(*HOG, "100")
+    record = await recorder.captured(pid)
+
+    described = record.files[recorder.file(pid, "core").name]
+    assert (described.size, described.truncated) == (2_000_000, True)
+    assert described.note == "cut at the limit of 2000000 bytes"
+    assert recorder.file(pid, "core").stat().st_size == 2_000_000
+
+
+@pytest.fixture
+def small_memory(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB."""
+    need_program("mount")
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "note"), [("auto", "bytes of memory were left out"), ("stream", "cut at the limit")]
+)
+async def test_full_disk_costs_the_rest_of_the_core_and_nothing_else(
+    recorder_with: MakeRecorder, small_memory: Path, source: str, note: str
+) -> None:
+    recorder = recorder_with(spool=small_memory / "spool", recorder_core_source=source)
+    recorder.spool = small_memory / "spool"
+    await recorder.start()
+
+    pid, number = crash(*HOG, "100")
+    record = await recorder.captured(pid)
+
+    assert number == signal.SIGSEGV
+    core = record.files[recorder.file(pid, "core").name]
+    assert core.truncated
+    assert note in (core.note or "")
+    assert 10 << 20 < core.size == recorder.file(pid, "core").stat().st_size
+    assert len(record.files) == len(FILES)
+    assert json.loads(recorder.file(pid, "snapshot").read_bytes())["Pid"] == pid
+    # The crash after it is captured as far as it goes, and the recorder is still there.
+    second, _ = crash(*HOG, "100")
+    assert (await recorder.captured(second)).state == "complete"
+
+
+async def test_crash_that_cannot_be_captured_is_a_dead_letter(
+    recorder_with: MakeRecorder, small_memory: Path, nats_server: NatsServer, bus: Bus
+) -> None:
+    (small_memory / "full").write_bytes(b"x" * (23 << 20))
+    with (small_memory / "fuller").open("wb") as file, pytest.raises(OSError):
+        while True:
+            os.write(file.fileno(), b"x" * 4096)
+    recorder = recorder_with(spool=small_memory / "spool", nats_url=nats_server.url)
+    await recorder.start()
+
+    _, number = crash(crasher("null_pointer"))
+
+    assert number == signal.SIGSEGV
+    letters = await until(lambda: bus.stored(DeadLetter))
+    assert letters[0].service == "recorder"
+    assert letters[0].reason in ("spool_unusable", "capture_failed")
+    assert "df " in letters[0].mend
+    assert letters[0].crash_id
+
+
+@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
+async def test_disk_that_hangs_does_not_hang_the_crashing_processes(
+    recorder_with: MakeRecorder, tmp_path: Path, mechanism: str
+) -> None:
+    with small_disk(tmp_path / "disk", 32) as disk:
+        recorder = recorder_with(
+            spool=disk.place / "spool",
+            recorder_mechanism=mechanism,
+            recorder_stall_deadline=1,
+            recorder_captures=1,
+        )
+        recorder.spool = disk.place / "spool"
+        await recorder.start()
+        program = str(crasher("null_pointer"))
+        with frozen(disk.place):
+            # The first hangs in the only thread there is, the others behind it.
+            crashes = [subprocess.Popen([program]) for _ in range(3)]
+            numbers = [process.wait(60) for process in crashes]
+            await until(lambda: recorder.log.count("let a process go") >= 3)
+
+        assert numbers == [-signal.SIGSEGV] * 3
+        pid, _ = crash(program)
+        assert (await recorder.captured(pid)).state == "complete"
+        recorder.stop()
+
+
+async def test_file_system_that_does_not_answer_holds_up_only_its_own_crashes(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    need_root()
+    recorder = recorder_with(recorder_captures=2, recorder_stall_deadline=6)
+    await recorder.start()
+    with StandingStill(tmp_path / "fuse", crasher("waiting")) as file_system:
+        hung = [subprocess.Popen([file_system.program], stdout=subprocess.PIPE) for _ in range(4)]
+        for process in hung:
+            assert process.stdout is not None
+            process.stdout.readline()
+        file_system.stand_still()
+        for process in hung:
+            process.send_signal(signal.SIGSEGV)
+
+        pid, _ = await asyncio.to_thread(crash, crasher("null_pointer"))
+
+        assert (await recorder.captured(pid)).state == "complete"
+        assert all(process.poll() is None for process in hung), "nothing stood still"
+        # They are let go in their time, and told.
+        for process in hung:
+            assert await asyncio.to_thread(process.wait, 30) == -signal.SIGSEGV
+        assert recorder.log.count("let a process go") == 4
+    # Their threads are free again, and what could be read is there.
+    for process in hung:
+        process.communicate()
+        record = await recorder.captured(process.pid)
+        assert record.signal_name == "SIGSEGV"
+        assert any(file.truncated for file in record.files.values())
+    assert recorder.stop() == 0
