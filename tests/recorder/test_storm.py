@@ -10,6 +10,7 @@ import pytest
 from services.recorder import core_head
 from tests.recorder.conftest import MakeRecorder
 from tests.support.recorder import FILES, RecorderService
+from tests.support.victim import waiting
 
 
 @pytest.mark.parametrize("mechanism", ["socket", "pipe"])
