@@ -21,7 +21,7 @@ from services.recorder.settings import RecorderSettings
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_capture import frames, gdb
 from tests.support.crashers import crasher
-from tests.support.disk import frozen, small_disk
+from tests.support.disk import small_disk
 from tests.support.nats import NatsServer
 from tests.support.recorder import FILES, RecorderService, crash
 from tests.support.requirements import need_root
@@ -201,7 +201,7 @@ def test_helper_does_not_wait_for_ever_for_a_core(
 def test_disk_that_does_not_answer_does_not_hold_the_process(tmp_path: Path, sleeper: int) -> None:
     with small_disk(tmp_path / "disk", 32) as disk:
         helper = Helper(disk.place, hold_deadline=1)
-        with frozen(disk.place):
+        with disk.hanging():
             # It cannot end: its thread waits for the disk. But it holds nothing any more.
             reading, writing = os.pipe()
             stuck = helper.start(sleeper, reading)

@@ -13,7 +13,7 @@ import pytest
 from crashbus import Bus, DeadLetter
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import HOG, crasher
-from tests.support.disk import frozen, small_disk
+from tests.support.disk import small_disk
 from tests.support.fuse import StandingStill
 from tests.support.nats import NatsServer
 from tests.support.recorder import FILES, crash
@@ -104,7 +104,7 @@ async def test_disk_that_hangs_does_not_hang_the_crashing_processes(
         recorder.spool = disk.place / "spool"
         await recorder.start()
         program = str(crasher("null_pointer"))
-        with frozen(disk.place):
+        with disk.hanging():
             # The first hangs in the only thread there is, the others behind it.
             crashes = [subprocess.Popen([program]) for _ in range(3)]
             numbers = [process.wait(60) for process in crashes]

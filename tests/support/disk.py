@@ -71,14 +71,3 @@ def small_disk(place: Path, mib: int) -> Iterator[SmallDisk]:
         # A process that was just ended may not be quite gone.
         subprocess.run(["umount", "--lazy", place], check=True)
         image.unlink()
-
-
-@contextmanager
-def frozen(place: Path) -> Iterator[None]:
-    """Have every write to a file system wait, fsfreeze(8)."""
-    need_program("fsfreeze")
-    subprocess.run(["fsfreeze", "-f", place], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["fsfreeze", "-u", place], check=True)
