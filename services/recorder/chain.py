@@ -26,8 +26,6 @@ from services.recorder.workers import Workers
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 HELPER = "corepipe"  # a recorder's own
-AT_ONCE = 16  # handlers; systemd allows itself as many
-WAITING = 64  # processes held until one is free; of more, none is started
 _GRACE = 5.0  # seconds beyond the deadline for the helper to end the handler
 _SPACE = rb"[ \t-\r\xa0]"  # what the kernel's isspace() takes for one
 _NEXT = b"%"  # in an order: the next argument that the kernel made
@@ -115,13 +113,14 @@ class Chain:
 
     Args:
         deadline: seconds for one crash, waiting included.
+        waiting: crashes held until a handler has ended; of more, none is started.
     """
 
-    def __init__(self, handler: Handler, deadline: float) -> None:
+    def __init__(self, handler: Handler, deadline: float, at_once: int, waiting: int) -> None:
         self._handler = handler
         self._deadline = deadline
-        self._turns: queue.Queue[Turn] = queue.Queue(WAITING)
-        self._workers = Workers("chain", AT_ONCE, self._turns, self._take, lambda *_: False)
+        self._turns: queue.Queue[Turn] = queue.Queue(waiting)
+        self._workers = Workers("chain", at_once, self._turns, self._take, lambda *_: False)
 
     def start(self) -> None:
         """Start its threads."""
@@ -149,7 +148,7 @@ class Chain:
             self._turns.put_nowait(turn)
         except queue.Full:
             turn.close("too many wait for their former handler")
-            self.skip(crash_id, f"{WAITING} others wait already")
+            self.skip(crash_id, f"{self._turns.maxsize} others wait already")
 
     def skip(self, crash_id: str, why: str) -> None:
         """Tell of a crash that the handler gets nothing of."""

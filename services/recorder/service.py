@@ -33,6 +33,7 @@ from services.recorder import (
 from services.recorder.chain import CannotChain, Chain, Handler
 from services.recorder.conditions import MODULE_FILES, Conditions
 from services.recorder.dead_letters import DeadLetters
+from services.recorder.descriptors import Shares
 from services.recorder.errors import CaptureFailed, RecorderError
 from services.recorder.hold import Hold, end_those_let_go
 from services.recorder.listener import Listener
@@ -47,9 +48,7 @@ from services.recorder.workers import Workers
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-ACCEPTED = 1024  # crashes waiting for a capture thread; beyond, they wait in the backlog
 GREETING = b"."  # to a pipe helper: only then it hands its crash over
-UNFINISHED = 256  # crashes waiting for their backtrace; beyond, they get none
 STOP_WITHIN = 8.0  # seconds for what is in hand; the service is ended after 9
 _TELL_WITHIN = 0.5  # seconds for the last dead letters
 _UNWIND_UNTIL = 6.0  # seconds of these in which backtraces may still run
@@ -95,13 +94,12 @@ class Recorder:
         self._state = runtime.bus_settings.state
         self._settings = settings
         self._letters = letters
-        descriptors = hardening.raise_descriptor_limit()
-        self._module_files = descriptors // 2
-        self._arrivals: queue.Queue[Hold] = queue.Queue(min(ACCEPTED, descriptors // 8))
-        self._unfinished: queue.Queue[Recording] = queue.Queue(UNFINISHED)
+        self._shares = _shares(settings)
+        self._arrivals: queue.Queue[Hold] = queue.Queue(self._shares.accepted)
+        self._unfinished: queue.Queue[Recording] = queue.Queue(self._shares.unfinished)
         self._unwind_until: float | None = None  # monotonic seconds; set when stopping
         self._captures = Workers(
-            "capture", settings.captures, self._arrivals, self._capture_one, _no_progress
+            "capture", self._shares.captures, self._arrivals, self._capture_one, _no_progress
         )
         self._finishers = Workers(
             "finish", settings.backtraces, self._unfinished, self._finish_one, self._takes_too_long
@@ -120,7 +118,7 @@ class Recorder:
             _helper_place(self._state),
             self._handler.templates if self._handler else "",
         )
-        self._chain = Chain(self._handler, settings.chain_deadline) if self._handler else None
+        self._chain = _chain(self._handler, settings, self._shares)
         self._orphans = Orphans(runtime.bus_settings.spool, self._adopt, letters.add)
         self._watchdogs = Watchdogs(
             self._state, settings.watchdog_deadline, runtime.bus_settings.log_format
@@ -280,7 +278,7 @@ class Recorder:
 
     def _module_files_left(self) -> int:
         in_flight = len(self._captures.in_work()) + self._unfinished.unfinished_tasks
-        return MODULE_FILES if in_flight * MODULE_FILES < self._module_files else 0
+        return MODULE_FILES if in_flight <= self._shares.with_modules else 0
 
     def _let_go_of_stalled(self) -> None:
         """Let go of what is in work and stands still, or will not end.
@@ -362,6 +360,18 @@ def _no_progress(hold: Hold, _: float) -> bool:
     return time.monotonic() - hold.last_progress > _STANDS_STILL_AFTER
 
 
+def _shares(settings: RecorderSettings) -> Shares:
+    descriptors = hardening.raise_descriptor_limit()
+    shares = Shares.of(descriptors, settings.captures)
+    if shares.captures < settings.captures:
+        log.warning(
+            "few descriptors: less is captured at once (RLIMIT_NOFILE, ulimit -Hn)",
+            descriptors=descriptors,
+            captures=shares.captures,
+        )
+    return shares
+
+
 def _former_handler(settings: RecorderSettings, state: Path) -> Handler | None:
     """Return who is to get cores beside us."""
     if not settings.chain:
@@ -371,6 +381,12 @@ def _former_handler(settings: RecorderSettings, state: Path) -> Handler | None:
     except CannotChain as error:
         log.warning("there is no handler to chain", because=str(error))
         return None
+
+
+def _chain(handler: Handler | None, settings: RecorderSettings, shares: Shares) -> Chain | None:
+    if handler is None:
+        return None
+    return Chain(handler, settings.chain_deadline, shares.chained_at_once, shares.chained)
 
 
 def _mechanism(settings: RecorderSettings, chains: bool) -> Mechanism:

@@ -18,6 +18,7 @@ from tests.support.fuse import StandingStill
 from tests.support.nats import NatsServer
 from tests.support.recorder import FILES, crash
 from tests.support.requirements import need_program, need_root
+from tests.support.victim import waiting
 from tests.support.wait import until
 
 
@@ -146,3 +147,24 @@ async def test_file_system_that_does_not_answer_holds_up_only_its_own_crashes(
         assert record.signal_name == "SIGSEGV"
         assert any(file.truncated for file in record.files.values())
     assert recorder.stop() == 0
+
+
+async def test_few_descriptors_lose_no_crash(recorder_with: MakeRecorder) -> None:
+    """What finds none free waits in the backlog, held."""
+    need_program("prlimit")
+    recorder = recorder_with(recorder_backtrace_deadline=0.1)
+    recorder.prefix = ("prlimit", "--nofile=256")
+    await recorder.start()
+    processes = waiting(60)
+
+    for process in processes:
+        process.send_signal(signal.SIGSEGV)
+    for process in processes:
+        await asyncio.to_thread(process.communicate, timeout=60)
+
+    for process in processes:
+        assert process.returncode == -signal.SIGSEGV
+        record = await recorder.captured(process.pid)
+        assert not any(file.truncated for file in record.files.values())
+    assert "few descriptors" in recorder.log
+    assert "Too many open files" not in recorder.log
