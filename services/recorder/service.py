@@ -5,9 +5,7 @@ while their processes are held, and finished by a few others when nobody waits a
 """
 
 import asyncio
-import os
 import queue
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,40 +13,37 @@ from typing import Any
 
 import structlog
 
-from crashbus.identity import crash_id, start_ticks
-from services.common.crash_directory import SpoolUnusable
 from services.common.health import Health
 from services.common.service import Runtime, finish
 from services.recorder import (
     adopting,
-    arrival,
     capturing,
     core_pattern,
     finishing,
     hardening,
-    mechanism,
     metrics,
-    orphan_rules,
+    takeover,
 )
-from services.recorder.chain import CannotChain, Chain, Handler
+from services.recorder.chain import Chain, Handler
 from services.recorder.conditions import MODULE_FILES, Conditions
 from services.recorder.dead_letters import DeadLetters
 from services.recorder.descriptors import Shares
 from services.recorder.errors import CaptureFailed, RecorderError
 from services.recorder.hold import Hold, end_those_let_go
 from services.recorder.listener import Listener
-from services.recorder.mechanism import Mechanism, Plan
+from services.recorder.mechanism import Plan
 from services.recorder.orphans import Orphan, Orphans
+from services.recorder.patience import Patience, waiting
 from services.recorder.recording import Recording
 from services.recorder.room import Lack
 from services.recorder.settings import RecorderSettings
+from services.recorder.takeover import Takeover
 from services.recorder.unwind_process import Server as UnwindServer
 from services.recorder.watchdog import Watchdogs
 from services.recorder.workers import Workers
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-GREETING = b"."  # to a pipe helper: only then it hands its crash over
 STOP_WITHIN = 8.0  # seconds for what is in hand; the service is ended after 9
 _TELL_WITHIN = 0.5  # seconds for the last dead letters
 _UNWIND_UNTIL = 6.0  # seconds of these in which backtraces may still run
@@ -104,21 +99,15 @@ class Recorder:
         self._finishers = Workers(
             "finish", settings.backtraces, self._unfinished, self._finish_one, self._takes_too_long
         )
-        self._handler = _former_handler(settings, self._state)
-        chosen = _mechanism(settings, self._handler is not None)
+        self._takeover = Takeover(self._state, settings)
         self._listener = Listener(
-            settings.socket,
-            self._arrivals,
-            settings.stall_deadline,
-            GREETING if chosen is Mechanism.PIPE else b"",
+            settings.socket, self._arrivals, settings.stall_deadline, self._takeover.greeting
         )
-        self._plan = mechanism.plan(
-            chosen,
-            self._listener.path,
-            _helper_place(self._state),
-            self._handler.templates if self._handler else "",
+        self._plan = self._takeover.plan(self._listener.path)
+        self._chain = _chain(self._takeover.former, settings, self._shares)
+        self._patience = Patience(
+            settings, self._plan.mechanism, self._arrivals, self._captures, letters.add
         )
-        self._chain = _chain(self._handler, settings, self._shares)
         self._orphans = Orphans(runtime.bus_settings.spool, self._adopt, letters.add)
         self._watchdogs = Watchdogs(
             self._state, settings.watchdog_deadline, runtime.bus_settings.log_format
@@ -142,12 +131,10 @@ class Recorder:
         self._captures.start()
         self._finishers.start()
         self._listener.start()
-        if self._plan.mechanism is Mechanism.PIPE:
-            self._install_helper()
         self._start_watchdogs()
         if self._chain is not None:
             self._chain.start()
-        core_pattern.install(self._state, self._plan, chains=self._chain is not None)
+        self._takeover.install(self._plan, self._orphans)
         self._orphans.start()
         log.info("recording crashes", mechanism=self._plan.mechanism.value)
 
@@ -157,12 +144,12 @@ class Recorder:
             await asyncio.sleep(_LOOK_EVERY)
             self._watchdogs.beat()
             self._check_watchdogs()
-            self._let_go_of_stalled()
+            self._patience.let_go_of_stalled()
             self._captures.replace_stuck()
             self._finishers.replace_stuck()
             end_those_let_go()
-            await asyncio.to_thread(self._give_up_waiting)
-            self._check_core_pattern()
+            await asyncio.to_thread(self._patience.give_up_waiting)
+            takeover.check(self._plan, self._health)
             metrics.HELD.labels("waiting").set(self._arrivals.qsize())
             metrics.HELD.labels("capturing").set(len(self._captures.in_work()))
             metrics.HELD.labels("chained").set(self._chain.held if self._chain else 0)
@@ -182,25 +169,13 @@ class Recorder:
         self._wait_until_idle(end)
         if self._chain is not None:
             self._chain.stop(max(0.1, end - time.monotonic()))
-        for hold in (*self._captures.in_work(), *self._waiting()):
+        for hold in (*self._captures.in_work(), *waiting(self._arrivals)):
             hold.let_go("it was stopped")
         self._unwind_server.stop()
 
     def stop_watchdogs(self) -> None:
         """From here on nobody waits for us who is not let go within `STOP_WITHIN`."""
         self._watchdogs.stop()
-
-    def _install_helper(self) -> None:
-        """Install the pipe helper, with rules for the time when no recorder is there."""
-        place = _helper_place(self._state)
-        try:
-            rules = orphan_rules.text(self._orphans.prepare(), self._settings)
-            place.with_name(orphan_rules.NAME).write_text(rules, errors="surrogateescape")
-        except (OSError, SpoolUnusable) as error:
-            # As before there were any: such a crash is a visible gap.
-            place.with_name(orphan_rules.NAME).unlink(missing_ok=True)
-            log.error("crashes while no recorder is there will not be kept", error=str(error))
-        _install_helper(self._settings.helper, place)
 
     def _adopt(self, orphan: Orphan) -> None:
         """Make crash files of what the pipe helper kept."""
@@ -235,10 +210,6 @@ class Recorder:
     def _idle(self) -> bool:
         # A crash enters the second queue before it is done in the first.
         return not self._arrivals.unfinished_tasks and not self._unfinished.unfinished_tasks
-
-    def _waiting(self) -> list[Hold]:
-        with self._arrivals.mutex:
-            return list(self._arrivals.queue)
 
     def _capture_one(self, hold: Hold) -> None:
         hold.last_progress = time.monotonic()  # it was not idle, it waited
@@ -280,81 +251,6 @@ class Recorder:
         in_flight = len(self._captures.in_work()) + self._unfinished.unfinished_tasks
         return MODULE_FILES if in_flight <= self._shares.with_modules else 0
 
-    def _let_go_of_stalled(self) -> None:
-        """Let go of what is in work and stands still, or will not end.
-
-        The first is a reader that waits for a dead disk, the second a process that reserved
-        more memory than anybody could read.
-        """
-        now, patience = time.monotonic(), self._settings.stall_deadline + _LOOK_EVERY
-        for hold in (one for one in self._captures.in_work() if one.is_held):
-            if now - hold.last_progress > patience:
-                _let_go(hold, f"its capture stood still for {patience:.0f} s")
-            elif hold.age > self._settings.hold_deadline:
-                _let_go(
-                    hold,
-                    f"it was not whole after {hold.age:.0f} s (CRASHBUS_RECORDER_HOLD_DEADLINE)",
-                )
-
-    def _give_up_waiting(self) -> None:
-        """Let go of who waited too long for a capture thread, whatever the threads do.
-
-        A few system calls for each, and none that can hang: not a byte of its memory is read,
-        no disk is written to.
-        """
-        patience = min(self._settings.stall_deadline, self._settings.hold_deadline)
-        for hold in self._waiting():
-            if hold.age > patience and self._withdraw(hold):
-                self._give_up(hold)
-
-    def _withdraw(self, hold: Hold) -> bool:
-        """Take a hold out of the queue; False when a thread was faster."""
-        with self._arrivals.mutex:
-            try:
-                self._arrivals.queue.remove(hold)
-            except ValueError:
-                return False
-            self._arrivals.not_full.notify()
-            return True
-
-    def _give_up(self, hold: Hold) -> None:
-        failure = CaptureFailed(
-            "capture_failed",
-            f"it waited {hold.age:.0f} s for a capture thread and was let go",
-            "see why captures take so long (disk, size of cores), or raise "
-            "CRASHBUS_RECORDER_CAPTURES or CRASHBUS_RECORDER_STALL_DEADLINE",
-        )
-        try:
-            pid = arrival.identify(self._plan.mechanism, hold)
-            hold.belongs_to(pid)
-            failure.crash_id = crash_id(self._conditions.boot_id, pid, start_ticks(pid))
-        except (CaptureFailed, OSError) as error:
-            log.warning("who waited cannot be named", error=str(error))
-        finally:
-            _let_go(hold, "it waited too long")
-            hold.close()
-            metrics.CAPTURES.labels("failed").inc()
-            self._letters.add(failure)
-            self._arrivals.task_done()
-
-    def _check_core_pattern(self) -> None:
-        found = core_pattern.current()
-        if found == self._plan.pattern:
-            self._health.working("core_pattern")
-            return
-        fault = (
-            f"somebody else has set it to {found!r}: crashes do not come here; restart to retake"
-        )
-        if self._health.faults().get("core_pattern") != fault:
-            log.error("core_pattern was changed", found=found)
-        self._health.failing("core_pattern", fault)
-
-
-def _let_go(hold: Hold, because: str) -> None:
-    hold.let_go(because)
-    metrics.LET_GO.inc()
-    log.error("let a process go", because=because)
-
 
 def _no_progress(hold: Hold, _: float) -> bool:
     return time.monotonic() - hold.last_progress > _STANDS_STILL_AFTER
@@ -372,45 +268,10 @@ def _shares(settings: RecorderSettings) -> Shares:
     return shares
 
 
-def _former_handler(settings: RecorderSettings, state: Path) -> Handler | None:
-    """Return who is to get cores beside us."""
-    if not settings.chain:
-        return None
-    try:
-        return Handler.parse(core_pattern.former(state))
-    except CannotChain as error:
-        log.warning("there is no handler to chain", because=str(error))
-        return None
-
-
 def _chain(handler: Handler | None, settings: RecorderSettings, shares: Shares) -> Chain | None:
     if handler is None:
         return None
     return Chain(handler, settings.chain_deadline, shares.chained_at_once, shares.chained)
-
-
-def _mechanism(settings: RecorderSettings, chains: bool) -> Mechanism:
-    version = mechanism.kernel_version(os.uname().release)
-    return mechanism.choose(settings.mechanism, version, chains)
-
-
-def _helper_place(state: Path) -> Path:
-    # Not /run: that is mounted noexec on many hosts.
-    return core_pattern.directory(state).resolve() / "corepipe"
-
-
-def _install_helper(source: Path, place: Path) -> None:
-    """Copy the helper to where only root can change what the kernel will run as root."""
-    new = place.with_suffix(".new")
-    try:
-        shutil.copyfile(source, new)
-        new.chmod(0o700)
-        new.replace(place)
-    except OSError as error:
-        raise RecorderError(
-            f"the pipe helper {source} cannot be installed as {place}: {error.strerror}; build it "
-            "with make setup, or set CRASHBUS_RECORDER_HELPER"
-        ) from error
 
 
 def _configuration(runtime: Runtime, settings: RecorderSettings, plan: Plan) -> dict[str, Any]:

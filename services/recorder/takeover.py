@@ -1,0 +1,106 @@
+"""How the kernel is made to send its crashes here, and who else is to get them."""
+
+import os
+import shutil
+from pathlib import Path
+
+import structlog
+
+from services.common.crash_directory import SpoolUnusable
+from services.common.health import Health
+from services.recorder import core_pattern, mechanism, orphan_rules
+from services.recorder.chain import HELPER, CannotChain, Handler
+from services.recorder.errors import RecorderError
+from services.recorder.mechanism import Mechanism, Plan
+from services.recorder.orphans import Orphans
+from services.recorder.settings import RecorderSettings
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+_GREETING = b"."  # to a pipe helper: only then it hands its crash over
+
+
+class Takeover:
+    """core_pattern, and what has to be there for it.
+
+    Attributes:
+        mechanism: how crashes come.
+        former: the handler that gets each, too; None: nobody does.
+
+    Raises:
+        RecorderError: this kernel, or the settings, do not allow it.
+    """
+
+    def __init__(self, state: Path, settings: RecorderSettings) -> None:
+        self._state = state
+        self._settings = settings
+        self.former = _former(state) if settings.chain else None
+        version = mechanism.kernel_version(os.uname().release)
+        self.mechanism = mechanism.choose(settings.mechanism, version, self.former is not None)
+
+    @property
+    def greeting(self) -> bytes:
+        """What who connects to our socket is told first."""
+        return _GREETING if self.mechanism is Mechanism.PIPE else b""
+
+    def plan(self, socket: Path) -> Plan:
+        """Return what will be in force, once we listen on a socket."""
+        templates = self.former.templates if self.former is not None else ""
+        return mechanism.plan(self.mechanism, socket, self._helper, templates)
+
+    def install(self, plan: Plan, orphans: Orphans) -> None:
+        """Have the kernel send crashes here from now on."""
+        if self.mechanism is Mechanism.PIPE:
+            self._write_rules(orphans)
+            _install_helper(self._settings.helper, self._helper)
+        core_pattern.install(self._state, plan, chains=self.former is not None)
+
+    @property
+    def _helper(self) -> Path:
+        # Not /run: that is mounted noexec on many hosts.
+        return core_pattern.directory(self._state).resolve() / HELPER
+
+    def _write_rules(self, orphans: Orphans) -> None:
+        """Leave rules for the time when no recorder is there."""
+        place = self._helper.with_name(orphan_rules.NAME)
+        try:
+            rules = orphan_rules.text(orphans.prepare(), self._settings)
+            place.write_text(rules, errors="surrogateescape")
+        except (OSError, SpoolUnusable) as error:
+            # As before there were any: such a crash is a visible gap.
+            place.unlink(missing_ok=True)
+            log.error("crashes while no recorder is there will not be kept", error=str(error))
+
+
+def check(plan: Plan, health: Health) -> None:
+    """See whether the kernel still sends crashes here."""
+    found = core_pattern.current()
+    if found == plan.pattern:
+        health.working("core_pattern")
+        return
+    fault = f"somebody else has set it to {found!r}: crashes do not come here; restart to retake"
+    if health.faults().get("core_pattern") != fault:
+        log.error("core_pattern was changed", found=found)
+    health.failing("core_pattern", fault)
+
+
+def _former(state: Path) -> Handler | None:
+    try:
+        return Handler.parse(core_pattern.former(state))
+    except CannotChain as error:
+        log.warning("there is no handler to chain", because=str(error))
+        return None
+
+
+def _install_helper(source: Path, place: Path) -> None:
+    """Copy the helper to where only root can change what the kernel will run as root."""
+    new = place.with_suffix(".new")
+    try:
+        shutil.copyfile(source, new)
+        new.chmod(0o700)
+        new.replace(place)
+    except OSError as error:
+        raise RecorderError(
+            f"the pipe helper {source} cannot be installed as {place}: {error.strerror}; build it "
+            "with make setup, or set CRASHBUS_RECORDER_HELPER"
+        ) from error
