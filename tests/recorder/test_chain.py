@@ -1,11 +1,10 @@
 """Who had core_pattern before the recorder still gets its cores, if the user asks for it."""
 
 import asyncio
-import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_capture import gdb
 from tests.support import core_pattern, systemd_coredump
 from tests.support.crashers import crasher
-from tests.support.former import Former, is_gone
+from tests.support.former import Former
 from tests.support.recorder import RecorderService, crash
 from tests.support.requirements import lacking
 from tests.support.victim import waiting
@@ -39,17 +38,6 @@ async def chained(recorder_with: MakeRecorder, pattern: str, **settings: object)
     recorder = recorder_with(recorder_chain="true", **settings)
     await recorder.start()
     return recorder
-
-
-async def hanging(
-    recorder_with: MakeRecorder, former: Former, deadline: int
-) -> tuple[RecorderService, "subprocess.Popen[bytes]", list[int]]:
-    """Have a crash wait for a handler that hangs; return the processes of that, too."""
-    recorder = await chained(
-        recorder_with, former.pattern("hangs"), recorder_chain_deadline=deadline
-    )
-    process = subprocess.Popen([crasher("null_pointer")])
-    return recorder, process, await former.kept()
 
 
 async def became(recorder: RecorderService, result: str) -> str:
@@ -128,44 +116,31 @@ async def test_handler_that_reads_nothing_holds_nobody(
 async def test_handler_that_hangs_is_killed_with_its_children(
     recorder_with: MakeRecorder, former: Former
 ) -> None:
-    recorder, process, handlers = await hanging(recorder_with, former, deadline=1)
+    recorder = await chained(recorder_with, former.pattern("hangs"), recorder_chain_deadline=3)
 
-    # Our own capture does not wait for it.
-    await recorder.captured(process.pid)
-    assert await asyncio.to_thread(process.wait, 60) == -signal.SIGSEGV
+    pid, number = await asyncio.to_thread(crash, crasher("null_pointer"))
 
+    assert number == signal.SIGSEGV
     assert "CRASHBUS_RECORDER_CHAIN_DEADLINE" in await became(recorder, "timed_out")
-    await until(lambda: all(is_gone(one) for one in handlers))
-    assert whole(recorder, process.pid)
+    await until(lambda: not former.processes())
+    await recorder.captured(pid)
+    assert whole(recorder, pid)
 
 
-async def test_capture_is_complete_while_the_handler_still_runs(
-    recorder_with: MakeRecorder, former: Former
+@pytest.mark.parametrize("end", [RecorderService.stop, RecorderService.kill])
+async def test_capture_does_not_wait_for_the_handler_nor_the_process_for_a_recorder_that_is_gone(
+    recorder_with: MakeRecorder, former: Former, end: Callable[[RecorderService], object]
 ) -> None:
-    """And the process is there for the handler until its recorder is stopped."""
-    recorder, process, handlers = await hanging(recorder_with, former, deadline=600)
-    try:
-        await recorder.captured(process.pid)
-        assert process.poll() is None
-        assert not any(is_gone(one) for one in handlers)
+    recorder = await chained(recorder_with, former.pattern("hangs"), recorder_chain_deadline=600)
+    process = subprocess.Popen([crasher("null_pointer")])
+    assert await former.kept()
+    await recorder.captured(process.pid)
+    assert process.poll() is None
+    assert len(former.processes()) == 2
 
-        assert await asyncio.to_thread(recorder.stop) == 0
+    await asyncio.to_thread(end, recorder)
 
-        assert await asyncio.to_thread(process.wait, 60) == -signal.SIGSEGV
-    finally:
-        os.killpg(handlers[0], signal.SIGKILL)
-
-
-async def test_killed_recorder_lets_the_process_of_a_handler_go(
-    recorder_with: MakeRecorder, former: Former
-) -> None:
-    recorder, process, handlers = await hanging(recorder_with, former, deadline=600)
-    try:
-        recorder.kill()
-
-        assert await asyncio.to_thread(process.wait, 60) == -signal.SIGSEGV
-    finally:
-        os.killpg(handlers[0], signal.SIGKILL)
+    assert await asyncio.to_thread(process.wait, 60) == -signal.SIGSEGV
 
 
 async def test_child_of_a_handler_that_keeps_its_input_holds_nobody(
@@ -174,15 +149,11 @@ async def test_child_of_a_handler_that_keeps_its_input_holds_nobody(
     """A handler may leave work to a child; it is not killed then."""
     recorder = await chained(recorder_with, former.pattern("forks"))
 
-    pid, number = crash(crasher("null_pointer"))
+    pid, number = await asyncio.to_thread(crash, crasher("null_pointer"))
 
-    (child,) = await former.kept()
-    try:
-        assert number == signal.SIGSEGV
-        await became(recorder, "done")
-        assert not is_gone(child)
-    finally:
-        os.kill(child, signal.SIGKILL)
+    assert number == signal.SIGSEGV
+    await became(recorder, "done")
+    assert await former.kept() == former.processes()
     await recorder.captured(pid)
 
 

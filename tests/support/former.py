@@ -1,8 +1,11 @@
 """A former owner of core_pattern: a handler that keeps what it was given, or misbehaves."""
 
 import json
+import os
 import shutil
+import signal
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +39,17 @@ class Former:
         path.unlink()
         return found
 
+    def processes(self) -> list[int]:
+        """Return those that run it."""
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if os.fsencode(self._program) in (place / "cmdline").read_bytes().split(b"\0"):
+                    found.append(int(place.name))
+        return found
+
     def close(self) -> None:
-        """Remove it."""
+        """End those that still run, and remove it."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.place)
-
-
-def is_gone(pid: int) -> bool:
-    """Tell whether a process has ended; proc_pid_stat(5)."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return state == "Z"
