@@ -15,11 +15,11 @@ from services.recorder.chain import CannotChain, Handler
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_capture import gdb
 from tests.support import core_pattern, systemd_coredump
-from tests.support.crashers import crasher
+from tests.support.crashers import HOG, crasher
 from tests.support.former import Former
 from tests.support.recorder import RecorderService, crash
 from tests.support.requirements import lacking
-from tests.support.victim import waiting
+from tests.support.victim import Victim, waiting
 from tests.support.wait import until
 
 SAID = "the former handler of cores had its turn"
@@ -40,17 +40,36 @@ async def chained(recorder_with: MakeRecorder, pattern: str, **settings: object)
     return recorder
 
 
-async def became(recorder: RecorderService, result: str) -> str:
-    """Wait until the log tells what became of a handler."""
-    await until(lambda: SAID in recorder.log)
-    line = next(line for line in recorder.log.splitlines() if SAID in line)
+async def became(recorder: RecorderService, pid: int, result: str) -> str:
+    """Wait until the log tells what became of the handler of a crash, which is captured whole."""
+    record = await recorder.captured(pid)
+    assert not any(file.truncated for file in record.files.values())
+
+    def told() -> list[str]:
+        return [
+            line
+            for line in recorder.log.splitlines()
+            if SAID in line and f"crash_id={record.crash_id}" in line
+        ]
+
+    (line,) = await until(told)
     assert f"result={result}" in line
     return line
 
 
-def whole(recorder: RecorderService, pid: int) -> bool:
-    record = recorder.record(pid)
-    return record is not None and not any(file.truncated for file in record.files.values())
+def crash_for(
+    former: Former, program: str | Path | None = None, *arguments: str
+) -> "subprocess.Popen[bytes]":
+    """Have a program crash whose crash the handler waits for."""
+    victim = Victim(Path(program or crasher("null_pointer")), *arguments)
+    former.wait_for(victim.pid)
+    return victim.go().process
+
+
+async def ended(process: "subprocess.Popen[bytes]") -> int:
+    """Wait until a process is not held any more; return the signal that it died of."""
+    await asyncio.to_thread(process.communicate, timeout=60)
+    return -process.returncode
 
 
 async def test_handler_is_started_just_as_the_kernel_starts_it(
@@ -60,23 +79,23 @@ async def test_handler_is_started_just_as_the_kernel_starts_it(
     pattern = former.pattern("keeps", "%P %u %g -s%s  %c %h %e %E %i %I %d %F %% f%f %")
     core_pattern.set_pattern(pattern)
     program = Path(shutil.copy(crasher("null_pointer"), tmp_path / "a b %P"))
-    first, _ = crash(program)
-    by_kernel = await former.kept()
+    first = crash_for(former, program)
+    by_kernel = await former.kept(first.pid)
+    await ended(first)
     recorder = await chained(recorder_with, pattern)
 
-    second, number = crash(program)
-    by_us = await former.kept()
+    second = crash_for(former, program)
+    by_us = await former.kept(second.pid)
 
-    assert number == signal.SIGSEGV
-    assert await became(recorder, "done")
-    assert _same(by_us, second) == _same(by_kernel, first)
-    assert by_us["arguments"][2] == str(second)
+    assert await ended(second) == signal.SIGSEGV
+    await became(recorder, second.pid, "done")
+    assert _same(by_us, second.pid) == _same(by_kernel, first.pid)
+    assert by_us["arguments"][2] == str(second.pid)
     assert "a b %P" in by_us["arguments"]
     assert by_us["executable"] == str(program)
-    await recorder.captured(second)
-    assert whole(recorder, second)
-    assert former.core.read_bytes() == recorder.file(second, "core").read_bytes()
-    assert "crash_here" in gdb(program, former.core, "bt")
+    core = former.core(second.pid)
+    assert core.read_bytes() == recorder.file(second.pid, "core").read_bytes()
+    assert "crash_here" in gdb(program, core, "bt")
     assert recorder.stop() == 0
     assert core_pattern.current() == pattern
 
@@ -100,31 +119,24 @@ async def test_handler_that_reads_nothing_holds_nobody(
 ) -> None:
     """Not even of a core that is larger than any pipe, and whatever it ends with."""
     recorder = await chained(recorder_with, former.pattern(how))
-    process = subprocess.Popen([crasher("heap"), "8"], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    with process.stdout:
-        assert process.stdout.readline() == b"ready\n"
-    process.send_signal(signal.SIGSEGV)
+    process = crash_for(former, *HOG, "8")
 
-    assert await asyncio.to_thread(process.wait, 60) == -signal.SIGSEGV
+    assert await ended(process) == signal.SIGSEGV
 
-    assert why in await became(recorder, result)
-    await recorder.captured(process.pid)
-    assert whole(recorder, process.pid)
+    assert why in await became(recorder, process.pid, result)
 
 
 async def test_handler_that_hangs_is_killed_with_its_children(
     recorder_with: MakeRecorder, former: Former
 ) -> None:
     recorder = await chained(recorder_with, former.pattern("hangs"), recorder_chain_deadline=3)
+    process = crash_for(former)
 
-    pid, number = await asyncio.to_thread(crash, crasher("null_pointer"))
+    assert await ended(process) == signal.SIGSEGV
 
-    assert number == signal.SIGSEGV
-    assert "CRASHBUS_RECORDER_CHAIN_DEADLINE" in await became(recorder, "timed_out")
-    await until(lambda: not former.processes())
-    await recorder.captured(pid)
-    assert whole(recorder, pid)
+    said = await became(recorder, process.pid, "timed_out")
+    assert "CRASHBUS_RECORDER_CHAIN_DEADLINE" in said
+    await until(lambda: not former.processes(process.pid))
 
 
 @pytest.mark.parametrize("end", [RecorderService.stop, RecorderService.kill])
@@ -132,15 +144,15 @@ async def test_capture_does_not_wait_for_the_handler_nor_the_process_for_a_recor
     recorder_with: MakeRecorder, former: Former, end: Callable[[RecorderService], object]
 ) -> None:
     recorder = await chained(recorder_with, former.pattern("hangs"), recorder_chain_deadline=600)
-    process = subprocess.Popen([crasher("null_pointer")])
-    assert await former.kept()
+    process = crash_for(former)
+    assert await former.kept(process.pid)
     await recorder.captured(process.pid)
     assert process.poll() is None
-    assert len(former.processes()) == 2
+    assert len(former.processes(process.pid)) == 2
 
     await asyncio.to_thread(end, recorder)
 
-    assert await asyncio.to_thread(process.wait, 60) == -signal.SIGSEGV
+    assert await ended(process) == signal.SIGSEGV
 
 
 async def test_child_of_a_handler_that_keeps_its_input_holds_nobody(
@@ -148,40 +160,35 @@ async def test_child_of_a_handler_that_keeps_its_input_holds_nobody(
 ) -> None:
     """A handler may leave work to a child; it is not killed then."""
     recorder = await chained(recorder_with, former.pattern("forks"))
+    process = crash_for(former)
 
-    pid, number = await asyncio.to_thread(crash, crasher("null_pointer"))
+    assert await ended(process) == signal.SIGSEGV
 
-    assert number == signal.SIGSEGV
-    await became(recorder, "done")
-    assert await former.kept() == former.processes()
-    await recorder.captured(pid)
+    await became(recorder, process.pid, "done")
+    assert [await former.kept(process.pid)] == former.processes(process.pid)
 
 
 async def test_handler_that_is_missing_is_told(recorder_with: MakeRecorder) -> None:
     recorder = await chained(recorder_with, "|/nowhere/handler %P")
 
-    pid, number = crash(crasher("null_pointer"))
+    pid, number = await asyncio.to_thread(crash, crasher("null_pointer"))
 
     assert number == signal.SIGSEGV
-    assert "cannot be started: No such file or directory" in await became(recorder, "failed")
-    await recorder.captured(pid)
-    assert whole(recorder, pid)
+    said = await became(recorder, pid, "failed")
+    assert "cannot be started: No such file or directory" in said
 
 
 async def test_core_that_nobody_may_have_goes_to_no_handler(
     recorder_with: MakeRecorder, former: Former
 ) -> None:
-    program = crasher("null_pointer")
-    recorder = await chained(
-        recorder_with, former.pattern("keeps"), recorder_core_off=f"executable={program}"
-    )
+    rule = f"executable={crasher('null_pointer')}"
+    recorder = await chained(recorder_with, former.pattern("keeps"), recorder_core_off=rule)
+    process = crash_for(former)
 
-    pid, number = crash(program)
+    assert await ended(process) == signal.SIGSEGV
 
-    assert number == signal.SIGSEGV
-    assert "CRASHBUS_RECORDER_CORE_OFF" in await became(recorder, "skipped")
-    await recorder.captured(pid)
-    assert not former.core.exists()
+    assert "CRASHBUS_RECORDER_CORE_OFF" in await became(recorder, process.pid, "skipped")
+    assert not former.core(process.pid).exists()
 
 
 async def test_handler_is_remembered_by_a_recorder_after_a_killed_one(
@@ -191,10 +198,11 @@ async def test_handler_is_remembered_by_a_recorder_after_a_killed_one(
     recorder.kill()
 
     await recorder.start()
-    pid, _ = crash(crasher("null_pointer"))
+    process = crash_for(former)
 
-    assert (await former.kept())["arguments"][2] == str(pid)
-    await recorder.captured(pid)
+    assert (await former.kept(process.pid))["arguments"][2] == str(process.pid)
+    assert await ended(process) == signal.SIGSEGV
+    await became(recorder, process.pid, "done")
 
 
 async def test_systemd_coredump_stores_its_own_core(
@@ -202,21 +210,19 @@ async def test_systemd_coredump_stores_its_own_core(
 ) -> None:
     if not systemd_coredump.available():
         lacking("needs Debian's systemd-coredump, see deploy/setup.sh, and no systemd")
-    program = crasher("null_pointer")
+    program, core = crasher("null_pointer"), former.place / "core"
     with systemd_coredump.systemd_coredump(former.place) as pattern:
         recorder = await chained(recorder_with, pattern)
 
-        pid, number = crash(program)
+        pid, number = await asyncio.to_thread(crash, program)
 
         assert number == signal.SIGSEGV
-        await became(recorder, "done")
+        await became(recorder, pid, "done")
         (stored,) = await until(lambda: list(systemd_coredump.STORED.glob(f"core.*.{pid}.*.zst")))
-        with stored.open("rb") as packed, former.core.open("wb") as core:
-            zstandard.ZstdDecompressor().copy_stream(packed, core)
-        stored.unlink()
-    assert "crash_here" in gdb(program, former.core, "bt")
-    await recorder.captured(pid)
-    assert former.core.read_bytes() == recorder.file(pid, "core").read_bytes()
+        with stored.open("rb") as packed, core.open("wb") as unpacked:
+            zstandard.ZstdDecompressor().copy_stream(packed, unpacked)
+    assert "crash_here" in gdb(program, core, "bt")
+    assert core.read_bytes() == recorder.file(pid, "core").read_bytes()
 
 
 async def test_storm_goes_to_the_handler_a_few_at_a_time(
@@ -228,14 +234,10 @@ async def test_storm_goes_to_the_handler_a_few_at_a_time(
 
     for process in processes:
         process.send_signal(signal.SIGSEGV)
-    for process in processes:
-        await asyncio.to_thread(process.communicate, timeout=60)
 
     for process in processes:
-        assert process.returncode == -signal.SIGSEGV
-        await recorder.captured(process.pid)
-    await until(lambda: recorder.log.count(SAID) == 40)
-    assert "result=failed" not in recorder.log
+        assert await ended(process) == signal.SIGSEGV
+        await became(recorder, process.pid, "done")
 
 
 async def test_without_a_handler_nothing_is_chained(recorder_with: MakeRecorder) -> None:

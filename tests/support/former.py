@@ -17,39 +17,46 @@ _HANDLER = Path(__file__).with_name("former_handler.py")
 class Former:
     """The handler, in a short directory of its own: core_pattern is bounded.
 
-    Attributes:
-        core: what it kept of its standard input.
+    It does something only for the processes that it waits for.
     """
 
     def __init__(self) -> None:
         self.place = Path(tempfile.mkdtemp(prefix="f-", dir="/tmp"))
         self._program = Path(shutil.copy(_HANDLER, self.place / "h"))
         self._program.chmod(0o755)
-        self.core = self.place / "core"
 
     def pattern(self, how: str, templates: str = "%P") -> str:
         """Return the core_pattern that names it; the first template must be %P."""
         return f"|{self._program} {how} {templates}"
 
-    async def kept(self) -> Any:
-        """Wait for what it kept, and take it."""
-        path = self.place / "kept"
-        await until(path.exists)
-        found = json.loads(path.read_text())
-        path.unlink()
-        return found
+    def wait_for(self, pid: int) -> None:
+        """Have it do something when this process crashes."""
+        (self.place / str(pid)).mkdir()
 
-    def processes(self) -> list[int]:
-        """Return those that run it."""
+    async def kept(self, pid: int) -> Any:
+        """Wait for what it kept of a crash."""
+        path = self.place / str(pid) / "kept"
+        await until(path.exists)
+        return json.loads(path.read_text())
+
+    def core(self, pid: int) -> Path:
+        """Return the core that it read."""
+        return self.place / str(pid) / "core"
+
+    def processes(self, pid: int | None = None) -> list[int]:
+        """Return those that run it, for one crash, or for all."""
         found = []
         for place in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if os.fsencode(self._program) in (place / "cmdline").read_bytes().split(b"\0"):
+                words = (place / "cmdline").read_bytes().split(b"\0")
+                named = os.fsencode(self._program) in words
+                if named and (pid is None or str(pid).encode() in words):
                     found.append(int(place.name))
         return found
 
     def close(self) -> None:
         """End those that still run, and remove it."""
-        for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+        for process in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         shutil.rmtree(self.place)

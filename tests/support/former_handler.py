@@ -1,7 +1,9 @@
 #!/usr/bin/python3 -I
 """A handler that core_pattern names: keeps what it was given, or misbehaves; see `former`.
 
-former_handler.py <how> <pid> …
+    former_handler.py <how> <pid> …
+
+Only for processes that it is told to: any other of the host may crash at the same time.
 """
 
 import json
@@ -13,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-PLACE = Path(sys.argv[0]).resolve().parent
+HOW, PID = sys.argv[1:3]
+PLACE = Path(sys.argv[0]).resolve().parent / PID
 NAMESPACES = Path("/proc/self/ns")
 PRIVILEGES = ("Uid", "Gid", "Groups", "CapEff", "CapPrm", "CapBnd", "NoNewPrivs", "Seccomp")
 
@@ -29,9 +32,9 @@ def status(pid: str) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def keep(pid: str) -> None:
+def keep() -> None:
     """Every way to tell what a handler got, and how it was started."""
-    mine, crashed = status("self"), status(pid)
+    mine, crashed = status("self"), status(PID)
     found = {
         "arguments": sys.argv,
         "environment": dict(os.environ),
@@ -41,7 +44,7 @@ def keep(pid: str) -> None:
         "namespaces": {one.name: str(one.readlink()) for one in NAMESPACES.iterdir()},
         "privileges": {name: mine[name] for name in PRIVILEGES},
         "cgroup": Path("/proc/self/cgroup").read_text(),
-        "executable": str(Path(f"/proc/{pid}/exe").readlink()),
+        "executable": str(Path(f"/proc/{PID}/exe").readlink()),
         "dumping": crashed["CoreDumping"],
     }
     with (PLACE / "core").open("wb") as core:
@@ -50,17 +53,16 @@ def keep(pid: str) -> None:
 
 
 def main() -> None:
-    match sys.argv[1]:
+    match HOW:
         case "keeps":
-            keep(sys.argv[2])
+            keep()
         case "hangs":
-            child = os.fork()
-            if child:
-                tell([os.getpid(), child])
+            if os.fork():
+                tell("hanging")
             time.sleep(3600)
         case "forks":
             if not os.fork():
-                tell([os.getpid()])
+                tell(os.getpid())
                 signal.pause()
         case "dies":
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -70,5 +72,5 @@ def main() -> None:
             pass
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and PLACE.exists():
     main()

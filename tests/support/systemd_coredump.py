@@ -5,7 +5,6 @@ The kernel starts the program with the core; it passes that on to a second one o
 """
 
 import os
-import shutil
 import socket
 import subprocess
 import threading
@@ -26,15 +25,15 @@ def available() -> bool:
 
 @contextmanager
 def systemd_coredump(place: Path) -> Iterator[str]:
-    """Have it ready for one crash; yields its core_pattern.
+    """Have it ready; yields its core_pattern. What it stores goes at the end.
 
     Args:
         place: a short directory; core_pattern is bounded.
     """
     program = place / "systemd-coredump"
     program.symlink_to(PROGRAM)
-    had = STORED.exists()
     STORED.mkdir(parents=True, exist_ok=True)
+    before = set(STORED.iterdir())
     _SOCKET.parent.mkdir(parents=True, exist_ok=True)
     _SOCKET.unlink(missing_ok=True)  # of one that was killed
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
@@ -46,25 +45,26 @@ def systemd_coredump(place: Path) -> Iterator[str]:
             yield f"|{program} {_TEMPLATES}"
         finally:
             with suppress(OSError):
-                listening.shutdown(socket.SHUT_RDWR)  # ends accept(2), if nothing crashed
+                listening.shutdown(socket.SHUT_RDWR)  # ends accept(2)
             thread.join(60)
             _SOCKET.unlink()
-            if not had:
-                shutil.rmtree(STORED)
+            for one in set(STORED.iterdir()) - before:
+                one.unlink()
 
 
 def _activate(listening: socket.socket, program: Path) -> None:
-    """Start the second one for the first connection, as systemd.socket(5) does."""
-    try:
-        connection, _ = listening.accept()
-    except OSError:
-        return  # it is over
-    with connection:
-        command = f'exec 3<&{connection.fileno()}; export LISTEN_PID=$$; exec "{program}"'
-        subprocess.run(
-            ["/bin/bash", "-c", command],
-            env={"LISTEN_FDS": "1", "PATH": os.environ["PATH"]},
-            pass_fds=[connection.fileno()],
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
+    """Start a second one for each connection, as systemd.socket(5) does."""
+    while True:
+        try:
+            connection, _ = listening.accept()
+        except OSError:
+            return  # it is over
+        with connection:
+            command = f'exec 3<&{connection.fileno()}; export LISTEN_PID=$$; exec "{program}"'
+            subprocess.run(
+                ["/bin/bash", "-c", command],
+                env={"LISTEN_FDS": "1", "PATH": os.environ["PATH"]},
+                pass_fds=[connection.fileno()],
+                stderr=subprocess.DEVNULL,
+                check=False,
+            )
