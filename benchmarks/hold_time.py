@@ -17,16 +17,14 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.support import core_pattern
+from tests.support import core_pattern, systemd_coredump
 from tests.support.crashers import crasher
 from tests.support.recorder import RecorderService, crash
 
@@ -143,7 +141,7 @@ def measure(title: str, start: Start, place: Path, rounds: int) -> None:
             plain.append(held(start))
             size = size_of()
         ours.append(asyncio.run(with_crashbus(start)))
-        with systemd_coredump(place) as available:
+        with with_systemd(place) as available:
             if available:
                 systemd.append(held(start))
     shortest = min(ours)
@@ -204,64 +202,16 @@ async def with_crashbus(start: Start) -> float:
 
 
 @contextmanager
-def systemd_coredump(place: Path) -> Iterator[bool]:
-    """Put Debian's handler in place, as its units do on a host that runs systemd.
-
-    The kernel starts it with the core; it passes that on to a second one over a socket.
-    """
-    program = _unpacked(place)
-    if program is None:
+def with_systemd(place: Path) -> Iterator[bool]:
+    """Put systemd's handler in place, as its units do; tells whether it can be had."""
+    if not systemd_coredump.available():
         yield False
         return
-    path = Path("/run/systemd/coredump")
-    if path.exists():
-        raise RuntimeError(f"{path} exists: this host uses systemd-coredump itself")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stored = Path("/var/lib/systemd/coredump")
-    had = stored.exists()
-    stored.mkdir(parents=True, exist_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
-        listening.bind(str(path))
-        listening.listen(8)
-        thread = threading.Thread(target=_activate, args=(listening, program), daemon=True)
-        thread.start()
-        core_pattern.set_pattern(f"|{program} %P %u %g %s %t 9223372036854775808 %h")
+    with systemd_coredump.systemd_coredump(place) as pattern:
+        core_pattern.set_pattern(pattern)
         Path("/proc/sys/kernel/core_pipe_limit").write_text("16")
-        try:
-            yield True
-        finally:
-            thread.join(60)
-            path.unlink()
-            for core in stored.glob("core.*"):
-                core.unlink()
-            if not had:
-                stored.rmdir()
-            os.sync()
-
-
-def _activate(listening: socket.socket, program: Path) -> None:
-    """Start the second one for the first connection, as systemd.socket(5) does."""
-    connection, _ = listening.accept()
-    command = f'exec 3<&{connection.fileno()}; export LISTEN_PID=$$; exec "{program}"'
-    subprocess.run(
-        ["/bin/bash", "-c", command],
-        env={"LISTEN_FDS": "1", "PATH": os.environ["PATH"]},
-        pass_fds=[connection.fileno()],
-        stderr=subprocess.DEVNULL,
-        check=False,
-    )
-    connection.close()
-
-
-def _unpacked(place: Path) -> Path | None:
-    """Return Debian's handler, unpacked and not installed: that would change core_pattern."""
-    program = place / "systemd/lib/systemd/systemd-coredump"
-    if not program.exists():
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": place}
-        subprocess.run(["apt-get", "download", "systemd-coredump"], check=False, **quiet)  # type: ignore[call-overload]
-        for package in place.glob("systemd-coredump_*.deb"):
-            subprocess.run(["dpkg", "-x", package, place / "systemd"], check=False)
-    return program if program.exists() else None
+        yield True
+    os.sync()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def systemd_coredump(place: Path) -> Iterator[str]:
         place: a short directory; core_pattern is bounded.
     """
     program = place / "systemd-coredump"
+    program.unlink(missing_ok=True)
     program.symlink_to(PROGRAM)
     STORED.mkdir(parents=True, exist_ok=True)
     before = set(STORED.iterdir())
