@@ -18,7 +18,8 @@ from tests.support import core_pattern, systemd_coredump
 from tests.support.crashers import HOG, crasher
 from tests.support.former import Former
 from tests.support.recorder import RecorderService, crash
-from tests.support.requirements import lacking
+from tests.support.requirements import lacking, need_program
+from tests.support.units import confined
 from tests.support.victim import Victim, waiting
 from tests.support.wait import until
 
@@ -33,9 +34,14 @@ def former() -> Iterator[Former]:
 
 
 async def chained(recorder_with: MakeRecorder, pattern: str, **settings: object) -> RecorderService:
-    """Start a recorder after who has this core_pattern."""
+    """Start a recorder after who has this core_pattern.
+
+    It has a mount namespace of its own, and no more capabilities than its unit gives.
+    """
+    need_program("setpriv")
     core_pattern.set_pattern(pattern)
     recorder = recorder_with(recorder_chain="true", **settings)
+    recorder.prefix = ("unshare", "--mount", *confined("recorder"))
     await recorder.start()
     return recorder
 
@@ -75,7 +81,10 @@ async def ended(process: "subprocess.Popen[bytes]") -> int:
 async def test_handler_is_started_just_as_the_kernel_starts_it(
     recorder_with: MakeRecorder, former: Former, tmp_path: Path
 ) -> None:
-    """With every template of core(5); %e has spaces, and stays one argument."""
+    """With every template of core(5), and in the same namespaces, whatever the recorder's are.
+
+    %e has spaces, and stays one argument.
+    """
     pattern = former.pattern("keeps", "%P %u %g -s%s  %c %h %e %E %i %I %d %F %% f%f %")
     core_pattern.set_pattern(pattern)
     program = Path(shutil.copy(crasher("null_pointer"), tmp_path / "a b %P"))
