@@ -176,8 +176,7 @@ class Ledger:
         self._crashes.pop(crash_id, None)
         self._files.difference_update((s.directory, s.name) for s in crash.sources.values())
         async with self._writing.setdefault(crash_id, asyncio.Lock()):
-            if crash_id not in self._crashes:
-                await asyncio.to_thread(self._path(crash_id).unlink, missing_ok=True)
+            await asyncio.to_thread(self._path(crash_id).unlink, missing_ok=True)
         if crash_id not in self._crashes:
             self._writing.pop(crash_id, None)
 
