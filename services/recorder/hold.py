@@ -8,7 +8,6 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
-from typing import Self
 
 import structlog
 
@@ -149,10 +148,10 @@ class Hold:
                 _let_go.append((self._process, time.monotonic()))
                 self._process = -1
 
-    def hand_on(self) -> Self:
+    def hand_on(self) -> "Hold":
         """Return another hold that keeps the process from here on; this one has let it go."""
         with self._lock:
-            other = type(self)(os.dup(self.descriptor), self._patience)
+            other = Hold(os.dup(self.descriptor), self._patience)
             other._process, self._process = self._process, -1
             other.helper, self.helper = self.helper, None
         self.let_go()
