@@ -250,7 +250,10 @@ async def test_storm_goes_to_the_handler_a_few_at_a_time(
 
 
 async def test_without_a_handler_nothing_is_chained(recorder_with: MakeRecorder) -> None:
-    recorder = await chained(recorder_with, "/somewhere/core.%p")
+    core_pattern.set_pattern("/somewhere/core.%p")
+    recorder = recorder_with(recorder_chain="true")
+
+    await recorder.start()
 
     assert core_pattern.current().startswith("@")
     assert "there is no handler to chain" in recorder.log
