@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nats.errors
 from nats.aio.msg import Msg
+from nats.js.api import ConsumerInfo
 
 from crashbus import Bus, streams
 from tests.faults.bucket import Bucket
@@ -107,10 +108,16 @@ class Rig:
 
     async def given_out(self) -> int:
         """Return how many work items are in shippers' hands; 0 where the bus does not tell."""
+        return sum(one.num_ack_pending or 0 for one in await self._consumers(streams.FILES))
+
+    async def untaken_receipts(self) -> int:
+        """Return how many receipts the collector has not asked for yet."""
+        return sum(one.num_pending or 0 for one in await self._consumers(streams.RECEIPTS))
+
+    async def _consumers(self, stream: str) -> list[ConsumerInfo]:
         with suppress(nats.errors.Error, OSError):
-            found = await self.bus._js.consumers_info(streams.FILES)
-            return sum(one.num_ack_pending or 0 for one in found)
-        return 0
+            return list(await self.bus._js.consumers_info(stream))
+        return []
 
     async def watch_acks(self) -> None:
         """Count from now on what shippers acknowledge that was given out before.
