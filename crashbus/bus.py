@@ -45,6 +45,7 @@ M = TypeVar("M", bound=Message)
 CONNECT_TIMEOUT = 2.0  # seconds for one try; a server on the next host answers in milliseconds
 RECONNECT_WAIT = 0.5  # seconds between tries: short, so that little piles up meanwhile
 PUBLISH_TIMEOUT = 5.0  # seconds for the server to store a message; its disk may be busy
+CLOSE_TIMEOUT = 2.0  # seconds to say goodbye; a service stops within 10
 MOST_REFUSALS = 100  # told for one connection
 DEFAULT_CHUNK_STORE = 8 * 1024**3
 
@@ -359,7 +360,10 @@ class Bus:
             await asyncio.wait_for(self._client.flush(), PUBLISH_TIMEOUT)
         except (nats.errors.Error, TimeoutError, OSError):
             log.warning("the bus was not reachable at the end")
-        await self._client.close()
+        # Without a bound it may wait for ever for TLS to end that never began: the server was
+        # started anew and wants it now.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._client.close(), CLOSE_TIMEOUT)
 
 
 def _header_size(headers: dict[str, str] | None) -> int:

@@ -70,6 +70,27 @@ async def test_the_connection_comes_back_after_its_key_was_taken_and_given_again
         await asyncio.wait_for(bus.ensure_streams(), 60)
 
 
+async def test_a_connection_ends_also_when_its_server_wants_tls_now(
+    secured: SecuredNats, tmp_path: Path
+) -> None:
+    secured.stop()
+    (tmp_path / "plain").mkdir()
+    plain = NatsServer(tmp_path / "plain", port=secured.port)
+    plain.start()
+    failures: list[Exception] = []
+
+    async def note(error: Exception) -> None:
+        failures.append(error)
+
+    async with asyncio.timeout(60):
+        async with connect(plain.url, error_cb=note) as bus:
+            plain.stop()
+            await until(lambda: not bus.is_connected)
+            secured.start()
+            # It failed to speak TLS, and waits before it tries again.
+            await until(lambda: any(isinstance(one, ssl.SSLError) for one in failures))
+
+
 def test_keys_that_are_there_stay(tmp_path: Path) -> None:
     first = make_keys(tmp_path)
     (tmp_path / "shipper" / SEED).unlink()

@@ -41,8 +41,8 @@ class NatsServer:
         url: where it listens; the same after a restart.
     """
 
-    def __init__(self, directory: Path, extra: str = "") -> None:
-        self.port = free_port()
+    def __init__(self, directory: Path, extra: str = "", port: int | None = None) -> None:
+        self.port = port or free_port()
         self.url = f"nats://127.0.0.1:{self.port}"
         self._directory = directory
         self._config = directory / "nats.conf"
