@@ -13,9 +13,10 @@ SOCKETS = (Path("/run/docker.sock"), Path("/run/podman/podman.sock"))
 ANSWER_WITHIN = 3.0  # seconds; a person is waiting
 _MAX_ANSWER = 1024 * 1024  # bytes
 # Docker 20.10 refuses CAP_BPF and CAP_PERFMON as unknown where it was built without them, as in
-# Debian 12; the kernel has them since 5.8. Both are parts of CAP_SYS_ADMIN.
+# Debian 12; the kernel has them since 5.8, and CAP_CHECKPOINT_RESTORE since 5.9 (capabilities(7)).
+# All are parts of CAP_SYS_ADMIN.
 _LEAST_ENGINE = 23
-_LEAST_KERNEL = (5, 8)
+_LEAST_KERNEL = (5, 9)
 
 
 def findings() -> list[Finding]:
@@ -37,7 +38,7 @@ def advice(name: str, version: str, kernel: str) -> str:
     release = tuple(int(part) for part in re.findall(r"\d+", kernel)[:2])
     files, why = "-f compose.yaml", ""
     if release < _LEAST_KERNEL:
-        why = f" (Linux {kernel} has no CAP_BPF)"
+        why = f" (Linux {kernel} lacks a capability that is asked for)"
     elif name == "Docker" and engine < _LEAST_ENGINE:
         why = " (this version may not know CAP_BPF)"
     if why:

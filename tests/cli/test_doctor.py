@@ -160,7 +160,8 @@ async def test_a_secured_bus_is_looked_at_with_our_key(
     [
         ("Docker", "20.10.24+dfsg1", "6.1.0-30-amd64", True),
         ("Docker", "27.3.1", "6.1.0-30-amd64", False),
-        ("Docker", "27.3.1", "5.4.0-200-generic", True),
+        ("Docker", "27.3.1", "5.8.0-200-generic", True),
+        ("Docker", "27.3.1", "5.9.0", False),
         ("Podman", "4.3.1", "6.1.0-30-amd64", False),
         ("Docker", "odd", "6.18", True),
     ],
