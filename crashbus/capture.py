@@ -21,7 +21,17 @@ from pydantic import Field, ValidationError
 
 from crashbus import layout
 from crashbus.errors import CrashbusError
-from crashbus.messages import CrashId, FileName, Fingerprint, Host, Module, Part, Process, Time
+from crashbus.messages import (
+    CrashFile,
+    CrashId,
+    FileName,
+    Fingerprint,
+    Host,
+    Module,
+    Part,
+    Process,
+    Time,
+)
 
 GROWTH = 8 * 1024  # bytes kept free in a record for what it is still to tell, on a full disk too
 MAX_SIZE = 4 * 1024 * 1024  # a record lists few files, but arguments may be long
@@ -33,12 +43,14 @@ class CapturedFile(Part):
     Attributes:
         expected: bytes that a truncated file would have whole, where that is known.
         in_order: nothing changed that was final once, `crashbus.unfinished`.
+        sent: what is on the bus already of a file that has no copy here.
     """
 
     size: int = Field(ge=0)
     truncated: bool = False
     expected: int | None = Field(None, ge=0)
     in_order: bool = False
+    sent: CrashFile | None = None
     note: str | None = None
 
 

@@ -35,7 +35,9 @@ def snapshot(
     log.configure("warning", "text", "snapshot")
     shared = BusSettings.load()
     redact.also(shared.redact_names, shared.redact_forms)
-    settings = RecorderSettings.load().model_copy(update={"core": "full" if core else "stacks"})
+    # A process that lives shall not be held until the bus has its core.
+    extent = {"core": "full" if core else "stacks", "core_to": "disk"}
+    settings = RecorderSettings.load().model_copy(update=extent)
     configuration = {
         "recorder": settings.model_dump(mode="json"),
         "snapshot_of": pid,

@@ -5,6 +5,7 @@ import asyncio
 from crashbus import identity
 from crashbus.chunks import chunk_size
 from services.collector.ahead import Ahead
+from services.collector.core_streams import CoreStreams
 from services.collector.deaths import Deaths
 from services.collector.delivery import Deliverer
 from services.collector.entering import Entering
@@ -61,7 +62,11 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
         deaths = Deaths(
             runtime.host, shared.destinations, bus, ledger, gatherer, shared.state / "collector"
         )
+        cores = CoreStreams(
+            shared.spool, bus, ledger, publisher, shared.state / "collector" / "streamed"
+        )
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(cores.run(), name="cores")
             tasks.create_task(gatherer.run(), name="gather")
             tasks.create_task(deliverer.run(), name="deliver")
             tasks.create_task(deaths.run(), name="deaths")

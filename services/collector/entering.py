@@ -13,7 +13,7 @@ from crashbus.identity import crash_id, unknown_crash_id
 from crashbus.layout import BINARIES, Kind
 from crashbus.messages import Module, Process
 from services.collector import metrics, processes, spool
-from services.collector.found import FoundSet, source_of
+from services.collector.found import FoundSet, sent_sources, source_of
 from services.collector.judge import Verdict
 from services.collector.ledger import Crash, Ledger, Source
 from services.collector.spool import Entry, Refused
@@ -74,6 +74,11 @@ class Entering:
             source_of(found, e)
             for e in found.entries.values()
             if self._belongs(found, e, crash) and not self.is_entered(found.directory, e)
+        ]
+        sources += [
+            source
+            for source in sent_sources(found)
+            if not self._ledger.knows_file(found.directory, source.name)
         ]
         if not sources:
             return

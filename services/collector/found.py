@@ -4,7 +4,7 @@ import os
 from collections.abc import Set
 from dataclasses import dataclass, replace
 
-from crashbus import capture
+from crashbus import capture, layout
 from crashbus.capture import CapturedFile, UnreadableRecord
 from crashbus.layout import Kind
 from crashbus.messages import Process
@@ -89,7 +89,8 @@ def is_stale(found: FoundSet) -> bool:
     record = found.record.record if found.record else None
     if record is None or record.state != "complete":
         return False
-    return not set(record.files) <= {entry.name for entry in found.entries.values()}
+    here = {name for name, file in record.files.items() if file.sent is None}
+    return not here <= {entry.name for entry in found.entries.values()}
 
 
 def _record(directory: int, entry: Entry | None) -> RecordState | None:
@@ -121,6 +122,35 @@ def _content(directory: int, entry: Entry | None) -> bytes:
         return os.pread(descriptor, MAX_SMALL_FILE, 0)
     finally:
         os.close(descriptor)
+
+
+def sent_sources(found: FoundSet) -> list[Source]:
+    """Return the files of a set that are on the bus and nowhere else."""
+    record = found.record.record if found.record else None
+    sources = []
+    for name, captured in record.files.items() if record else ():
+        parsed = layout.parse_crash_file_name(name)
+        if captured.sent is None or parsed is None:
+            continue
+        told = {
+            "truncated": captured.truncated,
+            "expected_size": captured.expected,
+            "note": captured.note,
+        }
+        file = captured.sent.model_copy(update=told)
+        sources.append(
+            Source(
+                directory=found.directory,
+                name=name,
+                kind=parsed[0],
+                note=captured.note,
+                expected=captured.expected,
+                file=file,
+                on_bus=file.chunks,
+                removed=True,
+            )
+        )
+    return sources
 
 
 def source_of(found: FoundSet, entry: Entry) -> Source:

@@ -5,6 +5,9 @@ from prometheus_client import Counter, Gauge, Histogram
 CRASHES = Counter("crashbus_collector_crashes", "Crashes gathered", ["source"])
 FILES = Counter("crashbus_collector_files", "Crash files put on the bus", ["kind"])
 AHEAD = Counter("crashbus_collector_ahead", "Cores sent while they were still being written")
+STREAMED = Counter(
+    "crashbus_collector_streamed", "Cores taken straight from the recorder, with no copy on disk"
+)
 BYTES_READ = Counter("crashbus_collector_read_bytes", "Bytes read from crash files")
 BYTES_SENT = Counter("crashbus_collector_sent_bytes", "Bytes of chunks put on the bus")
 REFUSED = Counter(
@@ -45,5 +48,5 @@ for _loss in ("copy", "large", "small"):
     DROPPED.labels(_loss)
 for _part in ("small", "large", "whole"):
     LATENCY.labels(_part)
-for _task in ("deaths", "deliver", "receipts", "containers", "gather"):
+for _task in ("deaths", "deliver", "receipts", "containers", "gather", "cores"):
     FAULTS.labels(_task)

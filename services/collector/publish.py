@@ -34,6 +34,8 @@ PACKED_AT_ONCE = min(4, len(os.sched_getaffinity(0)))  # ranges of a core compre
 PACKED_BYTES = 8 * 1024 * 1024  # of them together, beyond the first
 NICE = 5  # of the threads that do so, setpriority(2): all else on the host goes first
 
+Read = Callable[[int], Awaitable[bytes]]  # gives so many bytes of a file, fewer only at its end
+NextRange = Callable[[Encoder], Awaitable[bytes]]  # … which are counted and hashed then
 Reach = Callable[[int], Awaitable[int]]  # waits until bytes can be read, tells how many can
 
 
@@ -80,6 +82,7 @@ class Publisher:
         level: zstd level for core dumps; 0 leaves them as they are.
         limit: bytes of a file that are read at most.
         without_room: IDs of the crashes that wait for room on the bus just now.
+        receiving: by ID, crashes whose core comes just now, `publish_stream`; set when it is over.
     """
 
     bus: Bus
@@ -87,6 +90,7 @@ class Publisher:
     level: int
     limit: int
     without_room: set[str] = field(default_factory=set)
+    receiving: dict[str, asyncio.Event] = field(default_factory=dict)
     _background: ThreadPoolExecutor = field(default_factory=_in_background)
 
     async def publish(self, crash_id: str, source: Source) -> CrashFile:
@@ -98,6 +102,7 @@ class Publisher:
             SourceLost: it vanished, is no regular file, or cannot be read.
             BusFull: there was no room for a long time; what was put there is removed again.
         """
+        await self._received(crash_id)
         file = await asyncio.to_thread(self._open, source)
         with file:
             size = os.fstat(file.fileno()).st_size
@@ -113,11 +118,42 @@ class Publisher:
         Raises:
             Unsteady: it cannot be followed to its end; what was put on the bus is removed again.
         """
+        await self._received(crash_id)
         file = await asyncio.to_thread(self._open, source)
         with file:
             growing = Growing(file.fileno())
             found = await self._publish(crash_id, source, file, growing.reach)
             return found, Identity.of(file)
+
+    async def publish_stream(self, crash_id: str, source: Source, read: Read) -> CrashFile:
+        """Do the same with a file that comes piece by piece and cannot be read again.
+
+        Whatever is raised, what was put on the bus is removed again.
+        """
+        encoder, sending = self._begin(crash_id, source)
+        run = asyncio.get_running_loop().run_in_executor
+
+        async def next_range(encoder: Encoder) -> bytes:
+            data = await read(encoder.chunk_size)
+            if encoder.size + len(data) > self.limit:
+                text = f"{source.name} is larger than {self.limit} bytes"
+                raise SourceLost("too_large", f"{text}, see CRASHBUS_COLLECTOR_MAX_FILE_BYTES")
+            if data:
+                await run(self._background, encoder.cut, data)
+            return data
+
+        try:
+            await self._send(source, next_range, encoder, sending)
+        except BaseException:  # the recorder may be gone
+            await sending.give_up()
+            raise
+        return _published(source, encoder, encoder.size, self.limit)
+
+    async def _received(self, crash_id: str) -> None:
+        """Wait until what came of a crash's core by another way is taken back."""
+        event = self.receiving.get(crash_id)
+        if event is not None:
+            await event.wait()
 
     async def publish_bytes(self, crash_id: str, source: Source, data: bytes) -> CrashFile:
         """Do the same with a file that exists in memory only."""
@@ -150,34 +186,46 @@ class Publisher:
     def _path(self, source: Source) -> Path:
         return self.root / source.directory / source.name
 
-    async def _publish(
-        self, crash_id: str, source: Source, file: BinaryIO, reach: Reach
-    ) -> CrashFile:
+    def _begin(self, crash_id: str, source: Source) -> tuple[Encoder, Sending]:
         compressed = source.kind is Kind.CORE and self.level > 0
         encoder = Encoder(
             chunk_size(self.bus.max_payload), "zstd" if compressed else "identity", self.level or 1
         )
-        sending = Sending(self.bus, crash_id, source.name, self.without_room)
+        return encoder, Sending(self.bus, crash_id, source.name, self.without_room)
+
+    async def _publish(
+        self, crash_id: str, source: Source, file: BinaryIO, reach: Reach
+    ) -> CrashFile:
+        encoder, sending = self._begin(crash_id, source)
         limit = self.limit if source.kind in LARGE else min(self.limit, MAX_SMALL)
+        threads = self._threads(source)
+        run = asyncio.get_running_loop().run_in_executor
+        size = 0  # of the file, which may be above the limit
+
+        async def next_range(encoder: Encoder) -> bytes:
+            nonlocal size
+            size = await reach(encoder.size + encoder.chunk_size)
+            end = min(size, limit)
+            if encoder.size >= end:
+                return b""
+            return await run(threads, self._next, source, file, encoder, end)
+
         try:
-            size = await self._send(source, file, reach, limit, encoder, sending)
+            await self._send(source, next_range, encoder, sending)
         except (SourceLost, Unsteady):
             await sending.give_up()
             raise
         return _published(source, encoder, size, limit)
 
+    def _threads(self, source: Source) -> Executor | None:
+        return self._background if source.kind in LARGE else None
+
     async def _send(
-        self,
-        source: Source,
-        file: BinaryIO,
-        reach: Reach,
-        limit: int,
-        encoder: Encoder,
-        sending: Sending,
-    ) -> int:
-        """Send all chunks; return the file's size, which may be above the limit."""
+        self, source: Source, next_range: NextRange, encoder: Encoder, sending: Sending
+    ) -> None:
+        """Send all chunks."""
         room: int | None = None
-        threads: Executor | None = self._background if source.kind in LARGE else None
+        threads = self._threads(source)
         run = asyncio.get_running_loop().run_in_executor
         packing: deque[asyncio.Future[Chunk]] = deque()
 
@@ -192,21 +240,13 @@ class Publisher:
                 raise self._too_large(source, room)
             await sending.send(chunk)
 
-        while True:
-            size = await reach(encoder.size + encoder.chunk_size)
-            end = min(size, limit)
-            if encoder.size >= end:
-                break
-            data = await run(threads, self._next, source, file, encoder, end)
-            if not data:
-                break
+        while data := await next_range(encoder):
             packing.append(run(threads, encoder.packer.pack, encoder.count - 1, data))
             if len(packing) > min(PACKED_AT_ONCE, PACKED_BYTES // encoder.chunk_size):
                 await send_first()
         while packing:
             await send_first()
         await sending.flush()
-        return size
 
     def _too_large(self, source: Source, room: int) -> SourceLost:
         return SourceLost(

@@ -12,6 +12,7 @@ from services.common.unrecorded import Unrecorded
 from services.recorder.binaries import Binaries
 from services.recorder.chain import Chain
 from services.recorder.containers import Runtime
+from services.recorder.core_bus import BusWay
 from services.recorder.core_policy import CorePolicy, Extent
 from services.recorder.debuginfod import Debuginfod
 from services.recorder.mechanism import Mechanism
@@ -46,6 +47,7 @@ class Conditions:
     only_stream: bool  # read no memory but what the kernel sends
     taker: Taker | None  # of small processes; None: none is let go that early
     disk_reserve: float  # percent
+    bus_way: BusWay | None  # for cores that get no file; None: all of them do
     binaries: Binaries
     debug_directories: tuple[Path, ...]
     debuginfod: Debuginfod
@@ -83,6 +85,7 @@ class Conditions:
             only_stream=settings.core_source == "stream",
             taker=_taker(shared.spool, settings),
             disk_reserve=settings.disk_reserve,
+            bus_way=_bus_way(shared.spool, settings),
             binaries=Binaries(
                 shared.spool,
                 settings.max_binary_bytes,
@@ -108,3 +111,14 @@ def _taker(spool: Path, settings: RecorderSettings) -> Taker | None:
         return None
     asks_runtime = settings.runtime_socket is not None
     return Taker(Unrecorded(spool), settings.max_core_bytes, labels_needed=asks_runtime)
+
+
+def _bus_way(spool: Path, settings: RecorderSettings) -> BusWay | None:
+    if settings.core_to == "disk" or settings.core_source == "stream":
+        return None
+    return BusWay(
+        spool,
+        settings.core_to_patience,
+        settings.hold_deadline,
+        always=settings.core_to == "bus",
+    )

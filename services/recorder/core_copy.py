@@ -83,6 +83,30 @@ def copy(
     return Copied(size, fault or _let_go(hold))
 
 
+def copy_stacks(hold: Hold, pages: Pages, core: int, limit: int) -> None:
+    """Write headers, notes and the threads' stacks alone to an empty file.
+
+    Args:
+        pages: with a head that has all bytes before the memory.
+        limit: bytes that the file may have.
+
+    Raises:
+        PagesUnreadable: they cannot be read.
+        OSError: they cannot be written.
+    """
+    sparse.write(core, pages.head.raw, 0)
+    with pages.opened() as (memory, touched):
+        reduced = core_reduced.plan(pages.head, core, touched, limit, stacks_only=True)
+        _reduced(hold, memory, touched, core, reduced)
+
+
+def read_exactly(hold: Hold, size: int) -> bytes:
+    """Return the next bytes of the stream; fewer only at its end, or when it stalls."""
+    data = bytearray(size)
+    got, _ = _fill(hold, memoryview(data))
+    return bytes(data[:got])
+
+
 def _stream(hold: Hold, core: int, size: int, limit: int) -> tuple[int, str | None]:
     """Write from the stream on at `size`, up to `limit` (0: none); return where it ended."""
     block, fault = bytearray(BLOCK), None
@@ -107,7 +131,7 @@ def _from_memory(
                 )
                 copied = _reduced(hold, memory, touched, core, reduced)
                 if copied.fault is None:
-                    copied = Copied(copied.size, _left_out(reduced, limit, stacks_because))
+                    copied = Copied(copied.size, left_out(reduced.missing, limit, stacks_because))
             else:
                 found = touched.pieces(pages.head.loads())
                 end = core_pages.copy(hold, memory, found, core, announced)
@@ -122,13 +146,19 @@ def _from_memory(
     return replace(copied, in_order=True)
 
 
-def _left_out(reduced: Reduced, limit: int, stacks_because: str) -> str | None:
+def left_out(missing: int, limit: int, stacks_because: str) -> str | None:
+    """Say what a core that was laid out anew does not hold; None: only what was never touched.
+
+    Args:
+        missing: bytes of touched memory.
+        limit: bytes that it may have.
+    """
     if stacks_because:
         return f"only the stacks were kept: {stacks_because}"
-    if not reduced.missing:
-        return None  # what is not there was never touched
+    if not missing:
+        return None
     return (
-        f"{reduced.missing} bytes of memory were left out, the largest mappings first: it may "
+        f"{missing} bytes of memory were left out, the largest mappings first: it may "
         f"have {limit} bytes"
     )
 

@@ -4,6 +4,7 @@ Whoever makes a core of it need not know which.
 """
 
 import ctypes
+import errno
 import os
 from array import array
 from bisect import bisect_right
@@ -103,6 +104,27 @@ class Found(Protocol):
 
     def pieces(self, loads: Iterator[Load]) -> Iterator[Piece]:
         """Give the same in pieces to read at once."""
+
+
+def read_piece(memory: Memory, piece: Piece, into: memoryview) -> bool:
+    """Read a piece whole; what is not there of it is zeros. False: the memory is gone.
+
+    Raises:
+        OSError: it cannot be read, and zeros would not be right.
+    """
+    done = 0
+    while done < piece.size:
+        try:
+            got = memory.read(into[done:], piece.address + done)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EFAULT) or not piece.readable:
+                raise
+            into[done : done + PAGE] = bytes(PAGE)  # the room may have been used before
+            got = PAGE
+        if not got:
+            return False
+        done += got
+    return True
 
 
 class LiveMemory:

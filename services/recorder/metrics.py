@@ -14,6 +14,12 @@ CORES = Counter(
     "for which it is held several times longer",
     ["source"],
 )
+TO_BUS = Counter(
+    "crashbus_recorder_cores_to_bus_total",
+    "Cores that were to go straight to the bus, by what became of them: sent, or failed, which "
+    "leaves what the disk has room for",
+    ["result"],
+)
 HELD = Gauge("crashbus_recorder_held", "Processes held now, by stage", ["stage"])
 HOLD_SECONDS = Histogram(
     "crashbus_recorder_hold_seconds",
@@ -60,5 +66,7 @@ for _result in ("complete", "truncated", "failed"):
     CAPTURES.labels(_result)
 for _result in ("done", "failed", "timed_out", "skipped"):
     CHAINED.labels(_result)
+for _result in ("sent", "failed"):
+    TO_BUS.labels(_result)
 for _result in ("published", "dropped"):
     DEAD_LETTERS.labels(_result)

@@ -1,9 +1,9 @@
 """The recorder's settings."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.common.settings import Settings, prefix_of
@@ -56,6 +56,19 @@ class RecorderSettings(Settings):
         "auto",
         description="where a core's memory is read: from the process itself, many times faster, "
         "as far as that is possible; or always from the kernel's stream",
+    )
+    core_to: Literal["auto", "disk", "bus"] = Field(
+        "auto",
+        description="where cores go: disk: to the spool, and from there to the bus; bus: straight "
+        "to the bus, with no copy on disk, for which the process is held several times longer; "
+        "auto: to the bus those that find no room on disk",
+    )
+    core_to_patience: float = Field(
+        30,
+        gt=0,
+        le=3600,
+        description="seconds without progress after which a core that was to go straight to the "
+        "bus is kept on disk, as far as there is room, or with bus, its stacks alone",
     )
     max_core_bytes: int = Field(
         64 * 1024**3,
@@ -163,6 +176,15 @@ class RecorderSettings(Settings):
     def core_off_rules(self) -> tuple[Rule, ...]:
         """The rules of `core_off`."""
         return tuple(Rule.parse(one) for one in self.core_off.split(",") if one.strip())
+
+    @model_validator(mode="after")
+    def _can_send(self) -> Self:
+        if self.core_to == "bus" and self.core_source == "stream":
+            raise ValueError(
+                "CRASHBUS_RECORDER_CORE_TO=bus reads the process's memory: leave "
+                "CRASHBUS_RECORDER_CORE_SOURCE at auto"
+            )
+        return self
 
     @field_validator("core_off")
     @classmethod

@@ -5,7 +5,6 @@ comes later, from what was read. Whatever is not small, or cannot be read for su
 waiting, stays held; what was read of it until then is not read again.
 """
 
-import errno
 import os
 import re
 import threading
@@ -19,7 +18,14 @@ from services.common.resources import Resources
 from services.common.unrecorded import Unrecorded
 from services.recorder import core_head, core_pages, facts
 from services.recorder.core_head import Head
-from services.recorder.core_memory import PAGE, Kept, Memory, PagesUnreadable, Piece, read_at_once
+from services.recorder.core_memory import (
+    Kept,
+    Memory,
+    PagesUnreadable,
+    Piece,
+    read_at_once,
+    read_piece,
+)
 from services.recorder.core_pages import Touched
 from services.recorder.hold import Hold, Stalled
 
@@ -197,22 +203,7 @@ def _read(pid: int, memory: Memory, pieces: list[Piece], room: memoryview) -> Ke
     for piece in ordered:
         into = room[place : place + piece.size]
         place += piece.size
-        if place > done:
-            _read_piece(memory, piece, into)
+        if place > done and not read_piece(memory, piece, into):
+            raise _TooMuch  # it was killed
         content.append((piece.address, into))
     return Kept(content)
-
-
-def _read_piece(memory: Memory, piece: Piece, into: memoryview) -> None:
-    done = 0
-    while done < piece.size:
-        try:
-            got = memory.read(into[done:], piece.address + done)
-        except OSError as error:
-            if error.errno not in (errno.EIO, errno.EFAULT) or not piece.readable:
-                raise
-            into[done : done + PAGE] = bytes(PAGE)  # the room was used before
-            got = PAGE
-        if not got:
-            raise _TooMuch  # it was killed
-        done += got

@@ -28,13 +28,15 @@ class SmallDisk:
         wanted = status.f_bavail * status.f_frsize - leaving
         with self._ballast.open("ab") as file:
             size = os.fstat(file.fileno()).st_size
-            while wanted >= _BLOCK:
+            part = wanted
+            while min(part, wanted) >= _BLOCK:
+                part = min(part, wanted)
                 try:
-                    os.posix_fallocate(file.fileno(), size, wanted)
+                    os.posix_fallocate(file.fileno(), size, part)
                 except OSError:  # it needs some blocks for itself
-                    wanted //= 2
+                    part //= 2
                 else:
-                    size += wanted
+                    size, wanted = size + part, wanted - part
             if not leaving:
                 with suppress(OSError):
                     while True:

@@ -1,0 +1,282 @@
+"""Cores that come straight from the recorder and lie nowhere but on the bus.
+
+The recorder hands them over on a socket (`services.common.core_stream`) while it holds the process,
+and gets back what file the bus has now, which it notes in the capture record. So the record tells,
+as for every other set, what there is. What is on the bus of a core that no record will name, for
+one of both was killed, is taken back by a mark on disk.
+"""
+
+import asyncio
+import json
+import os
+import select
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+from pydantic import ValidationError
+
+from crashbus import capture, layout
+from crashbus.bus import Bus
+from crashbus.capture import UnreadableRecord
+from crashbus.errors import BusFull, BusUnreachable, CrashbusError
+from crashbus.layout import Kind
+from crashbus.messages import CrashFile
+from services.collector import metrics, spool
+from services.collector.ledger import Ledger, Source
+from services.collector.publish import Publisher, SourceLost
+from services.collector.spool import Refused
+from services.common import core_stream
+from services.common.core_stream import Announced, Answer
+from services.common.crash_directory import SpoolUnusable
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+AT_ONCE = 4  # cores; each has a window of some 20 MiB
+WAITING = 256  # connections that wait for their turn
+LOOK_EVERY = 5.0  # seconds between looks whether the socket is still there
+_GONE_EVERY = 0.5  # seconds between looks whether the recorder is
+
+
+class Broken(CrashbusError):
+    """The recorder ended, or gave up, in the middle."""
+
+
+class CoreStreams:
+    """Takes cores from the recorder.
+
+    Args:
+        root: the spool.
+        marks: directory for the marks.
+    """
+
+    def __init__(
+        self, root: Path, bus: Bus, ledger: Ledger, publisher: Publisher, marks: Path
+    ) -> None:
+        self._root = root
+        self._bus = bus
+        self._ledger = ledger
+        self._publisher = publisher
+        self._marks = marks
+        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Take cores until cancelled."""
+        try:
+            while True:
+                try:
+                    await self._serve()
+                except (OSError, SpoolUnusable) as error:
+                    log.warning("no cores are taken from the recorder", error=str(error))
+                    await asyncio.sleep(LOOK_EVERY)
+        finally:
+            for task in self._connections:
+                task.cancel()
+            await asyncio.gather(*self._connections, return_exceptions=True)
+
+    async def _serve(self) -> None:
+        """Listen until the socket is no longer the one in the spool."""
+        with await asyncio.to_thread(core_stream.listen, self._root) as listening:
+            listening.setblocking(False)
+            ours = core_stream.identity(self._root)
+            accepting = asyncio.create_task(self._accept(listening), name="cores")
+            try:
+                while core_stream.identity(self._root) == ours:
+                    await self._tidy()
+                    done, _ = await asyncio.wait({accepting}, timeout=LOOK_EVERY)
+                    for task in done:
+                        task.result()
+            finally:
+                accepting.cancel()
+                await asyncio.wait({accepting})
+
+    async def _accept(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(listening)
+            connection.setblocking(False)
+            if len(self._connections) >= WAITING:
+                connection.close()
+                continue
+            task = asyncio.create_task(self._attend(connection), name="core")
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+    async def _attend(self, connection: socket.socket) -> None:
+        """Take one core, for as long as the recorder is there."""
+        with connection:
+            taking = asyncio.create_task(self._take(connection))
+            try:
+                while not taking.done():
+                    await asyncio.wait({taking}, timeout=_GONE_EVERY)
+                    if _is_closed(connection):
+                        taking.cancel()
+            finally:
+                taking.cancel()
+                await asyncio.wait({taking})
+            if not taking.cancelled() and (error := taking.exception()):
+                metrics.FAULTS.labels("cores").inc()
+                log.error("cannot take a core", error=repr(error))
+
+    async def _take(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        async with self._turns:
+            try:
+                await loop.sock_sendall(connection, core_stream.GREETING)
+                stream = _Stream(connection)
+                announced = await stream.announced()
+                answer = await self._answer(announced, stream)
+                await loop.sock_sendall(connection, answer.model_dump_json().encode())
+            except (Broken, OSError) as error:
+                log.info("a core did not come to its end", because=str(error))
+
+    async def _answer(self, announced: Announced, stream: "_Stream") -> Answer:
+        """Put a core on the bus; what is there of one that fails is taken back."""
+        crash_id = announced.crash_id
+        if crash_id in self._publisher.receiving:
+            return Answer(fault="it is being taken already", is_blocked=True)
+        settled = self._publisher.receiving[crash_id] = asyncio.Event()
+        try:
+            return Answer(file=await self._publish(announced, stream))
+        except (BusFull, BusUnreachable) as error:
+            return Answer(fault=str(error), is_blocked=True)
+        except SourceLost as error:
+            return Answer(fault=str(error))
+        finally:
+            del self._publisher.receiving[crash_id]
+            settled.set()
+
+    async def _publish(self, announced: Announced, stream: "_Stream") -> CrashFile:
+        crash_id, name = announced.crash_id, announced.name
+        await asyncio.to_thread(self._mark, announced)
+        await self._bus.purge_chunks(crash_id, name)
+        source = Source(directory=announced.directory, name=name, kind=Kind.CORE)
+        file = await self._publisher.publish_stream(crash_id, source, stream.read)
+        metrics.STREAMED.inc()
+        log.info("core taken", crash_id=crash_id, size=file.size, stored=file.stored_size)
+        return file
+
+    def _mark(self, announced: Announced) -> None:
+        self._marks.mkdir(mode=0o700, parents=True, exist_ok=True)
+        text = json.dumps([announced.directory, announced.name])
+        (self._marks / announced.crash_id).write_text(text)
+
+    async def _tidy(self) -> None:
+        """Take back what is on the bus of cores that no record names, and never will."""
+        for mark in await asyncio.to_thread(lambda: list(self._marks.glob("*"))):
+            crash_id = mark.name
+            if crash_id in self._publisher.receiving:
+                continue
+            try:
+                directory, name = json.loads(await asyncio.to_thread(mark.read_text))
+                crash = self._ledger.get(crash_id)
+                if crash is None or name not in crash.sources:
+                    if await asyncio.to_thread(self._is_named, directory, name):
+                        continue
+                    await self._bus.purge_chunks(crash_id, name)
+            except (ValueError, BusUnreachable) as error:
+                log.warning("a core of no crash stays on the bus for now", error=str(error))
+                continue
+            mark.unlink(missing_ok=True)
+
+    def _is_named(self, directory: str, name: str) -> bool:
+        """Tell whether a core's record says that the bus has it, or may still come to."""
+        parsed = layout.parse_crash_file_name(name)
+        if parsed is None:
+            return False
+        record = layout.crash_file_name(Kind.CAPTURE, parsed[1])
+        try:
+            with (
+                spool.open_directory(str(self._root)) as root,
+                spool.open_directory(directory, root) as place,
+            ):
+                file = spool.open_file(record, place)
+        except (OSError, Refused):
+            return False
+        try:
+            if capture.is_being_written(file):
+                return True
+            captured = capture.read(file).files.get(name)
+        except UnreadableRecord:
+            return False
+        finally:
+            os.close(file)
+        return captured is not None and captured.sent is not None
+
+
+class _Stream:
+    """Reads the frames of one core."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._kind = b""
+        self._left = 0  # bytes of the frame
+        self._zeros = b""
+
+    async def announced(self) -> Announced:
+        """Return what comes.
+
+        Raises:
+            Broken: it is not told.
+        """
+        await self._next_frame()
+        if self._kind != core_stream.ANNOUNCED or self._left > core_stream.MAX_TEXT:
+            raise Broken("it is not told what comes")
+        text = bytearray(self._left)
+        await self._fill(memoryview(text))
+        self._left = 0
+        try:
+            return Announced.model_validate_json(bytes(text))
+        except ValidationError as error:
+            raise Broken(f"it is not told what comes: {error.error_count()} faults") from None
+
+    async def read(self, size: int) -> bytes:
+        """Return the next bytes of the core; fewer only at its end.
+
+        Raises:
+            Broken: the recorder has ended.
+        """
+        if not self._left:
+            await self._next_frame()
+        if self._kind == core_stream.ZEROS and self._left >= size:
+            self._left -= size
+            if len(self._zeros) != size:
+                self._zeros = bytes(size)
+            return self._zeros
+        data, got = bytearray(size), 0
+        while got < size and self._kind != core_stream.END:
+            part = min(size - got, self._left)
+            if self._kind == core_stream.DATA:
+                await self._fill(memoryview(data)[got : got + part])
+            got += part
+            self._left -= part
+            if not self._left:
+                await self._next_frame()
+        return bytes(data[:got])
+
+    async def _next_frame(self) -> None:
+        if self._kind == core_stream.END:
+            return
+        header = bytearray(core_stream.FRAME.size)
+        await self._fill(memoryview(header))
+        self._kind, self._left = core_stream.FRAME.unpack(header)
+        kinds = (core_stream.ANNOUNCED, core_stream.DATA, core_stream.ZEROS, core_stream.END)
+        if self._kind not in kinds or (not self._left and self._kind != core_stream.END):
+            raise Broken("there is no such frame")
+
+    async def _fill(self, into: memoryview) -> None:
+        while into:
+            got = await self._loop.sock_recv_into(self._connection, into)
+            if not got:
+                raise Broken("the recorder gave it up, or ended")
+            into = into[got:]
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    waiting = select.poll()
+    with suppress(ValueError):  # closed by us
+        waiting.register(connection, select.POLLRDHUP)
+    return bool(waiting.poll(0))
