@@ -172,6 +172,8 @@ class _Sending:
         while True:
             try:
                 connection = core_stream.connect(self._way.spool, _LOOK_EVERY)
+            except FileNotFoundError as error:  # it is not even being started again
+                raise NotSent("there is no collector that takes cores") from error
             except OSError as error:
                 self._wait(end, f"the collector takes no cores: {error.strerror or error}")
                 time.sleep(_LOOK_EVERY)

@@ -1,9 +1,9 @@
 """The recorder's settings."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.common.settings import Settings, prefix_of
@@ -177,14 +177,12 @@ class RecorderSettings(Settings):
         """The rules of `core_off`."""
         return tuple(Rule.parse(one) for one in self.core_off.split(",") if one.strip())
 
-    @model_validator(mode="after")
-    def _can_send(self) -> Self:
-        if self.core_to == "bus" and self.core_source == "stream":
-            raise ValueError(
-                "CRASHBUS_RECORDER_CORE_TO=bus reads the process's memory: leave "
-                "CRASHBUS_RECORDER_CORE_SOURCE at auto"
-            )
-        return self
+    @field_validator("core_to")
+    @classmethod
+    def _can_send(cls, given: str, info: ValidationInfo) -> str:
+        if given == "bus" and info.data.get("core_source") == "stream":
+            raise ValueError("bus reads memory from the process: not with CORE_SOURCE=stream")
+        return given
 
     @field_validator("core_off")
     @classmethod

@@ -8,6 +8,7 @@ import pytest
 
 from services.collector.settings import CollectorSettings
 from services.common.settings import BusSettings, SettingsError
+from services.recorder.settings import RecorderSettings
 from services.shipper.settings import ShipperSettings
 
 
@@ -76,6 +77,15 @@ def test_wrong_variable_is_said_with_its_name(
     monkeypatch.setenv(variable, value)
     with pytest.raises(SettingsError, match=said):
         CollectorSettings.load()
+
+
+def test_cores_of_the_kernels_stream_cannot_go_straight_to_the_bus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CRASHBUS_RECORDER_CORE_TO", "bus")
+    monkeypatch.setenv("CRASHBUS_RECORDER_CORE_SOURCE", "stream")
+    with pytest.raises(SettingsError, match=r"CRASHBUS_RECORDER_CORE_TO.*not with CORE_SOURCE"):
+        RecorderSettings.load()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from crashbus import Bus
 from crashbus.chunks import Verifier
 from crashbus.messages import CrashFile
+from services.common import core_stream
 from services.common.core_stream import Announced
 from services.recorder import core_bus, core_copy
 from services.recorder.core_bus import BusWay, NotSent
@@ -22,7 +23,6 @@ from tests.recorder.test_core_pages import SMALL_PYTHON, Crash, coredump_socket,
 from tests.support.crashers import crasher
 from tests.support.nats import NatsServer
 from tests.support.service import ServiceProcess
-from tests.support.wait import until
 
 __all__ = ["coredump_socket"]
 
@@ -146,15 +146,22 @@ async def test_process_that_is_killed_meanwhile_leaves_what_was_read(
     await collector.content(sent.file, tmp_path / "ours")
 
 
+@pytest.fixture
+def left(tmp_path: Path) -> Path:
+    """A spool with the socket of a collector that has ended."""
+    spool = tmp_path / "appscope"
+    core_stream.listen(spool).close()
+    return spool
+
+
 async def test_who_finds_the_way_blocked_does_not_wait(
-    coredump_socket: socket.socket, tmp_path: Path
+    coredump_socket: socket.socket, left: Path, tmp_path: Path
 ) -> None:
     crash = await asyncio.to_thread(Crash, coredump_socket, crasher("threads"))
-    to = way(tmp_path / "no spool", patience=0.1)
+    to = way(left, patience=0.1)
     try:
         with pytest.raises(NotSent, match="the collector takes no cores"):
             await asyncio.to_thread(send, crash, to, tmp_path / "one")
-        to.block()
         to.patience = 3600
         to.block()
         with pytest.raises(NotSent, match="it took no core a moment ago"):
@@ -164,16 +171,17 @@ async def test_who_finds_the_way_blocked_does_not_wait(
 
 
 async def test_process_that_was_let_go_is_not_waited_for(
-    coredump_socket: socket.socket, tmp_path: Path
+    coredump_socket: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crash = await asyncio.to_thread(Crash, coredump_socket, crasher("threads"))
-    try:
-        sending = asyncio.create_task(
-            asyncio.to_thread(send, crash, way(tmp_path / "no spool"), tmp_path / "stacks")
-        )
-        await until(lambda: (tmp_path / "stacks").exists())
+
+    def connect(*_: object) -> socket.socket:
         crash.hold.let_go("it was stopped")
-        with pytest.raises(NotSent):
-            await sending
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(core_stream, "connect", connect)
+    try:
+        with pytest.raises(NotSent, match="it was stopped"):
+            await asyncio.to_thread(send, crash, way(tmp_path), tmp_path / "stacks")
     finally:
         crash.end()
