@@ -7,6 +7,7 @@ import hypothesis
 import pytest
 
 from crashbus import Bus, connect
+from tests.support.core_pattern import core_pattern_kept
 from tests.support.nats import NatsServer
 from tests.support.requirements import need_program
 
@@ -38,6 +39,13 @@ async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
     async with connect(nats_server.url, host="test-host") as connected:
         await connected.ensure_streams()
         yield connected
+
+
+@pytest.fixture(scope="module")
+def core_pattern_held() -> Iterator[None]:
+    """The right to change core_pattern, for all tests of a module at once."""
+    with core_pattern_kept():
+        yield
 
 
 LONGEST = ("tests/compose/", "tests/faults/")

@@ -154,6 +154,9 @@ class CoreStreams:
         await self._bus.purge_chunks(crash_id, name)
         source = Source(directory=announced.directory, name=name, kind=Kind.CORE)
         file = await self._publisher.publish_stream(crash_id, source, stream.read)
+        if await self._bus.chunk_count(crash_id, name) < file.chunks:
+            await self._bus.purge_chunks(crash_id, name)
+            raise Broken("the bus lost some of it: it was started with an empty store meanwhile")
         metrics.STREAMED.inc()
         log.info("core taken", crash_id=crash_id, size=file.size, stored=file.stored_size)
         return file

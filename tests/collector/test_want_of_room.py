@@ -1,14 +1,19 @@
 """A spool that has too little room."""
 
 import asyncio
+import os
 import subprocess
 from pathlib import Path
 
 from crashbus import DeadLetter
+from crashbus.layout import Kind
 from tests.collector.conftest import FILE, Setup, fill_chunk_store
+from tests.collector.stand_in import write_set
 from tests.support.crashers import crasher
+from tests.support.disk import small_disk
 from tests.support.wait import until
 
+MIB = 1024 * 1024
 CORE_AND_MORE = 300_000  # bytes: more than small files take, less than a core
 
 
@@ -74,5 +79,43 @@ async def test_delivered_crashes_go_first_when_they_take_too_much(setup: Setup) 
 
     assert "manifest.json" in setup.shipper.names(FILE)
     assert await setup.bus.stored(DeadLetter) == []
+    shipping.cancel()
+    await asyncio.wait({shipping})
+
+
+async def test_disk_that_runs_full_costs_what_is_delivered_and_then_cores(
+    setup: Setup, tmp_path: Path
+) -> None:
+    shipping = setup.shipper.start()
+    with small_disk(tmp_path / "disk", 64) as disk:
+        spool = disk.place / "appscope"
+        spool.mkdir()
+        setup.collector._environment |= {
+            "CRASHBUS_SPOOL": str(spool),
+            "CRASHBUS_COLLECTOR_DISK_RESERVE": "20",
+            "CRASHBUS_COLLECTOR_DROP_AFTER": "0",
+        }
+        await setup.collector.start()
+        first = spool / "1000001"
+        write_set(spool, int(first.name), {Kind.INFO: b"x", Kind.CORE: os.urandom(8 * MIB)})
+        await until(lambda: "manifest.json" in setup.shipper.names(FILE))
+        assert first.exists()
+
+        # Two MiB less than shall be free.
+        disk.fill(leaving=11 * MIB)
+        await until(lambda: not first.exists())
+        assert await setup.bus.stored(DeadLetter) == []
+        for _ in range(9):  # a store that is full, and large enough for the core
+            await setup.bus.publish_raw("crash.chunk.filler.x", os.urandom(MIB - 4096))
+        await fill_chunk_store(setup)
+        second = spool / "1000002"
+        write_set(spool, int(second.name), {Kind.INFO: b"x", Kind.CORE: os.urandom(8 * MIB)})
+
+        (letter,) = await until(lambda: setup.bus.stored(DeadLetter))
+        assert letter.reason == "dropped_for_room"
+        await until(lambda: not list(second.glob("core_*")))
+        assert list(second.glob("info_*"))
+        assert setup.collector.metric("crashbus_collector_dropped_files_total") == 1
+        await setup.collector.stop()
     shipping.cancel()
     await asyncio.wait({shipping})

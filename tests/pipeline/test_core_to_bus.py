@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,6 @@ from crashbus import Bus, Manifest, connect, streams
 from crashbus.layout import CORES, Kind
 from crashbus.messages import CrashFile
 from tests.pipeline.conftest import top_frames
-from tests.support.core_pattern import core_pattern_kept
 from tests.support.crashers import crasher
 from tests.support.disk import SmallDisk, small_disk
 from tests.support.nats import NatsServer
@@ -132,15 +131,8 @@ class Stack:
 MakeStack = Callable[..., Awaitable[Stack]]
 
 
-@pytest.fixture(scope="module")
-def the_core_pattern() -> Iterator[None]:
-    """Held once for all: others wait for it, too."""
-    with core_pattern_kept():
-        yield
-
-
 @pytest.fixture
-async def stack_with(the_core_pattern: None) -> AsyncIterator[MakeStack]:
+async def stack_with(core_pattern_held: None) -> AsyncIterator[MakeStack]:
     """Make a stack whose recorder has these settings."""
     need_root()
     async with AsyncExitStack() as stack:

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +19,11 @@ from services.recorder.core_memory import LiveMemory
 from services.recorder.core_pages import Pages
 from services.recorder.core_writing import _with_notes
 from tests.pipeline.conftest import top_frames
-from tests.recorder.test_core_pages import SMALL_PYTHON, Crash, coredump_socket, same
+from tests.recorder.test_core_pages import SMALL_PYTHON, Crash, same
+from tests.support import core_pattern
 from tests.support.crashers import crasher
 from tests.support.nats import NatsServer
 from tests.support.service import ServiceProcess
-
-__all__ = ["coredump_socket"]
 
 MIB = 1024 * 1024
 CRASH_ID = "0123456789abcdef"
@@ -65,6 +64,21 @@ async def collector(tmp_path: Path, nats_server: NatsServer, bus: Bus) -> AsyncI
     await made.service.healthy()
     yield made
     await made.service.stop()
+
+
+@pytest.fixture
+def coredump_socket(tmp_path: Path, core_pattern_held: None) -> Iterator[socket.socket]:
+    """Where the kernel sends cores, while the test lasts."""
+    place = tmp_path.resolve() / "run"
+    place.mkdir(0o700)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(place / "s"))
+        listening.listen(8)
+        listening.settimeout(60)
+        before = core_pattern.current()
+        core_pattern.set_pattern(f"@@{place / 's'}")
+        yield listening
+        core_pattern.set_pattern(before)
 
 
 def way(spool: Path, patience: float = 60) -> BusWay:
