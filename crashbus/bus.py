@@ -20,7 +20,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
-from crashbus import names, streams
+from crashbus import names, removing, streams
 from crashbus.bus_errors import NotStored, as_bus_errors
 from crashbus.chunks import Chunk
 from crashbus.client import Client
@@ -209,16 +209,17 @@ class Bus:
 
     async def purge_chunks(self, crash_id: str, file: str) -> None:
         """Remove all chunks of a crash file from the bus."""
-        with suppress(NoStreams), as_bus_errors():
-            await self._js.purge_stream(
-                streams.chunks_of(file), subject=chunk_subject(crash_id, file)
-            )
+        await self._remove(streams.chunks_of(file), chunk_subject(crash_id, file))
 
     async def purge_crash(self, crash_id: str) -> None:
         """Remove all chunks and work items of a crash from the bus."""
         for stream, subject in streams.on_the_way(crash_id):
-            with suppress(NoStreams), as_bus_errors():
-                await self._js.purge_stream(stream, subject=subject)
+            await self._remove(stream, subject)
+
+    async def _remove(self, stream: str, subject: str) -> None:
+        server = self._client.connected_server_version
+        with suppress(NoStreams), as_bus_errors():
+            await removing.remove(self._js, server, stream, subject)
 
     async def subscribe(self, kind: type[M], subject: str | None = None) -> AsyncIterator[M]:
         """Yield messages from now on, in order, each once; over reconnects and restarts, too.

@@ -63,8 +63,10 @@ ALLOWED = {
     "recorder": (r"crash\.failed\..*", ""),
     "collector": (
         r"crash\.(file|chunk|small|report|failed)\..*"
-        r"|\$JS\.API\.STREAM\.(INFO\..*|CREATE\.CRASH_.*|PURGE\.CRASH_(CHUNKS|SMALL|FILES))"
-        rf"|{LISTEN}|\$JS\.API\.STREAM\.MSG\.GET\.CRASH_FILES"
+        r"|\$JS\.API\.STREAM\.(INFO\..*|CREATE\.CRASH_.*)"
+        r"|\$JS\.API\.STREAM\.(PURGE|MSG\.DELETE)\.CRASH_(CHUNKS|SMALL|FILES)"
+        r"|\$JS\.API\.DIRECT\.GET\.CRASH_(CHUNKS|SMALL)"
+        rf"|{LISTEN}|\$JS\.API\.STREAM\.MSG\.GET\.CRASH_(FILES|CHUNKS|SMALL)"
         rf"|{works_on('CRASH_SIGNALS', 'CRASH_RECEIPTS', 'CRASH_FAILURES', 'CRASH_RETRIES')}",
         "",
     ),
