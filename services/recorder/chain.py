@@ -26,7 +26,7 @@ from services.recorder.workers import Workers
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 HELPER = "corepipe"  # a recorder's own
-_GRACE = 5.0  # seconds beyond the deadline for the helper to end the handler
+_GRACE = 2.0  # seconds beyond the deadline for the helper to end the handler
 _SPACE = rb"[ \t-\r\xa0]"  # what the kernel's isspace() takes for one
 _NEXT = b"%"  # in an order: the next argument that the kernel made
 

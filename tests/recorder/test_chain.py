@@ -148,6 +148,18 @@ async def test_handler_that_hangs_is_killed_with_its_children(
     await until(lambda: not former.processes(process.pid))
 
 
+async def test_pipe_helper_that_is_stopped_holds_nobody(
+    recorder_with: MakeRecorder, former: Former
+) -> None:
+    """The handler itself does that: it runs as root."""
+    recorder = await chained(recorder_with, former.pattern("stops"), recorder_chain_deadline=3)
+    process = crash_for(former)
+
+    assert await ended(process) == signal.SIGSEGV
+
+    await became(recorder, process.pid, "timed_out")
+
+
 @pytest.mark.parametrize("end", [RecorderService.stop, RecorderService.kill])
 async def test_capture_does_not_wait_for_the_handler_nor_the_process_for_a_recorder_that_is_gone(
     recorder_with: MakeRecorder, former: Former, end: Callable[[RecorderService], object]

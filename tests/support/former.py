@@ -55,8 +55,13 @@ class Former:
         return found
 
     def close(self) -> None:
-        """End those that still run, and remove it."""
+        """End those that still run, with the pipe helpers that they stopped, and remove it."""
         for process in self.processes():
+            with suppress(OSError):
+                status = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2]
+                parent = int(status.split()[1])
+                if Path(f"/proc/{parent}/comm").read_text() == "corepipe\n":
+                    os.kill(parent, signal.SIGKILL)
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         shutil.rmtree(self.place)

@@ -60,6 +60,9 @@ def main() -> None:
             if os.fork():
                 tell("hanging")
             time.sleep(3600)
+        case "stops":
+            os.kill(os.getppid(), signal.SIGSTOP)
+            time.sleep(3600)
         case "forks":
             if not os.fork():
                 tell(os.getpid())
