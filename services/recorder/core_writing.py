@@ -65,7 +65,7 @@ def _chain(recording: Recording, hold: Hold, on: Conditions) -> None:
     if name in recording.files:
         on.chain.add(crash_id, hold, recording.core_file)
     else:
-        on.chain.skip(crash_id, recording.notes[-1])
+        on.chain.skip(crash_id, "; ".join(recording.notes))
 
 
 def _pages(recording: Recording, head: Head, on: Conditions, taken: Taken) -> Pages | None:
