@@ -216,7 +216,7 @@ async def test_core_is_delivered_with_no_copy_in_the_spool(stack_with: MakeStack
 
 
 async def test_core_that_finds_no_room_on_disk_goes_to_the_bus(stack_with: MakeStack) -> None:
-    stack = await stack_with()  # which is what auto means
+    stack = await stack_with(mechanism="pipe")  # auto is the default
     stack.disk.fill(leaving=24 * MIB)
 
     small = await ended(await crash_of(1))
