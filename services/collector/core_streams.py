@@ -83,7 +83,7 @@ class CoreStreams:
             ours = core_stream.identity(self._root)
             accepting = asyncio.create_task(self._accept(listening), name="cores")
             try:
-                while core_stream.identity(self._root) == ours:
+                while ours and core_stream.identity(self._root) == ours:
                     await self._tidy()
                     done, _ = await asyncio.wait({accepting}, timeout=LOOK_EVERY)
                     for task in done:
