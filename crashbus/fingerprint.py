@@ -5,8 +5,15 @@ thread's stack, after everything is taken out that differs between hosts, builds
 addresses, offsets, paths, whether a function was inlined, what compilers append to names,
 template arguments, how deep a recursion went, and the functions that only carry out an abort.
 
-What it cannot even out: a function that was inlined and has no debug information is missing
-from its stack, and one without any symbol is known by its module alone.
+What it cannot even out:
+
+- A function that was inlined is missing from the stack where there is no debug information. Of C++
+  and Rust it is left out always, because debug information tells its name without its class.
+- A program without symbols has no names to go by. Its functions are told by build ID and
+  offset, so that two bugs of it do not look alike: the same bug matches on every host that runs
+  this very build, but in no other build, and not where its debug information is at hand. A
+  library's function without a name is known by the library alone, since such ones are chosen by
+  processor (memcpy).
 """
 
 import hashlib
@@ -27,9 +34,14 @@ _CLONE = re.compile(
 )
 _SYMBOL_VERSION = re.compile(r"@.*$")
 _RUST_HASH = re.compile(r"(::h|17h)[0-9a-f]{16}E?$")
+_RUST_CRATE = re.compile(r"(?<=C)s[0-9A-Za-z]*_(?=\d)")  # RFC 2603: which of two crates of a name
+_GO_CLOSURE = re.compile(r"(?:(?:\.func|\.gowrap|\.deferwrap|-range)\d+(?:\.\d+)*)+$")
+_GO_RECEIVER = re.compile(r"\.\(\*?([^()*]+)\)\.")
 _LAMBDA = re.compile(r"\{lambda[^{}]*\}|'lambda\d*'|\$_\d+|\{\{closure\}\}|<lambda[^<>]*>")
 _ANONYMOUS = re.compile(r"\(anonymous namespace\)|<unnamed>|_GLOBAL__N_1")
-_INNERMOST = re.compile(r"<[^<>()]*>|\([^<>()]*\)(?: const)?")
+# Template arguments, parameters, Go's type arguments; not Rust's <Type as Trait>, nor operator[].
+_INNERMOST = re.compile(r"<(?![^<>()]*\{as\})[^<>()]*>|\([^<>()]*\)(?: const)?|\[[^\[\]]+\]")
+_RESERVED = re.compile(r"(^|::)_+")
 _SHARED_OBJECT = re.compile(r"^(.+?)(?:-[\d.]+)?\.so(?:\.[\d.]+)?$")
 
 # Who ends a process on behalf of the function that found the fault.
@@ -41,13 +53,18 @@ _MESSENGERS = frozenset(
     libc_message libc_fatal malloc_printerr restore_rt kernel_vsyscall kernel_rt_sigreturn syscall
     std::terminate cxa_throw cxa_rethrow cxa_pure_virtual
     gnu_cxx::verbose_terminate_handler cxxabiv1::terminate
-    rust_panic rust_begin_unwind rust_start_panic core::panicking::panic core::panicking::panic_fmt
-    std::panicking::begin_panic_handler std::panicking::rust_panic_with_hook std::process::abort
-    runtime.raise runtime.raise.abi0 runtime.dieFromSignal runtime.crash runtime.fatalpanic
-    runtime.gopanic runtime.sigpanic runtime.throw runtime.fatalthrow g_log g_logv
+    rust_panic rust_begin_unwind rust_start_panic std::process::abort core::option::unwrap_failed
+    core::option::expect_failed core::result::unwrap_failed
+    runtime.raise runtime.dieFromSignal runtime.crash runtime.fatalpanic runtime.gopanic
+    runtime.throw runtime.fatalthrow runtime.fatal
+    os::abort VMError::report_and_die JVM_handle_linux_signal g_log g_logv
     """.split()  # noqa: SIM905 - forty quoted names are harder to read
 )
-_MESSENGER_PREFIXES = ("asan", "ubsan", "tsan", "msan", "sanitizer", "interceptor", "hwasan")
+_MESSENGER_PREFIXES = (
+    *("asan", "ubsan", "tsan", "msan", "sanitizer", "interceptor", "hwasan"),
+    *("core::panicking::", "std::panicking::", "std::throw_"),
+    *("runtime.sig", "runtime.panic", "runtime.goPanic"),
+)
 
 # What lies below every stack; it differs between C libraries and their versions.
 _BASE = frozenset(
@@ -65,10 +82,12 @@ class Call:
     Attributes:
         symbol: the function's name; None where it has none.
         module: path of the file that its code is in.
+        place: build ID and offset in it, of a program's function without a name.
     """
 
     symbol: str | None
     module: str | None = None
+    place: str | None = None
 
 
 def fingerprint(signal_name: str, program: str, calls: Iterable[Call]) -> str | None:
@@ -96,14 +115,18 @@ def frames(calls: Iterable[Call]) -> tuple[str, ...]:
 def normalise(symbol: str) -> str:
     """Return a function's name without what compilers, linkers and builds add to it."""
     name = _SYMBOL_VERSION.sub("", symbol[:_LONGEST])
+    name = _GO_CLOSURE.sub("{closure}", name.removesuffix("-fm"))
     name = _CLONE.sub("", name) or name
     name = _RUST_HASH.sub("", name)
+    name = _RUST_CRATE.sub("", name) if name.startswith("_R") else name
     name = _ANONYMOUS.sub("{anonymous}", name)
     name = _LAMBDA.sub("{lambda}", name)
-    name = name.replace("operator()", "operator{call}")
+    name = name.replace("operator()", "operator{call}").replace(" as ", "{as}")
+    name = _GO_RECEIVER.sub(r".\1.", name)
     while (shorter := _INNERMOST.sub("", name)) != name:
         name = shorter
-    return name.rpartition(" ")[2] if not name.startswith("operator") else name
+    before, operator, behind = name.partition("operator")
+    return before.rpartition(" ")[2] + operator + (behind if operator else "")
 
 
 def _without_messengers(names: list[str]) -> Iterator[str]:
@@ -115,13 +138,15 @@ def _without_messengers(names: list[str]) -> Iterator[str]:
 
 
 def _is_messenger(name: str) -> bool:
-    bare = name.lstrip("_")
+    bare = _RESERVED.sub(r"\1", name)
     return bare in _MESSENGERS or bare.startswith(_MESSENGER_PREFIXES)
 
 
 def _name(call: Call) -> str:
     if call.symbol:
         return normalise(call.symbol)
+    if call.place:
+        return f"? at {call.place}"
     return f"? in {_module(call.module)}"
 
 

@@ -15,6 +15,7 @@ packages=(
   debuginfod                            # tests: a real server of debug information
 )
 
+packages+=(g++ golang-go openjdk-17-jre-headless)  # tests: programs that crash
 packages+=(mmdebstrap)                  # tests: a base for images where no registry is reached
 # tests: a real container engine; whoever has one (docker-ce, moby) keeps it
 command -v dockerd >/dev/null || packages+=(docker.io)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 MAX_FRAMES = 1024  # of one thread
 MAX_THREADS = 4096
 MAX_TEXT = 1024  # characters of one name; C++ symbols grow long
+MANGLED = ("_Z", "_R")  # how symbols of C++ and of Rust begin
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 Address = Annotated[int, Field(ge=0, lt=1 << 64)]
@@ -32,6 +33,14 @@ class ModuleFile(Part):
     file: int
 
 
+class Stack(Part):
+    """Where a thread stood: its program counter and its frame pointer."""
+
+    tid: int
+    counter: int
+    frame: int
+
+
 class Request(Part):
     """What to unwind.
 
@@ -41,7 +50,7 @@ class Request(Part):
         debug_directories: of separate debug information.
         machine: e_machine of the core; 0: not known.
         registers: the crashing thread's.
-        tid: the crashing thread's.
+        stacks: of all threads, if frame pointers are all there is to find frames by.
         code: memory from the program counter on, as hexadecimal digits; None: was no fault.
         frames: the most to be returned for all threads together.
     """
@@ -50,8 +59,8 @@ class Request(Part):
     modules: tuple[ModuleFile, ...] = ()
     cpu_seconds: int = Field(gt=0)
     machine: int = 0
-    tid: int = 0
     registers: dict[str, int] = Field(default_factory=dict)
+    stacks: tuple[Stack, ...] = ()
     code: str | None = None
     debug_directories: tuple[str, ...] = ("/usr/lib/debug",)
     frames: int = Field(20_000, gt=0)
@@ -61,6 +70,7 @@ class Frame(Part):
     """One function on a stack.
 
     Attributes:
+        readable: the symbol as the source has it, where it is mangled.
         offset: from the beginning of the symbol, in bytes.
         source: ``file:line``, where debug information tells.
         module: index into the backtrace's modules.
@@ -69,10 +79,16 @@ class Frame(Part):
 
     pc: Address
     symbol: Text | None = None
+    readable: Text | None = None
     offset: Address | None = None
     source: Text | None = None
     module: int | None = Field(None, ge=0)
     inlined: bool = False
+
+    @property
+    def is_mangled(self) -> bool:
+        """Whether the symbol is one of C++ or Rust, with class, namespace or crate in it."""
+        return self.symbol is not None and self.symbol.startswith(MANGLED)
 
 
 class PythonFrame(Part):
@@ -98,12 +114,21 @@ class Thread(Part):
 
 
 class LoadedModule(Part):
-    """A program or library that was mapped."""
+    """A program or library that was mapped.
+
+    Attributes:
+        is_program: it was started; all else is a library of it.
+    """
 
     path: Text
     start: Address
     end: Address
     build_id: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{0,128}$")] | None = None
+    is_program: bool = False
+
+    def place(self, pc: int) -> str | None:
+        """Return where an address is in a program, the same on each host that runs this build."""
+        return f"{self.build_id}+{pc - self.start:x}" if self.is_program and self.build_id else None
 
 
 class Touched(Part):
@@ -147,12 +172,22 @@ class Backtrace(Part):
 
     def calls(self) -> "tuple[Call, ...]":
         """Return the crashing thread's frames for the fingerprint."""
-        frames = self.threads[0].frames if self.threads else ()
         # Only here: it brings the whole bus, and no worker needs it.
         from crashbus.fingerprint import Call
 
-        return tuple(Call(frame.symbol, self._module_path(frame)) for frame in frames)
+        calls: list[Call] = []
+        around: Frame | None = None  # the function that what is inlined is in
+        for frame in reversed(self.threads[0].frames if self.threads else ()):
+            around = around if frame.inlined else frame
+            if frame.inlined and around is not None and around.is_mangled:
+                continue  # its name lacks class and namespace
+            name = frame.readable or frame.symbol
+            module = self._module_of(frame)
+            path, place = (module.path, module.place(frame.pc)) if module else (None, None)
+            calls.append(Call(name, path, place))
+        return tuple(reversed(calls))
 
-    def _module_path(self, frame: Frame) -> str | None:
-        known = frame.module is not None and frame.module < len(self.modules)
-        return self.modules[frame.module or 0].path if known else None
+    def _module_of(self, frame: Frame) -> LoadedModule | None:
+        if frame.module is None or frame.module >= len(self.modules):
+            return None
+        return self.modules[frame.module]

@@ -102,6 +102,7 @@ def _frame(frame: Frame) -> dict[str, Any]:
     return {
         "pc": f"{frame.pc:#x}",
         "symbol": frame.symbol,
+        "readable": frame.readable,
         "offset": frame.offset,
         "file": file or None,
         "line": int(line) if line.isdecimal() else None,

@@ -7,13 +7,13 @@ after mapping, the smallest first. What is left out has a program header without
 (p_filesz 0, elf(5)), so that a debugger says that it is not there instead of showing zeros.
 """
 
-import os
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from services.recorder import core_threads
 from services.recorder.core_head import Head, Load
 from services.recorder.core_memory import PAGE, Found, PagesUnreadable
 
@@ -24,10 +24,8 @@ SMALL = 64 * 1024
 _RED_ZONE = 128  # bytes below the stack pointer that a function may use, x86-64 psABI
 MAX_SEGMENTS = 30_000  # a table without extended numbering has 65,534 entries
 _NEAR = 64 * 1024  # bytes between two runs of pages for which a further entry does not pay
-_MAX_THREADS = 4096
 _LAST = 1 << 64
 
-_NT_PRSTATUS = 1
 # Offset of the stack pointer in struct elf_prstatus, by e_machine: i386, x86-64, AArch64.
 _STACK_POINTER = {3: (132, "I"), 62: (264, "Q"), 183: (360, "Q")}
 
@@ -128,23 +126,9 @@ def stack_pointers(head: Head, core: int) -> Iterator[int]:
     if machine not in _STACK_POINTER:
         return
     offset, form = _STACK_POINTER[machine]
-    place, end = head.notes.offset, head.notes.offset + head.notes.size
-    found = 0
-    while place + 12 <= end and found < _MAX_THREADS:
-        name, size, kind = struct.unpack(head.order + "III", _exactly(core, 12, place))
-        body = place + 12 + (name + 3) // 4 * 4
-        if kind == _NT_PRSTATUS and name == 5 and size >= offset + 8:
-            form_size = struct.calcsize(form)
-            yield struct.unpack(head.order + form, _exactly(core, form_size, body + offset))[0]
-            found += 1
-        place = body + (size + 3) // 4 * 4
-
-
-def _exactly(core: int, size: int, offset: int) -> bytes:
-    data = os.pread(core, size, offset)
-    if len(data) != size:
-        raise PagesUnreadable("its notes end early")
-    return data
+    for note in core_threads.prstatuses(head, core):
+        if len(note) >= offset + 8:
+            yield struct.unpack_from(head.order + form, note, offset)[0]
 
 
 def _merged(chosen: list[Load]) -> list[tuple[int, int]]:

@@ -58,7 +58,8 @@ def backtrace(
     The crashing thread comes first and looks as from AppScope; what it was at follows
     ``--- instruction``, its registers ``--- registers``, each other thread
     ``--- thread <tid> <name>``. Behind ``symbol + offset`` there may stand, each after two
-    spaces, ``inlined``, ``at <file>:<line>`` and ``in <module> (<build ID>)``.
+    spaces, ``as <name>`` of what is mangled, ``inlined``, ``at <file>:<line>`` and
+    ``in <module> (<build ID>)``.
     """
     lines = [
         f"backtrace info: signal {cause.signal} errno {cause.errno} fault address "
@@ -126,6 +127,8 @@ def _place(frame: Frame, modules: tuple[LoadedModule, ...]) -> str:
     parts = ["?"]
     if frame.symbol is not None:
         parts = [frame.symbol if frame.offset is None else f"{frame.symbol} + {frame.offset}"]
+    if frame.readable:
+        parts.append(f"as {frame.readable}")
     if frame.inlined:
         parts.append("inlined")
     if frame.source:

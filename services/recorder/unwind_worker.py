@@ -10,8 +10,9 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import drgn
@@ -25,17 +26,17 @@ from services.recorder import (
 )
 from services.recorder.backtrace import (
     MAX_FRAMES,
-    MAX_TEXT,
     MAX_THREADS,
     Backtrace,
-    Frame,
     Instruction,
     LoadedModule,
     ModuleFile,
     PythonFrame,
     Request,
+    Stack,
     Thread,
 )
+from services.recorder.naming import Namer, short
 
 _PYTHON = re.compile(r"python(\d)\.(\d{1,3})[^/]*$")  # python3.11, libpython3.11.so.1.0
 _ADDRESS_SPACE = 16 * 1024**3  # bytes; debug information and core are mapped, not read
@@ -54,7 +55,7 @@ def answer(request: Request) -> None:
     try:
         trace = unwind(request)
     except Exception as error:  # noqa: BLE001 - whatever the core made drgn say is the answer
-        trace = Backtrace(fault=_short(f"{type(error).__name__}: {error}"))
+        trace = Backtrace(fault=short(f"{type(error).__name__}: {error}"))
     trace = trace.model_copy(update={"instruction": _instruction(request)})
     sys.stdout.write(trace.model_dump_json())
     sys.stdout.flush()
@@ -92,29 +93,24 @@ def unwind(request: Request) -> Backtrace:
     program.set_core_dump(request.core)
     _load(program, request.modules)
     modules = list(_modules(program, request.modules))
-    found = frame_pointers.addresses(program, request.machine, request.registers)
-    if found:  # drgn cannot unwind this machine's
-        frames = tuple(_plain_frame(program, pc, modules) for pc in found)
-        crashed = Thread(tid=request.tid, frames=frames, fault=frame_pointers.NOTE)
-        return Backtrace(threads=(crashed,), modules=tuple(modules))
-    python = _python(program)
-    threads = (
-        thread.model_copy(update={"python": python.get(thread.tid, ())})
-        for thread in _threads(program, modules, request.frames)
+    namer = Namer(program, modules)
+    if request.stacks:  # of a machine whose stacks drgn cannot unwind
+        threads = (_walked(program, one, namer) for one in request.stacks)
+    else:
+        python = _python(program)
+        threads = (_thread(one, namer, python) for one in _crashed_first(program))
+    return Backtrace(
+        threads=tuple(_within(request.frames, islice(threads, MAX_THREADS))), modules=tuple(modules)
     )
-    return Backtrace(threads=tuple(threads), modules=tuple(modules))
 
 
-def _plain_frame(program: drgn.Program, pc: int, modules: list[LoadedModule]) -> Frame:
-    name, offset = None, None
-    with suppress(LookupError):
-        symbol = program.symbol(pc)
-        name, offset = _short(symbol.name), pc - symbol.address
-    return Frame(pc=pc, symbol=name or None, offset=offset, module=_module_of(pc, modules))
-
-
-def _module_of(pc: int, modules: list[LoadedModule]) -> int | None:
-    return next((i for i, one in enumerate(modules) if one.start <= pc < one.end), None)
+def _within(budget: int, threads: Iterable[Thread]) -> Iterator[Thread]:
+    """Give threads until they have so many frames together."""
+    for thread in threads:
+        yield thread.model_copy(update={"frames": thread.frames[:budget]})
+        budget -= len(thread.frames)
+        if budget <= 0:
+            return
 
 
 def _python(program: drgn.Program) -> dict[int, tuple[PythonFrame, ...]]:
@@ -157,20 +153,12 @@ def _modules(program: drgn.Program, files: Iterable[ModuleFile]) -> Iterator[Loa
             continue
         found = _file_of(module, files)
         yield LoadedModule(
-            path=_short(found.path if found else module.name),
+            path=short(found.path if found else module.name),
             start=bounds[0],
             end=bounds[1],
             build_id=module.build_id.hex() if module.build_id else None,
+            is_program=isinstance(module, drgn.MainModule),
         )
-
-
-def _threads(program: drgn.Program, modules: list[LoadedModule], budget: int) -> Iterator[Thread]:
-    for count, thread in enumerate(_crashed_first(program)):
-        if count == MAX_THREADS or budget <= 0:
-            return
-        unwound = _thread(thread, modules, min(budget, MAX_FRAMES))
-        budget -= len(unwound.frames)
-        yield unwound
 
 
 def _crashed_first(program: drgn.Program) -> Iterator[drgn.Thread]:
@@ -181,48 +169,26 @@ def _crashed_first(program: drgn.Program) -> Iterator[drgn.Thread]:
             yield thread
 
 
-def _thread(thread: drgn.Thread, modules: list[LoadedModule], limit: int) -> Thread:
+def _thread(
+    thread: drgn.Thread, namer: Namer, python: Mapping[int, tuple[PythonFrame, ...]]
+) -> Thread:
     try:
         trace = thread.stack_trace()
     except (LookupError, ValueError, drgn.FaultError) as error:
-        return Thread(tid=thread.tid, fault=_short(str(error)))
-    frames = tuple(_frames(trace, modules, limit))
-    left_out = len(trace) - limit
-    fault = f"{left_out} further frames are left out" if left_out > 0 else None
-    return Thread(tid=thread.tid, frames=frames, fault=fault)
-
-
-def _frames(trace: drgn.StackTrace, modules: list[LoadedModule], limit: int) -> Iterator[Frame]:
-    for position, frame in enumerate(trace):
-        if position == limit:
-            return
-        try:
-            pc = frame.pc
-        except LookupError:
-            return  # the outermost frame: nothing called it
-        yield _frame(frame, pc, modules)
-
-
-def _frame(frame: drgn.StackFrame, pc: int, modules: list[LoadedModule]) -> Frame:
-    name, offset, source = None, None, None
-    with suppress(LookupError):
-        symbol = frame.symbol()
-        name, offset = symbol.name.partition("@")[0], pc - symbol.address
-    with suppress(LookupError):
-        location = frame.source()
-        source = f"{location[0]}:{location[1]}"
-    return Frame(
-        pc=pc,
-        symbol=_short(frame.function_name or name or "") or None,
-        offset=offset if offset is not None and offset >= 0 else None,
-        source=source and _short(source),
-        module=_module_of(pc, modules),
-        inlined=frame.is_inline,
+        return Thread(tid=thread.tid, fault=short(str(error)))
+    frames = tuple(islice(namer.frames(trace), MAX_FRAMES + 1))
+    fault = "further frames are left out" if len(frames) > MAX_FRAMES else None
+    return Thread(
+        tid=thread.tid,
+        frames=frames[:MAX_FRAMES],
+        python=python.get(thread.tid, ()),
+        fault=fault,
     )
 
 
-def _short(text: str) -> str:
-    return text[:MAX_TEXT].encode("utf-8", "backslashreplace").decode()[:MAX_TEXT]
+def _walked(program: drgn.Program, stack: Stack, namer: Namer) -> Thread:
+    frames = tuple(namer.at(frame_pointers.addresses(program, stack)))
+    return Thread(tid=stack.tid, frames=frames, fault=frame_pointers.NOTE)
 
 
 if __name__ == "__main__":

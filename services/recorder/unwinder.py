@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from services.recorder import metrics, unwind_process
+from services.recorder import core_threads, metrics, unwind_process
 from services.recorder.backtrace import Backtrace, ModuleFile, Request
 from services.recorder.core_head import Head
 from services.recorder.facts import Module
@@ -66,8 +66,8 @@ def _request(
         ),
         cpu_seconds=max(1, round(within)),
         machine=head.machine if head else 0,
-        tid=(head.tid or 0) if head else 0,
         registers=head.registers if head else {},
+        stacks=tuple(core_threads.stacks(head, core)) if head else (),
         code=None if code is None else code.hex(),
     )
 

@@ -35,6 +35,48 @@ def of(*symbols: str | None, program: str = "/usr/bin/app", signal: str = "SIGSE
         ),
         (("core::f::h0123456789abcdef", "m"), ("core::f::hfedcba9876543210", "m")),
         (("__asan_memcpy", "copy", "main"), ("__interceptor_memcpy", "copy", "main")),
+        (
+            (
+                "(anonymous namespace)::Box<int>::peek(int) const"
+                " [clone .constprop.0] [clone .isra.0]",
+            ),
+            ("(anonymous namespace)::Box<long>::peek(long) const",),
+        ),
+        (("int app::run<int>(int*)", "main"), ("long app::run<long>(long*)", "main")),
+        (("Text::cut[abi:cxx11](int)",), ("Text::cut(int)",)),
+        (("void f<A<B>, (C)1>(D (*)(E))", "main"), ("void f<F>()", "main")),
+        (  # who says that nobody caught it
+            *(("die(int)", "main"),),
+            (
+                *("raise", "abort", "__gnu_cxx::__verbose_terminate_handler()"),
+                *("__cxxabiv1::__terminate(void (*)())", "std::terminate()", "__cxa_throw"),
+                *("std::__throw_out_of_range_fmt(char const*, ...)", "die(int)", "main"),
+            ),
+        ),
+        # Rust: both ways of mangling, each with what one build gives to a name.
+        (("<a::A as a::Run>::go::h0123456789abcdef", "m"), ("<a::A as a::Run>::go", "m")),
+        (("a::main::{{closure}}::h0123456789abcdef",), ("a::main::{{closure}}",)),
+        (("_RNvCs7qoMWBoZgYL_3app5parse", "m"), ("_RNvCsaZ1_3app5parse", "m")),
+        (("_RNvCs7qoMWBoZgYL_3app5parse", "m"), ("_RNvC3app5parse", "m")),
+        (
+            ("core::panicking::panic_fmt::h0123456789abcdef", "a::parse::h0123456789abcdef"),
+            ("core::result::unwrap_failed::hfedcba9876543210", "a::parse::hfedcba9876543210"),
+        ),
+        # Go numbers its closures in the order of the source, and names what it generates.
+        (("main.main.func1", "main.main"), ("main.main.func12.3", "main.main")),
+        (("main.(*T).Read-fm", "main.main"), ("main.(*T).Read", "main.main")),
+        (("main.walk.func1.gowrap2", "m"), ("main.walk.func3", "m")),
+        (("main.Map[go.shape.int_0]", "m"), ("main.Map[...]", "m")),
+        (
+            (
+                "runtime.raise.abi0",
+                "runtime.sigtramp",
+                "runtime.gopanic",
+                "runtime.sigpanic",
+                "m.f",
+            ),
+            ("runtime.raise", "runtime.fatalpanic", "runtime.goPanicIndex", "m.f"),
+        ),
     ],
 )
 def test_pairs_that_must_match(one: tuple[str, ...], other: tuple[str, ...]) -> None:
@@ -53,6 +95,14 @@ def test_pairs_that_must_match(one: tuple[str, ...], other: tuple[str, ...]) -> 
         (("operator<", "main"), ("operator>", "main")),
         (("abort", "main"), ("abort", "check", "main")),
         (("parse", "main"), (None, "main")),
+        (("main.(*A).f", "main.main"), ("main.(*B).f", "main.main")),
+        (("main.f.func1", "main.main"), ("main.f", "main.main")),
+        (("A::operator[](int)", "main"), ("A::operator()(int)", "main")),
+        (("A::operator int() const", "main"), ("B::operator int() const", "main")),
+        (("<a::A as a::Run>::go", "m"), ("<a::B as a::Run>::go", "m")),
+        (("<Vec<T> as a::Run>::go", "m"), ("<Box<T> as a::Run>::go", "m")),
+        (("_RNvCs7qo_3app5parse", "m"), ("_RNvCs7qo_3app5print", "m")),
+        (("(anonymous namespace)::f(int)", "main"), ("f(int)", "main")),
     ],
 )
 def test_pairs_that_must_not_match(
@@ -75,6 +125,16 @@ def test_function_without_a_name_is_known_by_its_module() -> None:
 
     assert one == newer
     assert one != other
+
+
+def test_program_s_function_without_a_name_is_known_by_its_place() -> None:
+    one, other = (
+        [Call(None, "/bin/app", f"abcdef+{place}"), Call(None, "/bin/app")] for place in "12"
+    )
+    moved = [Call(None, "/opt/app", "abcdef+1"), Call(None, "/opt/app")]
+
+    assert fingerprint("SIGSEGV", "app", one) == fingerprint("SIGSEGV", "app", moved)
+    assert fingerprint("SIGSEGV", "app", one) != fingerprint("SIGSEGV", "app", other)
 
 
 def test_deep_frames_do_not_count() -> None:

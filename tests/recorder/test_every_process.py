@@ -17,17 +17,36 @@ from tests.support import core_pattern
 from tests.support.crashers import SOURCES, crasher
 from tests.support.recorder import RecorderService, crash
 from tests.support.requirements import lacking, need_program
+from tests.support.wait import until
 
 __all__ = ["recorder"]  # the module's fixture
 
 NOBODY = 65534
 MIB = 1024 * 1024
 
-# No library at all, so that no 32-bit one is needed.
+# No library at all, so that no 32-bit one is needed: two threads, of which one waits.
 _THIRTY_TWO_BITS = """
+static volatile int is_waiting;
+static char stack[65536] __attribute__((aligned(16)));
+static int call(int number, int first, void *second) {
+    int result;
+    __asm__ volatile("int $0x80" : "=a"(result) : "0"(number), "b"(first), "c"(second) : "memory");
+    return result;
+}
+static void wait_here(void) { is_waiting = 1; for (;;) call(29, 0, 0); }  /* pause */
+static void waiter(void) { wait_here(); }
+static void start(void) {
+    int result;
+    __asm__ volatile(
+        "int $0x80\\n test %%eax, %%eax\\n jnz 1f\\n xor %%ebp, %%ebp\\n call *%%esi\\n 1:"
+        : "=a"(result)
+        : "0"(120), "b"(0x10f00 /* VM, FS, FILES, SIGHAND, THREAD */), "c"(stack + sizeof stack),
+          "S"(waiter), "d"(0), "D"(0)
+        : "memory");
+}
 static void crash_here(void) { *(volatile int *)0 = 1; }
-static void caller(void) { crash_here(); }
-void _start(void) { caller(); }
+static void caller(void) { while (!is_waiting) call(158, 0, 0); crash_here(); }  /* sched_yield */
+void _start(void) { start(); caller(); }
 """
 
 _TRACER = """
@@ -117,11 +136,76 @@ async def test_thirty_two_bits(recorder: RecorderService, tmp_path: Path) -> Non
     assert core.read_bytes()[4] == 1  # ELFCLASS32
     # drgn has no unwinder for i386.
     text = recorder.file(pid, "backtrace").read_text()
-    assert [symbol for _, _, symbol in frames(text.split("incomplete:")[0])][:3] == [
-        *("crash_here", "caller", "_start")
+    crashed, _, other = text.partition("--- thread ")
+    stack = frames(crashed.split("incomplete:")[0])
+    assert [symbol for _, _, symbol in stack] == ["crash_here", "caller", "_start"]
+    assert re.search(r"crash_here \+ \d+  at \S+small.c:\d+  in", crashed)
+    assert re.findall(r"(?m)^#\d+ 0x[0-9a-f]+ (\w+)", other)[-3:] == [
+        "wait_here",
+        "waiter",
+        "start",
     ]
     assert "incomplete: by frame pointers" in text
     assert "crash_here" in gdb(program, core, "bt")
+
+
+@by_one_mechanism
+async def test_go_program(recorder: RecorderService, tmp_path: Path) -> None:
+    need_program("go")
+    environment = os.environ | {"GOCACHE": str(tmp_path / "cache"), "GO111MODULE": "off"}
+    program, source = tmp_path / "program", SOURCES / "crash.go"
+    subprocess.run(["go", "build", "-o", program, source], check=True, env=environment)
+
+    # Without this a Go program that panics exits instead, and nothing has crashed.
+    pid, record = await capture(recorder, program, env=os.environ | {"GOTRACEBACK": "crash"})
+
+    assert record.signal_name == "SIGABRT"
+    assert not record.files[recorder.file(pid, "core").name].truncated
+    found = json.loads(recorder.file(pid, "backtrace_json").read_bytes())
+    crashed = found["threads"][0]
+    functions = [frame["symbol"] for frame in crashed["frames"]]
+    first = functions.index("main.(*holder).crashHere")
+    assert functions[first:] == [
+        "main.(*holder).crashHere",
+        "main.main.func2",
+        "main.call",
+        "main.main",
+        "runtime.main",
+        "runtime.goexit",
+    ]
+    assert {name.partition(".")[0] for name in functions[:first]} == {"runtime"}
+    at = crashed["frames"][first]
+    assert (at["file"], at["line"]) == (str(source), 8)
+    assert found["fingerprint_frames"][0] == "main.holder.crashHere"
+
+
+@by_one_mechanism
+async def test_java_virtual_machine(recorder: RecorderService, tmp_path: Path) -> None:
+    """It reserves gigabytes, has threads of its own, and handles its own faults."""
+    program = need_program("rmiregistry")  # the smallest that comes with it
+    process = subprocess.Popen(
+        [program, "0"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    await until(lambda: "Signal Dispatch" in thread_names(process.pid))  # it has started
+    process.send_signal(signal.SIGSEGV)
+    assert process.wait(60) == -signal.SIGABRT
+
+    record = await recorder.captured(process.pid)
+
+    core = recorder.file(process.pid, "core")
+    assert not record.files[core.name].truncated
+    found = json.loads(recorder.file(process.pid, "backtrace_json").read_bytes())
+    crashed = found["threads"][0]
+    modules = [Path(module["path"]).name for module in found["modules"]]
+    there = {modules[frame["module"]] for frame in crashed["frames"] if frame["module"] is not None}
+    assert "libjvm.so" in there
+    assert "JVM_handle_linux_signal" in [frame["symbol"] for frame in crashed["frames"]]
+    # What the machine says of it itself lies where it ran.
+    assert list(tmp_path.glob(f"hs_err_pid{process.pid}.log"))
+
+
+def thread_names(pid: int) -> set[str]:
+    return {comm.read_text().strip() for comm in Path(f"/proc/{pid}/task").glob("*/comm")}
 
 
 @by_one_mechanism
