@@ -73,6 +73,7 @@ _BASE = frozenset(
     start_thread thread_start clone clone3 __clone __clone3 __GI___clone3
     """.split()  # noqa: SIM905 - as above
 )
+_BASE_UNNAMED = frozenset(("? in libc.so", "? in libpthread.so"))
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,19 @@ def fingerprint(signal_name: str, program: str, calls: Iterable[Call]) -> str | 
 
 def frames(calls: Iterable[Call]) -> tuple[str, ...]:
     """Return the names that the fingerprint is made of, innermost first."""
-    known = [name for name in map(_name, calls) if name not in _BASE]
+    known = _above_base(list(map(_name, calls)))
     # All of them, if nothing but a messenger is there: a program can abort by itself.
     said = list(_without_messengers(known)) or known
     return tuple(islice(dict.fromkeys(said), FRAMES))
+
+
+def _above_base(names: list[str]) -> list[str]:
+    """Return what lies above the base of a stack, whether the C library has symbols or not."""
+    end = len(names)
+    while end and (names[end - 1] in _BASE or names[end - 1] in _BASE_UNNAMED):
+        end -= 1
+    # If nothing else is there, the C library's own thread crashed.
+    return [name for name in names[:end] or names if name not in _BASE]
 
 
 def normalise(symbol: str) -> str:

@@ -137,6 +137,23 @@ def test_program_s_function_without_a_name_is_known_by_its_place() -> None:
     assert fingerprint("SIGSEGV", "app", one) != fingerprint("SIGSEGV", "app", other)
 
 
+def test_base_of_a_stack_does_not_count_whether_it_has_symbols_or_not() -> None:
+    libc = "/lib/x86_64-linux-gnu/libc.so.6"
+    top = [Call("parse"), Call(None, libc), Call("main")]
+    bases = (
+        [
+            Call("__libc_start_call_main", libc),
+            Call("__libc_start_main_impl", libc),
+            Call("_start"),
+        ],
+        [Call(None, libc), Call("__libc_start_main", libc), Call("_start")],
+        [Call(None, libc), Call(None, libc)],
+    )
+
+    assert {frames(top + base) for base in bases} == {("parse", "? in libc.so", "main")}
+    assert frames([Call(None, libc), Call("_start")]) == ("? in libc.so",)
+
+
 def test_deep_frames_do_not_count() -> None:
     top = [f"f{n}" for n in range(FRAMES)]
 
