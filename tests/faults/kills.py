@@ -136,19 +136,24 @@ async def _recorder_caught(blow: Blow) -> ServiceProcess:
 
 @asynccontextmanager
 async def detector_killed(blow: Blow) -> AsyncIterator[None]:
-    rig = blow.rig
-    detector, before = rig.service("detector"), rig.crashed
-    detector.kill(SIGKILL)
-    yield
-    await blow.until("crashes unseen", lambda: rig.crashed - before)
-    await rig.restart(detector)
+    detector = blow.rig.service("detector")
+    async with _missing_crashes(blow, "crashes unseen"):
+        detector.kill(SIGKILL)
+        yield
+    await blow.rig.restart(detector)
 
 
 @asynccontextmanager
 async def detector_stopped(blow: Blow) -> AsyncIterator[None]:
-    rig = blow.rig
-    detector, before = rig.service("detector"), rig.crashed
-    detector.kill(SIGSTOP)
-    yield
-    await blow.until("crashes seen late", lambda: rig.crashed - before)
+    detector = blow.rig.service("detector")
+    async with _missing_crashes(blow, "crashes seen late"):
+        detector.kill(SIGSTOP)
+        yield
     detector.kill(SIGCONT)
+
+
+@asynccontextmanager
+async def _missing_crashes(blow: Blow, what: str) -> AsyncIterator[None]:
+    before = blow.rig.crashed
+    yield
+    await blow.until(what, lambda: blow.rig.crashed - before)
