@@ -97,7 +97,16 @@ def binary_name(kind: Kind, build_id: str, sha256: str) -> str:
 def binary_folder(name: str) -> str | None:
     """Return the folder at a destination of a file with a binary's name; None for any other."""
     match = _BINARY.fullmatch(name)
-    return match and f"{BINARIES}/{match[2][:2]}/{match[2][2:]}"
+    return match and _build_folder(match[2])
+
+
+def binary_key(kind: Kind, build_id: str) -> str:
+    """Return where a destination has a build's file of a kind."""
+    return f"{_build_folder(build_id)}/{kind}"
+
+
+def _build_folder(build_id: str) -> str:
+    return f"{BINARIES}/{build_id[:2]}/{build_id[2:]}"
 
 
 def folder(host: str, crashed_at: float, process_name: str, crash_id: str) -> str:

@@ -94,7 +94,7 @@ class Conditions:
             ),
             debug_directories=settings.debug_directories,
             debuginfod=Debuginfod(
-                settings.debuginfod_servers,
+                settings.debug_sources,
                 settings.debuginfod_cache,
                 settings.debuginfod_deadline,
                 settings.max_binary_bytes,

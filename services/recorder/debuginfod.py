@@ -1,4 +1,4 @@
-"""Debug information from debuginfod servers, fetched once for each build ID.
+"""Debug information from debuginfod servers and buckets, fetched once for each build ID.
 
 What a server sends is parsed by C libraries later on, and the way to it is the network's, so a
 process without rights fetches it, `debuginfod_worker`, into files that are opened for it. Here it
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from crashbus import elf
 from services.recorder import metrics
+from services.recorder.debug_sources import Sources
 from services.recorder.debuginfod_worker import Fetched, Order, Wanted
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -37,6 +38,7 @@ class Debuginfod:
     """Fetches into a directory of the form that gdb and drgn know; used by several threads.
 
     Args:
+        sources: who is asked.
         cache: the directory; its files are readable for everyone.
         within: seconds for all files of one crash.
         max_bytes: of one file.
@@ -44,9 +46,9 @@ class Debuginfod:
     """
 
     def __init__(
-        self, urls: tuple[str, ...], cache: Path, within: float, max_bytes: int, cache_bytes: int
+        self, sources: Sources, cache: Path, within: float, max_bytes: int, cache_bytes: int
     ) -> None:
-        self._urls = urls
+        self._sources = sources
         self._cache = cache
         self._within = within
         self._max_bytes = max_bytes
@@ -59,7 +61,7 @@ class Debuginfod:
         Args:
             within: seconds that there are.
         """
-        if not self._urls or min(within, self._within) < _AT_LEAST:
+        if not self._sources or min(within, self._within) < _AT_LEAST:
             return
         new = [one for one in dict.fromkeys(build_ids) if self._is_new(one)]
         if new:
@@ -90,8 +92,10 @@ class Debuginfod:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
                 hidden[one] = path, os.open(path, flags, 0o644)
             order = Order(
-                urls=self._urls,
-                wanted=tuple(Wanted(build_id=b, file=file) for b, (_, file) in hidden.items()),
+                wanted=tuple(
+                    Wanted(build_id=one, file=file, urls=self._sources.urls(one))
+                    for one, (_, file) in hidden.items()
+                ),
                 max_bytes=self._max_bytes,
                 seconds=within,
             )
@@ -119,6 +123,9 @@ class Debuginfod:
         for build_id in fetched.missing:
             metrics.DEBUGINFO.labels("missing").inc()
             self._remember(build_id)
+        if failed := len(hidden.keys() - set(fetched.whole) - set(fetched.missing)):
+            metrics.DEBUGINFO.labels("failed").inc(failed)
+            log.warning("debug information did not come", builds=failed, reasons=fetched.faults)
 
     def _remember(self, build_id: str) -> None:
         if len(self._missing) >= _REMEMBERED:

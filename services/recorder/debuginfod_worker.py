@@ -1,7 +1,7 @@
 """Fetches debug information and ends: ``python -I -m services.recorder.debuginfod_worker``.
 
 It runs as nobody, with the network and the files that were opened for it, and nothing else.
-Standard input is an `Order`, standard output a `Fetched`, both as JSON. See debuginfod(8).
+Standard input is an `Order`, standard output a `Fetched`, both as JSON.
 """
 
 import os
@@ -20,19 +20,25 @@ _AT_ONCE = 8
 _BLOCK = 256 * 1024  # bytes
 _NOT_THERE = 404
 _MARGIN = 0.3  # seconds of the order's that are kept for the answer
+_LONGEST_FAULT, _MOST_FAULTS = 200, 4  # characters of one that is told, and how many are
 _AGENT = {"User-Agent": "crashbus"}
 
 
 class Wanted(BaseModel):
-    """A build ID, and the descriptor of the empty file for its debug information."""
+    """A build ID, and the descriptor of the empty file for its debug information.
+
+    Attributes:
+        urls: the first that has it gives it.
+    """
 
     model_config = ConfigDict(frozen=True)
     build_id: str
     file: int
+    urls: tuple[str, ...]
 
 
 class Order(BaseModel):
-    """What the worker is to fetch; the first server that has a file gives it.
+    """What the worker is to fetch.
 
     Attributes:
         max_bytes: of one file.
@@ -40,18 +46,18 @@ class Order(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True)
-    urls: tuple[str, ...]
     wanted: tuple[Wanted, ...]
     max_bytes: int
     seconds: float
 
 
 class Fetched(BaseModel):
-    """The worker's answer: what came whole, and what no server has."""
+    """The worker's answer: what came whole, what nobody has, and why the rest did not come."""
 
     model_config = ConfigDict(frozen=True)
     whole: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
 
 
 def main() -> None:
@@ -66,27 +72,31 @@ def main() -> None:
     results = [(one, pool.submit(_fetch, order, one, end)) for one in order.wanted]
     whole: list[str] = []
     missing: list[str] = []
+    faults: set[str] = set()
     for one, result in results:
         try:
             there = result.result(max(0.0, end - time.monotonic()))
-        except (TimeoutError, OSError, ValueError):
+        except (TimeoutError, OSError, ValueError) as error:
+            faults.add(str(error)[:_LONGEST_FAULT] or type(error).__name__)
             continue
         (whole if there else missing).append(one.build_id)
-    sys.stdout.write(Fetched(whole=tuple(whole), missing=tuple(missing)).model_dump_json())
+    told = tuple(sorted(faults))[:_MOST_FAULTS]
+    answer = Fetched(whole=tuple(whole), missing=tuple(missing), faults=told)
+    sys.stdout.write(answer.model_dump_json())
     sys.stdout.flush()
     os._exit(0)  # threads that wait for a server do not keep us
 
 
 def _fetch(order: Order, one: Wanted, end: float) -> bool:
-    """Fetch a file from the first server that has it; False if none has.
+    """Fetch a file from the first place that has it; False if none has.
 
     Raises:
         OSError, ValueError: a server does not answer as it should.
     """
     fault: Exception | None = None
-    for url in order.urls:
+    for url in one.urls:
         try:
-            _download(f"{url.rstrip('/')}/buildid/{one.build_id}/debuginfo", order, one.file, end)
+            _download(url, order, one.file, end)
         except urllib.error.HTTPError as error:
             if error.code != _NOT_THERE:
                 fault = error

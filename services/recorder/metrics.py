@@ -49,8 +49,8 @@ RUNTIME_ANSWERS = Counter(
 BINARIES = Counter("crashbus_recorder_binaries_total", "Programs and libraries copied to the spool")
 DEBUGINFO = Counter(
     "crashbus_recorder_debuginfo_total",
-    "Debug information asked of debuginfod servers, by what became of it",
-    ["result"],  # fetched, missing, refused
+    "Debug information asked of debuginfod servers and buckets, by what became of it",
+    ["result"],  # fetched, missing, refused, failed
 )
 BACKTRACES = Counter(
     "crashbus_recorder_backtraces_total", "Backtraces, by what became of them", ["result"]

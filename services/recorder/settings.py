@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from crashbus import destination
+from services.common import s3_endpoint
 from services.common.settings import Settings, prefix_of
 from services.recorder.core_policy import Rule
+from services.recorder.debug_sources import S3, Sources
 
 _BUILT_HELPER = Path(__file__).parents[2] / "build" / "corepipe"
 
@@ -83,9 +86,22 @@ class RecorderSettings(Settings):
     )
     debuginfod_urls: str = Field(
         "",
-        description="servers of debug information, separated by spaces, as DEBUGINFOD_URLS; "
-        "what they have is fetched once for each build ID; empty: none is asked",
+        description="servers of debug information, as DEBUGINFOD_URLS, and buckets that have "
+        "build-id/<xx>/<rest>/debuginfo, as shippers leave it there (s3://bucket/prefix), "
+        "separated by spaces; what they have is fetched once for each build ID; empty: nobody is "
+        "asked",
     )
+    s3_endpoint: str = Field(
+        "https://s3.amazonaws.com",
+        description="the S3 server of such buckets: http(s)://host[:port]",
+    )
+    s3_region: str = Field("us-east-1", min_length=1, description="region of such buckets")
+    s3_access_key: SecretStr | None = Field(
+        None,
+        description="access key that may read and list them; without one they are read as anybody "
+        "may",
+    )
+    s3_secret_key: SecretStr | None = Field(None, description="secret key")
     debuginfod_deadline: float = Field(
         10,
         gt=0,
@@ -155,9 +171,14 @@ class RecorderSettings(Settings):
     http: str = Field("127.0.0.1:9602", description="host:port to serve health and metrics")
 
     @property
-    def debuginfod_servers(self) -> tuple[str, ...]:
-        """The URLs of `debuginfod_urls`."""
-        return tuple(self.debuginfod_urls.split())
+    def debug_sources(self) -> Sources:
+        """Who `debuginfod_urls` says is asked."""
+        access, secret = (
+            key.get_secret_value() if key else None
+            for key in (self.s3_access_key, self.s3_secret_key)
+        )
+        s3 = S3(self.s3_endpoint, self.s3_region, access, secret)
+        return Sources(tuple(self.debuginfod_urls.split()), s3)
 
     @property
     def debug_directories(self) -> tuple[Path, ...]:
@@ -168,9 +189,19 @@ class RecorderSettings(Settings):
     @classmethod
     def _has_urls(cls, given: str) -> str:
         for one in given.split():
-            if not one.startswith(("http://", "https://")):
-                raise ValueError(f"{one!r} is no URL of http:// or https://")
+            if one.startswith("s3://"):
+                try:
+                    destination.parse(one)
+                except destination.DestinationError as error:
+                    raise ValueError(str(error)) from None
+            elif not one.startswith(("http://", "https://")):
+                raise ValueError(f"{one!r} is no URL of http://, https:// or s3://")
         return given
+
+    @field_validator("s3_endpoint")
+    @classmethod
+    def _is_endpoint(cls, given: str) -> str:
+        return s3_endpoint.checked(given)
 
     @property
     def core_off_rules(self) -> tuple[Rule, ...]:

@@ -6,6 +6,7 @@ from typing import ClassVar
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from services.common import s3_endpoint
 from services.common.settings import Settings, prefix_of
 
 MIB = 1024 * 1024
@@ -131,9 +132,4 @@ class ShipperSettings(Settings):
     @field_validator("s3_endpoint")
     @classmethod
     def _is_endpoint(cls, given: str) -> str:
-        scheme, _, rest = given.partition("://")
-        if scheme not in ("http", "https") or not rest.strip("/") or "/" in rest.rstrip("/"):
-            raise ValueError("must be http://host[:port] or https://host[:port], without a path")
-        if "@" in rest:
-            raise ValueError("must not hold keys; they have settings of their own")
-        return given.rstrip("/")
+        return s3_endpoint.checked(given)

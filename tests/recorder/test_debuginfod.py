@@ -12,14 +12,19 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from pydantic import ValidationError
 
 from crashbus import elf
+from services.recorder import metrics
+from services.recorder.debug_sources import S3, Sources
 from services.recorder.debuginfod import Debuginfod
+from services.recorder.settings import RecorderSettings
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
 from tests.support.nats import free_port
 from tests.support.recorder import RecorderService, crash
 from tests.support.requirements import need_program
+from tests.support.s3 import S3Server
 from tests.support.wait import until
 
 WITHIN = 30.0  # seconds
@@ -146,7 +151,7 @@ BUILD_ID = "00" * 20
 
 
 def fetcher(url: str, cache: Path, within: float = WITHIN, cache_bytes: int = MIB) -> Debuginfod:
-    return Debuginfod((url,), cache, within, MIB, cache_bytes)
+    return Debuginfod(Sources((url,)), cache, within, MIB, cache_bytes)
 
 
 def files(cache: Path) -> list[Path]:
@@ -193,6 +198,62 @@ def test_server_that_is_not_there_costs_nothing_but_the_lines(tmp_path: Path) ->
     fetcher(f"http://127.0.0.1:{free_port()}", tmp_path).fetch([BUILD_ID], WITHIN)
 
     assert not files(tmp_path)
+
+
+def of_bucket(s3: S3Server, place: str, *keys: str) -> Sources:
+    return Sources((place,), S3(s3.endpoint, "us-east-1", *keys))
+
+
+def failed() -> float:
+    return metrics.DEBUGINFO.labels("failed")._value.get()
+
+
+def test_bucket_has_what_shippers_left_there(s3: S3Server, tmp_path: Path) -> None:
+    _, debug, build_id = stripped(tmp_path)
+    bucket = s3.make_bucket()
+    key = f"hosts/all/build-id/{build_id[:2]}/{build_id[2:]}/debuginfo"
+    s3.client().fput_object(bucket, key, str(debug))
+    sources = of_bucket(s3, f"s3://{bucket}/hosts/all", s3.access_key, s3.secret_key)
+    cache = tmp_path / "cache"
+
+    Debuginfod(sources, cache, WITHIN, MIB, 8 * MIB).fetch([build_id, BUILD_ID], WITHIN)
+
+    assert [path.read_bytes() for path in files(cache)] == [debug.read_bytes()]
+    # Whoever takes over the process that fetches finds no key, but what one object is read with.
+    urls = sources.urls(build_id)
+    assert all(s3.secret_key not in url for url in urls)
+    assert urlopen(urls[0]).read() == debug.read_bytes()
+
+
+def test_bucket_that_refuses_is_counted_and_asked_again(s3: S3Server, tmp_path: Path) -> None:
+    bucket = s3.make_bucket()
+    for keys in ((), (s3.access_key, "wrong")):
+        before = failed()
+        fetching = Debuginfod(of_bucket(s3, f"s3://{bucket}", *keys), tmp_path, WITHIN, MIB, MIB)
+
+        fetching.fetch([BUILD_ID], WITHIN)
+        fetching.fetch([BUILD_ID], WITHIN)
+
+        assert failed() == before + 2
+        assert not files(tmp_path)
+
+
+def test_bucket_that_has_it_not_is_not_asked_again(s3: S3Server, tmp_path: Path) -> None:
+    sources = of_bucket(s3, f"s3://{s3.make_bucket()}", s3.access_key, s3.secret_key)
+    fetching = Debuginfod(sources, tmp_path, WITHIN, MIB, MIB)
+    missing = metrics.DEBUGINFO.labels("missing")._value.get
+
+    before = missing()
+    fetching.fetch([BUILD_ID], WITHIN)
+    fetching.fetch([BUILD_ID], WITHIN)
+
+    assert missing() == before + 1
+
+
+@pytest.mark.parametrize("place", ["s3://x", "s3://key:secret@bucket/x", "ftp://server"])
+def test_place_that_is_none_is_refused(place: str) -> None:
+    with pytest.raises(ValidationError):
+        RecorderSettings(debuginfod_urls=place)
 
 
 def test_cache_keeps_what_was_used_last(tmp_path: Path) -> None:
