@@ -21,9 +21,12 @@ HEADER_INDEX = "Crashbus-Index"
 HEADER_SIZE = "Crashbus-Size"
 HEADER_SHA256 = "Crashbus-SHA256"
 
+Unpacked = bytes | memoryview
+
 _KIB = 1024
 _HEADER_ROOM = 4 * _KIB  # NATS counts headers into max_payload
 _GRAIN = 64 * _KIB
+_RUN_OF_ONE_BYTE = 1  # a type of block, RFC 8878, 3.1.1.2
 MAX_CHUNK_SIZE = 8 * _KIB * _KIB  # NATS advises against larger messages, whatever it allows
 
 
@@ -104,16 +107,21 @@ class Packer:
         self._zeros = bytes(size)
         self._packed_zeros: tuple[bytes, str] | None = None
 
-    def pack(self, index: int, data: bytes) -> Chunk:
-        """Return the chunk of a range."""
+    @property
+    def zeros(self) -> bytes:
+        """A whole range of zeros, for those who know that there is nothing else."""
+        return self._zeros
+
+    def pack(self, index: int, data: bytes | bytearray) -> Chunk:
+        """Return the chunk of a range, which the caller may overwrite afterwards."""
         if data == self._zeros:
             if self._packed_zeros is None:
                 self._packed_zeros = self._pack(data)
             return Chunk(index, len(data), *self._packed_zeros)
         return Chunk(index, len(data), *self._pack(data))
 
-    def _pack(self, data: bytes) -> tuple[bytes, str]:
-        body = data if self._encoding == "identity" else self._compressor.compress(data)
+    def _pack(self, data: bytes | bytearray) -> tuple[bytes, str]:
+        body = bytes(data) if self._encoding == "identity" else self._compressor.compress(data)
         return body, hashlib.sha256(body).hexdigest()
 
     @property
@@ -148,7 +156,7 @@ class Encoder:
         self.stored_size += len(chunk.body)
         return chunk
 
-    def cut(self, data: bytes) -> int:
+    def cut(self, data: bytes | bytearray) -> int:
         """Take the next range of the file and return its index; `packer` makes its chunk."""
         self._hash.update(data)
         self.size += len(data)
@@ -169,7 +177,7 @@ class Verifier:
     """
 
     def __init__(self, encoding: Encoding) -> None:
-        self._decompressor = zstandard.ZstdDecompressor() if encoding == "zstd" else None
+        self.is_compressed = encoding == "zstd"
         self._hash = hashlib.sha256()
         self.next_index = 0
         self.size = 0
@@ -181,31 +189,54 @@ class Verifier:
         Raises:
             DamagedFile: not the next chunk, or it does not hold what it announces.
         """
-        if chunk.index != self.next_index:
-            raise DamagedFile(f"chunk {chunk.index} came where {self.next_index} was due")
-        data = self._file_bytes(chunk)
-        if len(data) != chunk.size:
-            raise DamagedFile(f"chunk {chunk.index}: {len(data)} bytes, {chunk.size} announced")
-        self._hash.update(data)
-        self.next_index += 1
-        self.size += len(data)
-        self.stored_size += len(chunk.body)
-        return data
+        data = self.unpack(chunk)
+        self.take(chunk, data)
+        return bytes(data)
 
-    def _file_bytes(self, chunk: Chunk) -> bytes:
-        if self._decompressor is None:
+    def unpack(self, chunk: Chunk, buffer: bytearray | None = None) -> Unpacked:
+        """Return the file bytes of a chunk, whichever is due; at any time, in any thread.
+
+        Args:
+            buffer: where to put them if they were compressed, of `chunk.size` bytes or more. A
+                fresh block for each chunk costs the kernel as much as decompressing does.
+
+        Raises:
+            DamagedFile: it does not hold what it announces.
+        """
+        if not self.is_compressed:
+            if len(chunk.body) != chunk.size:
+                raise DamagedFile(
+                    f"chunk {chunk.index}: {len(chunk.body)} bytes, {chunk.size} announced"
+                )
             return chunk.body
         try:
             announced = zstandard.frame_content_size(chunk.body)
             if announced != chunk.size:
                 raise DamagedFile(f"chunk {chunk.index}: frame of {announced}, not {chunk.size}")
             # Bytes behind the frame would be stored unchecked.
-            data: bytes = self._decompressor.decompress(
-                chunk.body, max_output_size=chunk.size, allow_extra_data=False
-            )
+            if _frame_length(chunk.body) != len(chunk.body):
+                raise DamagedFile(f"chunk {chunk.index} is not one zstd frame")
+            data = memoryview(buffer or bytearray(chunk.size))[: chunk.size]
+            with zstandard.ZstdDecompressor().stream_reader(chunk.body) as frame:
+                held = frame.readinto(data)
         except zstandard.ZstdError as error:
             raise DamagedFile(f"chunk {chunk.index} is not a zstd frame: {error}") from None
+        if held != chunk.size:
+            raise DamagedFile(f"chunk {chunk.index}: {held} bytes, {chunk.size} announced")
         return data
+
+    def take(self, chunk: Chunk, data: Unpacked) -> None:
+        """Take the next chunk, which was unpacked before.
+
+        Raises:
+            DamagedFile: it is not the next one.
+        """
+        if chunk.index != self.next_index:
+            raise DamagedFile(f"chunk {chunk.index} came where {self.next_index} was due")
+        self._hash.update(data)
+        self.next_index += 1
+        self.size += len(data)
+        self.stored_size += len(chunk.body)
 
     def finish(self, size: int, sha256: str) -> None:
         """Check the whole file against what was announced.
@@ -218,3 +249,21 @@ class Verifier:
         actual = self._hash.hexdigest()
         if actual != sha256:
             raise DamagedFile(f"SHA-256 is {actual}, {sha256} was announced")
+
+
+def _frame_length(body: bytes) -> int:
+    """Return the length of the frame that `body` begins with; 0 where it does not end in there.
+
+    Its header, its blocks, each with a header of its own, and perhaps a checksum: RFC 8878, 3.1.1.
+    """
+    at = zstandard.frame_header_size(body)
+    last = False
+    while not last:
+        header = int.from_bytes(body[at : at + 3], "little")
+        if at + 3 > len(body):
+            return 0
+        last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
+        at += 3 + (1 if kind == _RUN_OF_ONE_BYTE else size)
+    if zstandard.get_frame_parameters(body).has_checksum:
+        at += 4
+    return at if at <= len(body) else 0

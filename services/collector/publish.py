@@ -1,42 +1,41 @@
 """Putting one crash file on the bus, chunk by chunk, in constant memory.
 
-A file is read and hashed in order; its chunks are made by several threads meanwhile, and sent in
-order. All this is done for cores and binaries at a lower priority than for small files.
+Cores and binaries are read and packed at a lower priority than small files.
 """
 
 import asyncio
-import errno
 import io
 import os
-import threading
-from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from crashbus import streams
 from crashbus.bus import Bus
-from crashbus.chunks import Chunk, Encoder, chunk_size
+from crashbus.chunks import Encoder, chunk_size
 from crashbus.errors import CrashbusError
 from crashbus.layout import LARGE, Kind
 from crashbus.messages import CrashFile
 from services.collector import metrics, spool
 from services.collector.growing import Growing, Unsteady
 from services.collector.ledger import Source
+from services.collector.ranges import (
+    FileRanges,
+    NextRange,
+    Packing,
+    Reach,
+    Unreadable,
+    in_background,
+)
 from services.collector.sending import Sending
 from services.collector.spool import Refused
 
 MAX_SMALL = 16 * 1024 * 1024  # bytes of any file that is not large; AppScope's have kilobytes
 MESSAGE_OVERHEAD = 512  # bytes of subject and headers that the bus stores with each chunk
-PACKED_AT_ONCE = min(4, len(os.sched_getaffinity(0)))  # ranges of a core compressed at a time
-PACKED_BYTES = 8 * 1024 * 1024  # of them together, beyond the first
-NICE = 5  # of the threads that do so, setpriority(2): all else on the host goes first
-
 Read = Callable[[int], Awaitable[bytes]]  # gives so many bytes of a file, fewer only at its end
-NextRange = Callable[[Encoder], Awaitable[bytes]]  # … which are counted and hashed then
-Reach = Callable[[int], Awaitable[int]]  # waits until bytes can be read, tells how many can
 
 
 class SourceLost(CrashbusError):
@@ -67,13 +66,6 @@ class Identity:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _in_background() -> ThreadPoolExecutor:
-    def begin() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-
-    return ThreadPoolExecutor(1 + PACKED_AT_ONCE, "large files", begin)
-
-
 @dataclass(frozen=True)
 class Publisher:
     """Reads files of the spool and publishes their chunks.
@@ -91,7 +83,7 @@ class Publisher:
     limit: int
     without_room: set[str] = field(default_factory=set)
     receiving: dict[str, asyncio.Event] = field(default_factory=dict)
-    _background: ThreadPoolExecutor = field(default_factory=_in_background)
+    _background: ThreadPoolExecutor = field(default_factory=in_background)
 
     async def publish(self, crash_id: str, source: Source) -> CrashFile:
         """Put all chunks of a file on the bus and return what it is.
@@ -130,10 +122,10 @@ class Publisher:
 
         Whatever is raised, what was put on the bus is removed again.
         """
-        encoder, sending = self._begin(crash_id, source)
-        run = asyncio.get_running_loop().run_in_executor
+        packing, sending = self._begin(crash_id, source)
+        encoder, run = packing.encoder, asyncio.get_running_loop().run_in_executor
 
-        async def next_range(encoder: Encoder) -> bytes:
+        async def next_range() -> bytes:
             data = await read(encoder.chunk_size)
             if encoder.size + len(data) > self.limit:
                 text = f"{source.name} is larger than {self.limit} bytes"
@@ -143,7 +135,7 @@ class Publisher:
             return data
 
         try:
-            await self._send(source, next_range, encoder, sending)
+            await self._send(source, packing, next_range, sending)
         except BaseException:  # the recorder may be gone
             await sending.give_up()
             raise
@@ -186,66 +178,45 @@ class Publisher:
     def _path(self, source: Source) -> Path:
         return self.root / source.directory / source.name
 
-    def _begin(self, crash_id: str, source: Source) -> tuple[Encoder, Sending]:
+    def _begin(self, crash_id: str, source: Source) -> tuple[Packing, Sending]:
         compressed = source.kind is Kind.CORE and self.level > 0
         encoder = Encoder(
             chunk_size(self.bus.max_payload), "zstd" if compressed else "identity", self.level or 1
         )
-        return encoder, Sending(self.bus, crash_id, source.name, self.without_room)
+        packing = Packing(encoder, self._background if source.kind in LARGE else None)
+        return packing, Sending(self.bus, crash_id, source.name, self.without_room)
 
     async def _publish(
         self, crash_id: str, source: Source, file: BinaryIO, reach: Reach
     ) -> CrashFile:
-        encoder, sending = self._begin(crash_id, source)
+        packing, sending = self._begin(crash_id, source)
         limit = self.limit if source.kind in LARGE else min(self.limit, MAX_SMALL)
-        threads = self._threads(source)
-        run = asyncio.get_running_loop().run_in_executor
-        size = 0  # of the file, which may be above the limit
-
-        async def next_range(encoder: Encoder) -> bytes:
-            nonlocal size
-            size = await reach(encoder.size + encoder.chunk_size)
-            end = min(size, limit)
-            if encoder.size >= end:
-                return b""
-            return await run(threads, self._next, source, file, encoder, end)
-
+        ranges = FileRanges(file, packing, reach, limit)
         try:
-            await self._send(source, next_range, encoder, sending)
+            await self._send(source, packing, ranges.next, sending)
         except (SourceLost, Unsteady):
             await sending.give_up()
             raise
-        return _published(source, encoder, size, limit)
-
-    def _threads(self, source: Source) -> Executor | None:
-        return self._background if source.kind in LARGE else None
+        except Unreadable as error:
+            await sending.give_up()
+            text = f"{self._path(source)} cannot be read: {error}"
+            raise SourceLost("source_unreadable", text) from None
+        return _published(source, packing.encoder, ranges.file_size, limit)
 
     async def _send(
-        self, source: Source, next_range: NextRange, encoder: Encoder, sending: Sending
+        self, source: Source, packing: Packing, next_range: NextRange, sending: Sending
     ) -> None:
         """Send all chunks."""
-        room: int | None = None
-        threads = self._threads(source)
-        run = asyncio.get_running_loop().run_in_executor
-        packing: deque[asyncio.Future[Chunk]] = deque()
-
-        async def send_first() -> None:
-            nonlocal room
-            chunk = await packing.popleft()
-            encoder.stored_size += len(chunk.body)
-            # Most small files have one chunk, for which there is room.
-            if room is None and (chunk.index or source.kind in LARGE):
-                room = await self.bus.chunk_store_bytes(source.name)
-            if room is not None and encoder.stored_size + chunk.index * MESSAGE_OVERHEAD > room:
-                raise self._too_large(source, room)
-            await sending.send(chunk)
-
-        while data := await next_range(encoder):
-            packing.append(run(threads, encoder.packer.pack, encoder.count - 1, data))
-            if len(packing) > min(PACKED_AT_ONCE, PACKED_BYTES // encoder.chunk_size):
-                await send_first()
-        while packing:
-            await send_first()
+        room, encoder = None, packing.encoder
+        async with aclosing(packing.chunks(next_range)) as chunks:
+            async for chunk in chunks:
+                encoder.stored_size += len(chunk.body)
+                # Most small files have one chunk, for which there is room.
+                if room is None and (chunk.index or source.kind in LARGE):
+                    room = await self.bus.chunk_store_bytes(source.name)
+                if room is not None and encoder.stored_size + chunk.index * MESSAGE_OVERHEAD > room:
+                    raise self._too_large(source, room)
+                await sending.send(chunk)
         await sending.flush()
 
     def _too_large(self, source: Source, room: int) -> SourceLost:
@@ -255,40 +226,6 @@ class Publisher:
             f" give the stream {streams.chunks_of(source.name)} more"
             " (CRASHBUS_CHUNK_STORE_BYTES when it is made)",
         )
-
-    def _next(self, source: Source, file: BinaryIO, encoder: Encoder, end: int) -> bytes:
-        """Return the next range up to `end`, counted and hashed; nothing where there is no more."""
-        try:
-            data = _read(file, encoder.size, min(encoder.chunk_size, end - encoder.size))
-        except OSError as error:
-            raise SourceLost(
-                "source_unreadable", f"{self._path(source)} cannot be read: {error}"
-            ) from None
-        metrics.BYTES_READ.inc(len(data))
-        if data:
-            encoder.cut(data)
-        return data
-
-
-def _read(file: BinaryIO, at: int, size: int) -> bytes:
-    """Read `size` bytes at a place, fewer only at the end of the file."""
-    if _is_hole(file, at, size):
-        return bytes(size)
-    parts, left = [], size
-    while left and (part := os.pread(file.fileno(), left, at + size - left)):
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
-
-
-def _is_hole(file: BinaryIO, at: int, size: int) -> bool:
-    """Tell whether there is nothing in a range but a hole, lseek(2); it need not be read then."""
-    try:
-        found = os.lseek(file.fileno(), at, os.SEEK_DATA)
-    except OSError as error:
-        behind_data = error.errno == errno.ENXIO
-        return behind_data and at + size <= os.fstat(file.fileno()).st_size
-    return found >= at + size
 
 
 def _published(source: Source, encoder: Encoder, size: int, limit: int) -> CrashFile:

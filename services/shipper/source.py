@@ -1,12 +1,13 @@
 """The source of a delivery: a crash file's chunks on the bus, each checked on its way through."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from crashbus.bus import Bus
-from crashbus.chunks import Chunk, Verifier
+from crashbus.chunks import Chunk, Unpacked, Verifier
 from crashbus.errors import ChunksMissing, DamagedFile
 from crashbus.messages import CrashFile
 from services.shipper import metrics
@@ -21,14 +22,14 @@ class Piece:
         index: position among the chunks, from 0.
         offset: position of `data` in the file, in bytes.
         stored: what a destination stores; pieces end to end are the object.
-        data: the same, uncompressed.
+        data: the same, uncompressed; only until the next piece is asked for.
         sha256: hexadecimal, of `stored`.
     """
 
     index: int
     offset: int
     stored: bytes
-    data: bytes
+    data: Unpacked
     sha256: str
 
 
@@ -58,12 +59,14 @@ class Source:
         verifier = Verifier(self.file.encoding)
         chunks = self.bus.chunks(self.crash_id, self.file.name, self.file.chunks)
         try:
-            async with aclosing(_one_ahead(chunks)) as coming:
-                async for chunk in coming:
-                    piece = await asyncio.to_thread(_checked, verifier, chunk)
-                    metrics.BYTES_IN.inc(len(piece.stored))
+            async with aclosing(_unpacked(verifier, chunks)) as coming:
+                async for chunk, data in coming:
+                    offset = verifier.size
+                    await asyncio.to_thread(verifier.take, chunk, data)
+                    self._check_so_far(verifier)
+                    metrics.BYTES_IN.inc(len(chunk.body))
                     self.progress()
-                    yield piece
+                    yield Piece(chunk.index, offset, chunk.body, data, chunk.sha256)
             self._check_whole(verifier)
         except ChunksMissing as error:
             raise Unfit(
@@ -79,6 +82,11 @@ class Source:
                 str(error),
                 "find out who publishes on crash.chunk.>, then let the collector publish it again",
             ) from error
+
+    def _check_so_far(self, verifier: Verifier) -> None:
+        # Destinations hold in memory what is small by its announcement.
+        if verifier.stored_size > self.file.stored_size or verifier.size > self.file.size:
+            raise DamagedFile(f"more bytes came than the {self.file.size} that were announced")
 
     def _check_whole(self, verifier: Verifier) -> None:
         verifier.finish(self.file.size, self.file.sha256)
@@ -102,7 +110,28 @@ async def _one_ahead(chunks: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None
             coming.exception()  # of a chunk that nobody waits for any more
 
 
-def _checked(verifier: Verifier, chunk: Chunk) -> Piece:
-    offset = verifier.size
-    data = verifier.accept(chunk)
-    return Piece(chunk.index, offset, chunk.body, data, chunk.sha256)
+async def _unpacked(
+    verifier: Verifier, chunks: AsyncIterator[Chunk]
+) -> AsyncGenerator[tuple[Chunk, Unpacked], None]:
+    """Yield chunks with what is in them; the next one is unpacked while one is hashed and sent.
+
+    Two buffers take turns, so what was yielded is overwritten when the next one was asked for.
+    """
+    buffers = deque((bytearray(), bytearray()))
+    under_way: deque[tuple[Chunk, asyncio.Future[Unpacked]]] = deque()
+    try:
+        async with aclosing(_one_ahead(chunks)) as coming:
+            async for chunk in coming:
+                buffers.rotate()
+                if verifier.is_compressed and len(buffers[0]) < chunk.size:
+                    buffers[0] = bytearray(chunk.size)
+                unpacking = asyncio.to_thread(verifier.unpack, chunk, buffers[0])
+                under_way.append((chunk, asyncio.ensure_future(unpacking)))
+                if len(under_way) == len(buffers):
+                    first, data = under_way.popleft()
+                    yield first, await data
+        while under_way:
+            first, data = under_way.popleft()
+            yield first, await data
+    finally:
+        await asyncio.gather(*(data for _, data in under_way), return_exceptions=True)

@@ -6,7 +6,6 @@ server is asked what it has. An upload that was not finished stays for the next 
 shipper, and is aborted where there will be none.
 """
 
-import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -17,6 +16,7 @@ from crashbus import layout
 from crashbus.destination import Destination
 from crashbus.messages import CrashFile
 from services.shipper.destinations.base import Deliverer
+from services.shipper.destinations.part_buffer import PartBuffers
 from services.shipper.destinations.s3_api import Begun, S3Api
 from services.shipper.destinations.s3_failures import as_failure
 from services.shipper.destinations.s3_upload import (
@@ -36,7 +36,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 MAX_PARTS = 10_000  # https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 MAX_PART_SIZE = 64 * MIB  # ours: a part is held in memory
 MAX_KEY = 1024  # bytes of UTF-8
-PARTS_IN_MEMORY = 6  # of all large objects together
+PARTS_IN_MEMORY = 5  # of all large objects together
 
 
 class S3Deliverer(Deliverer):
@@ -48,7 +48,7 @@ class S3Deliverer(Deliverer):
         self._part_size = settings.s3_part_size
         self._may_create = settings.s3_create_bucket
         self._abandoned_after = settings.s3_abandoned_after
-        self._slots = asyncio.Semaphore(PARTS_IN_MEMORY)
+        self._buffers = PartBuffers(PARTS_IN_MEMORY, self._part_size)
 
     async def check(self) -> None:
         await run_whole(self._check, patience=PATIENCE)
@@ -141,7 +141,7 @@ class S3Deliverer(Deliverer):
             raise Unfit(
                 file, "file_too_large", f"more than {MAX_PARTS * MAX_PART_SIZE} bytes", mend
             )
-        return Place(self._api, self.destination.bucket, key, part_size, self._slots)
+        return Place(self._api, self.destination.bucket, key, part_size, self._buffers)
 
     def _key(self, folder: str, file: CrashFile) -> str:
         return "/".join(filter(None, (self.destination.prefix, folder, file.stored_name)))

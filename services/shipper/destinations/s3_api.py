@@ -85,7 +85,7 @@ class S3Api:
         self._client.make_bucket(bucket)
 
     def put(
-        self, bucket: str, key: str, data: bytearray, md5: bytes, headers: Mapping[str, str]
+        self, bucket: str, key: str, data: memoryview, md5: bytes, headers: Mapping[str, str]
     ) -> None:
         """Write a whole object."""
         self._client._put_object(bucket, key, data, {**headers, **_md5_header(md5)})
@@ -95,7 +95,7 @@ class S3Api:
         return str(self._client._create_multipart_upload(bucket, key, dict(headers)))
 
     def put_part(
-        self, bucket: str, key: str, upload: str, number: int, data: bytearray, md5: bytes
+        self, bucket: str, key: str, upload: str, number: int, data: memoryview, md5: bytes
     ) -> str:
         """Write one part (numbers begin with 1) and return its ETag."""
         headers = _md5_header(md5)

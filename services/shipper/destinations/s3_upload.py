@@ -14,6 +14,7 @@ import structlog
 
 from crashbus.messages import CrashFile
 from services.shipper import metrics
+from services.shipper.destinations.part_buffer import PartBuffer, PartBuffers
 from services.shipper.destinations.s3_api import S3Api, Stat
 from services.shipper.destinations.s3_failures import as_failure
 from services.shipper.destinations.s3_resume import Part, Unfinished, is_there, to_take_up
@@ -38,15 +39,15 @@ class Place:
     """Where an object goes.
 
     Attributes:
-        slots: shared by all uploads to a destination: each part takes one as long as it is in
-            memory, from its first byte until the server has it.
+        buffers: shared by all uploads to a destination: each part has one from its first byte
+            until the server has it.
     """
 
     api: S3Api
     bucket: str
     key: str
     part_size: int
-    slots: asyncio.Semaphore
+    buffers: PartBuffers
 
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.key}"
@@ -71,10 +72,9 @@ class Upload:
             META_SHA256: file.sha256,
             META_SIZE: str(file.size),
         }
-        self._buffer = bytearray()
-        self._has_slot = False
-        # Small files never wait for a slot that large ones hold.
-        self._needs_slots = file.stored_size > place.part_size
+        # Small files never wait for a buffer that large ones hold.
+        self._is_small = file.stored_size <= place.part_size
+        self._buffer = PartBuffer(file.stored_size) if self._is_small else None
         self._size = 0
         self._upload_id = ""
         self._parts: list[Part] = []  # as they were cut
@@ -84,20 +84,19 @@ class Upload:
 
     async def write(self, data: bytes) -> None:
         """Append data; sends a part when there is enough for one."""
-        if self._needs_slots and not self._has_slot:
-            await self._place.slots.acquire()
-            self._has_slot = True
-        self._buffer += data
+        if self._buffer is None:
+            self._buffer = await self._place.buffers.take()
+        self._buffer.append(data)
         self._size += len(data)
-        if len(self._buffer) >= self._place.part_size:
-            await self._send_part()
+        if len(self._buffer) >= self._place.part_size and not self._is_small:
+            await self._send_part(self._buffer)
 
     async def complete(self) -> None:
         """Make what was written an object, and see that the server has exactly that."""
         if self._parts:
             if self._buffer:
-                await self._send_part()
-            self._free_slot()
+                await self._send_part(self._buffer)
+            self._free_buffer()
             await self._until_sending(0)
             await self._call(self._complete_parts)
         else:
@@ -105,7 +104,7 @@ class Upload:
 
     async def leave(self, for_good: bool) -> None:
         """Stop; what is at the server stays for whoever takes it up, or goes for good."""
-        self._free_slot()
+        self._free_buffer()
         for task in self._sending:
             task.cancel()
         if self._sending:
@@ -124,33 +123,36 @@ class Upload:
 
         return await run_whole(as_ours, patience=PATIENCE)
 
-    async def _send_part(self) -> None:
-        data, self._buffer = self._buffer, bytearray()
-        digest = await asyncio.to_thread(_md5, data)
-        part = Part(len(self._parts) + 1, len(data), digest.hex())
+    async def _send_part(self, full: PartBuffer) -> None:
+        digest = await asyncio.to_thread(_md5, full.content)
+        part = Part(len(self._parts) + 1, len(full), digest.hex())
         self._parts.append(part)
         if not self._upload_id:
             await self._call(self._take_up_or_begin, part)
         if is_there(self._stored, part):
             metrics.PART_BYTES.labels("found").inc(part.size)
             self._note(part, part.etag)
-            return  # the next part takes over the slot
+            full.clear()
+            return  # the next part takes over the buffer
         await self._until_sending(AT_ONCE - 1)
-        task = asyncio.create_task(self._put_part(part, data, digest), name="part")
+        task = asyncio.create_task(self._put_part(part, full, digest), name="part")
         task.add_done_callback(seen)  # of several that fail one is told
-        if self._has_slot:
-            self._has_slot = False
-            task.add_done_callback(lambda _: self._place.slots.release())
         self._sending.add(task)
+        self._buffer = None
 
-    def _free_slot(self) -> None:
-        if self._has_slot:
-            self._has_slot = False
-            self._place.slots.release()
+    def _free_buffer(self) -> None:
+        if self._buffer is not None and not self._is_small:
+            self._place.buffers.give_back(self._buffer)
+            self._buffer = None
 
-    async def _put_part(self, part: Part, data: bytearray, digest: bytes) -> None:
-        put = self._api.put_part
-        etag = await self._call(put, *self._at, self._upload_id, part.number, data, digest)
+    async def _put_part(self, part: Part, full: PartBuffer, digest: bytes) -> None:
+        put, upload = self._api.put_part, self._upload_id
+        was_sent = False
+        try:
+            etag = await self._call(put, *self._at, upload, part.number, full.content, digest)
+            was_sent = True
+        finally:
+            self._place.buffers.give_back(full, in_use=not was_sent)
         metrics.PART_BYTES.labels("sent").inc(part.size)
         self._note(part, etag)
 
@@ -191,8 +193,9 @@ class Upload:
             return []
 
     def _put_whole(self) -> None:
-        digest = _md5(self._buffer)
-        self._api.put(*self._at, self._buffer, digest, self._headers)
+        content = self._buffer.content if self._buffer is not None else memoryview(b"")
+        digest = _md5(content)
+        self._api.put(*self._at, content, digest, self._headers)
         self._verify(self._api.stat(*self._at), digest.hex())
 
     def _complete_parts(self) -> None:
@@ -272,5 +275,5 @@ def _is_md5(stat: Stat) -> bool:
     return looks_like and not encryption.startswith("aws:kms") and not customer
 
 
-def _md5(data: bytes | bytearray) -> bytes:
+def _md5(data: bytes | memoryview) -> bytes:
     return hashlib.md5(data, usedforsecurity=False).digest()
