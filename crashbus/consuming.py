@@ -94,11 +94,10 @@ class Consumer:
         while True:
             try:
                 return await self._fetch(batch)
-            except nats.errors.TimeoutError:
+            except TimeoutError:  # NATS's own, or asyncio's where the first request got no answer
                 self._subscription = await _if_there(self._subscription)
             except (nats.errors.Error, OSError) as error:
-                why = str(error) or "no answer"  # what asyncio.wait_for raises has no words
-                log.warning("cannot take work from %s, trying again: %s", self._stream, why)
+                log.warning("cannot take work from %s, trying again: %s", self._stream, error)
                 await self.close()
                 await asyncio.sleep(TRY_AGAIN)
                 await self._restore_if_lost(error)

@@ -6,22 +6,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
-from crashbus.destination import parse
 from services.common.service import Runtime, run
 from services.common.settings import SettingsError
 from services.shipper.delivery import Courier
-from services.shipper.destinations import deliverer
 from services.shipper.failure import Failure
 from services.shipper.place import Place
 from services.shipper.settings import ShipperSettings
 from services.shipper.shipper import Shipper
-from services.shipper.standing import Standing
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 SPARE_THREADS = 4  # for what is no delivery
 TIDY_EVERY = 3600.0  # seconds
-CHECK_AGAIN = 10.0  # seconds between looks at a destination that could not be used at the start
+CHECK_AGAIN = 10.0  # seconds between looks at a destination that cannot be used
 
 
 async def work(runtime: Runtime, settings: ShipperSettings) -> None:
@@ -53,10 +50,7 @@ def places_of(runtime: Runtime, settings: ShipperSettings) -> dict[str, Place]:
             "CRASHBUS_DESTINATIONS: no destination is set, such as s3://crashes/prefix, "
             "tcp://collector.example:10060 or file:///var/crash/delivered"
         )
-    return {
-        url: Place(deliverer(parse(url), settings), Standing(url, runtime.health, settings))
-        for url in urls
-    }
+    return {url: Place.at(url, settings, runtime.health) for url in urls}
 
 
 def threads_for(places: int, settings: ShipperSettings) -> int:
@@ -71,31 +65,42 @@ def threads_for(places: int, settings: ShipperSettings) -> int:
 
 async def look_after(place: Place) -> None:
     """See that a destination can be used, and that nothing gathers there."""
-    await watch_start(place)
-    await tidy(place)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(watch(place), name="watch")
+        tasks.create_task(tidy(place), name="tidy")
 
 
-async def watch_start(place: Place) -> None:
-    """Look at a destination until it can be used, so that trouble shows before the first crash."""
+async def watch(place: Place) -> None:
+    """Look at a destination at the start, so that trouble shows before the first crash; and while
+    health complains of it, since it may be well again and there may be nothing to deliver.
+    """
+    is_known = False
     while True:
-        try:
-            await place.deliverer.check()
-        except Failure as failure:
-            log.warning(
-                "cannot use a destination now, trying on",
-                destination=place.url,
-                error=str(failure),
-                mend=failure.mend,
-            )
-            place.standing.unusable(failure)
-        except Exception:
-            log.exception("cannot look at a destination", destination=place.url)
-            return  # deliveries will tell how it does
-        else:
-            place.standing.usable()
-            log.info("destination is ready", destination=place.url)
-            return
+        # An open circuit has its own looks.
+        if not is_known or (place.standing.is_told and not place.standing.is_open):
+            is_known = await look(place)
         await asyncio.sleep(CHECK_AGAIN)
+
+
+async def look(place: Place) -> bool:
+    """Look at a destination; tell whether it can be used."""
+    try:
+        await place.deliverer.check()
+    except Failure as failure:
+        log.warning(
+            "cannot use a destination now, trying on",
+            destination=place.url,
+            error=str(failure),
+            mend=failure.mend,
+        )
+        place.standing.looked_at(failure)
+        return False
+    except Exception:
+        log.exception("cannot look at a destination", destination=place.url)
+        return True  # deliveries will tell how it does
+    place.standing.looked_at(None)
+    log.info("destination is ready", destination=place.url)
+    return True
 
 
 async def tidy(place: Place) -> None:

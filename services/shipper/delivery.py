@@ -92,7 +92,9 @@ class Courier:
         if place.standing.is_open and place.standing.failure is not None:
             return await self._put_off(taken, place, tries)
         remaining = [file for file in item.files if file.name not in tries.settled]
-        if taken.attempts > 1:  # a shipper may have died between receipt and acknowledgement
+        # A shipper may have died between receipt and acknowledgement. Of that nats-server 2.9 does
+        # not always tell: it counts from one again after it lost sight of an item.
+        if taken.attempts > 1 or place.deliverer.shows_repeats:
             remaining = await self._reports.undelivered(item, remaining)
         if not remaining:
             await self._ack(taken)
@@ -101,7 +103,7 @@ class Courier:
         try:
             await self._deliver_all(item, remaining, place, tries)
         except Passing as failure:
-            if not policy.is_too_late(taken.published, time.time(), self._settings):
+            if not place.policy.is_too_late(taken.published, time.time()):
                 return await self._hand_back(taken, place, failure, tries)
             await self._dead_letter(item, remaining, failure, tries)
         await self._ack(taken)
@@ -112,7 +114,7 @@ class Courier:
         failure = place.standing.failure
         assert failure is not None
         item = taken.message
-        if not policy.is_too_late(taken.published, time.time(), self._settings):
+        if not place.policy.is_too_late(taken.published, time.time()):
             return await self._hand_back(taken, place, failure, tries)
         remaining = await self._reports.undelivered(item, item.files)
         remaining = [file for file in remaining if file.name not in tries.settled]
@@ -204,7 +206,7 @@ class Courier:
         def hopeless() -> bool:
             return standing.circuit is not Circuit.CLOSED
 
-        retries = policy.in_hand(self._settings, on_retry, hopeless)
+        retries = place.policy.retries(on_retry, hopeless)
         await retries(self._try, item, files, place, tries)
 
     async def _try(
@@ -298,14 +300,15 @@ class Courier:
         self, taken: Taken[WorkItem], place: Place, failure: Failure, tries: Tries
     ) -> str:
         self._memory.keep(taken.message, tries)
-        delay = policy.hand_back_delay(taken.attempts, self._settings)
+        delay = place.policy.hand_back_delay(taken.attempts)
         delay = max(delay, place.standing.due_in)
         # A destination that is away hands back many; its standing says so once.
         log.debug("handed back", destination=place.url, error=str(failure), seconds=delay)
         with suppress(BusUnreachable):  # it comes again by itself
             await taken.retry(delay)
         if tries.made:
-            await self._reports.postponed(taken, failure, tries, delay)
+            given_up = taken.published + place.policy.give_up
+            await self._reports.postponed(taken, failure, tries, delay, given_up)
         return "handed_back"
 
     async def _hand_back_now(self, taken: Taken[WorkItem]) -> None:

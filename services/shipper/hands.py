@@ -8,7 +8,7 @@ import structlog
 
 from crashbus.bus import Bus, Delivery
 from crashbus.messages import WorkItem, place_token, work_item_filter
-from services.shipper.failure import Failure, Final
+from services.shipper.failure import Failure, Passing
 from services.shipper.place import Place
 from services.shipper.settings import ShipperSettings
 from services.shipper.standing import Circuit
@@ -136,8 +136,6 @@ class Hands:
                 failure = seen
             except Exception:
                 log.exception("cannot look at a destination", destination=self._place.url)
-        if failure is None or isinstance(failure, Final):
-            self._standing.usable()  # it answers; an item will tell the rest
-        else:
-            self._standing.unusable(failure)
+        self._standing.looked_at(failure)
+        if isinstance(failure, Passing):
             self._looks_at_one = True

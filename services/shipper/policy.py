@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from tenacity import (
     AsyncRetrying,
@@ -15,6 +16,7 @@ from tenacity import (
 from tenacity.stop import stop_base
 from tenacity.wait import wait_base
 
+from crashbus.destination import Scheme
 from crashbus.errors import BusFull, BusUnreachable
 from services.shipper.failure import Passing
 from services.shipper.settings import ShipperSettings
@@ -58,33 +60,74 @@ def _is_of_another(error: BaseException) -> bool:
     return isinstance(error, Passing) and error.reason == UPLOAD_VANISHED
 
 
-def in_hand(
-    settings: ShipperSettings,
-    on_retry: Callable[[BaseException], None],
-    hopeless: Callable[[], bool],
-) -> AsyncRetrying:
-    """Return the policy for an item in hand.
+@dataclass(frozen=True)
+class Policy:
+    """How deliveries to one destination are tried again.
 
-    Args:
-        on_retry: called with the error before each wait.
-        hopeless: the destination has been failing, for others too: an item does not hold a hand
-            for a try that another has just made.
+    Attributes:
+        first: seconds before the first retry; then doubled.
+        cap: seconds between retries at most.
+        in_hand: seconds of retries before an item goes back to the bus for a while.
+        give_up: seconds after its publication at which an item that still fails is given up.
     """
-    return AsyncRetrying(
-        retry=retry_if_exception(worth_another_try),
-        wait=_PaceOf(settings),
-        stop=_UnlessBus(stop_after_delay(settings.retry_in_hand) | _When(hopeless)),
-        before_sleep=_telling(on_retry),
-        reraise=True,
-    )
+
+    first: float
+    cap: float
+    in_hand: float
+    give_up: float
+
+    @classmethod
+    def of(cls, scheme: Scheme, settings: ShipperSettings) -> "Policy":
+        """Return the policy of a kind of destination: the general one, but for what is its own."""
+        general = cls(
+            first=settings.retry_first,
+            cap=settings.retry_cap,
+            in_hand=settings.retry_in_hand,
+            give_up=settings.give_up,
+        )
+        own = {"s3": settings.retry_s3, "file": settings.retry_file}.get(scheme, settings.retry_tcp)
+        return replace(general, **own)
+
+    def retries(
+        self, on_retry: Callable[[BaseException], None], hopeless: Callable[[], bool]
+    ) -> AsyncRetrying:
+        """Return what tries an item in hand.
+
+        Args:
+            on_retry: called with the error before each wait.
+            hopeless: the destination has been failing, for others too: an item does not hold a
+                hand for a try that another has just made.
+        """
+        return AsyncRetrying(
+            retry=retry_if_exception(worth_another_try),
+            wait=_PaceOf(self),
+            stop=_UnlessBus(stop_after_delay(self.in_hand) | _When(hopeless)),
+            before_sleep=_telling(on_retry),
+            reraise=True,
+        )
+
+    def hand_back_delay(self, deliveries: int) -> float:
+        """Return the seconds an item rests on the bus: doubled each time, up to the cap.
+
+        The jitter of a half spreads items that failed together.
+
+        Args:
+            deliveries: how often the bus has given the item out.
+        """
+        longest = min(self.cap, self.first * 2.0 ** min(deliveries, 30))
+        return longest * random.uniform(0.5, 1)  # noqa: S311 - no secret depends on it
+
+    def is_too_late(self, published: float, now: float) -> bool:
+        """Tell whether an item that still fails is to be given up (times in Unix seconds)."""
+        return now - published > self.give_up
 
 
 class _PaceOf(wait_base):
     """Wait as is fit for the failure: a server that is overloaded gets more time."""
 
-    def __init__(self, settings: ShipperSettings) -> None:
-        self._usual = _backoff(settings.retry_first, settings.retry_cap)
-        self._patient = _backoff(settings.retry_first * OVERLOADED, settings.retry_cap)
+    def __init__(self, policy: Policy) -> None:
+        self._usual = _backoff(policy.first, policy.cap)
+        self._patient = _backoff(policy.first * OVERLOADED, policy.cap)
 
     def __call__(self, retry_state: RetryCallState) -> float:
         error = retry_state.outcome.exception() if retry_state.outcome else None
@@ -117,18 +160,6 @@ def _telling(on_retry: Callable[[BaseException], None]) -> Callable[[RetryCallSt
     return tell
 
 
-def hand_back_delay(deliveries: int, settings: ShipperSettings) -> float:
-    """Return the seconds an item rests on the bus: doubled each time, up to the cap.
-
-    The jitter of a half spreads items that failed together.
-
-    Args:
-        deliveries: how often the bus has given the item out.
-    """
-    longest = min(settings.retry_cap, settings.retry_first * 2.0 ** min(deliveries, 30))
-    return longest * random.uniform(0.5, 1)  # noqa: S311 - no secret depends on it
-
-
 def may_mend_itself(reason: str, failures: int, waited: float, settings: ShipperSettings) -> bool:
     """Tell whether a file that cannot be read from the bus is worth another try later.
 
@@ -148,8 +179,3 @@ def may_mend_itself(reason: str, failures: int, waited: float, settings: Shipper
             return failures < DAMAGED_TRIES
         case _:
             return False
-
-
-def is_too_late(published: float, now: float, settings: ShipperSettings) -> bool:
-    """Tell whether an item that still fails is to be given up (times in Unix seconds)."""
-    return now - published > settings.give_up

@@ -89,9 +89,19 @@ class Reports:
         return [file for file in files if (file.name, file.sha256) not in delivered]
 
     async def postponed(
-        self, taken: Delivery[WorkItem], failure: Failure, tries: Tries, delay: float
+        self,
+        taken: Delivery[WorkItem],
+        failure: Failure,
+        tries: Tries,
+        delay: float,
+        given_up: float,
     ) -> None:
-        """Let people see why a delivery takes so long; no matter if that fails."""
+        """Let people see why a delivery takes so long; no matter if that fails.
+
+        Args:
+            delay: seconds until the next try.
+            given_up: when there will be none any more, in Unix seconds.
+        """
         item, now = taken.message, time.time()
         with suppress(BusUnreachable, BusFull, MessageTooLarge):
             await self._bus.publish(
@@ -105,7 +115,7 @@ class Reports:
                     mend=failure.mend,
                     attempts=tries.total,
                     next_try=now + delay,
-                    given_up=taken.published + self._settings.give_up,
+                    given_up=given_up,
                 )
             )
 

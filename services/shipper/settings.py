@@ -1,15 +1,17 @@
 """The shipper's settings."""
 
+import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.common import s3_endpoint
-from services.common.settings import Settings, prefix_of
+from services.common.settings import NoDecode, Settings, prefix_of
 
 MIB = 1024 * 1024
+RETRY = ("first", "cap", "in_hand", "give_up")
 
 
 class ShipperSettings(Settings):
@@ -62,6 +64,17 @@ class ShipperSettings(Settings):
         gt=0,
         description="seconds after its publication at which an item whose destination still fails "
         "becomes a dead letter",
+    )
+    retry_s3: Annotated[dict[str, float], NoDecode] = Field(
+        default_factory=dict,
+        description="for S3 servers alone, other values of RETRY_FIRST, RETRY_CAP, RETRY_IN_HAND "
+        "and GIVE_UP: first=2,cap=300,in_hand=20,give_up=604800, or some of these",
+    )
+    retry_tcp: Annotated[dict[str, float], NoDecode] = Field(
+        default_factory=dict, description="the same for tcp:// and tls:// receivers"
+    )
+    retry_file: Annotated[dict[str, float], NoDecode] = Field(
+        default_factory=dict, description="the same for directories"
     )
 
     s3_endpoint: str = Field(
@@ -129,7 +142,32 @@ class ShipperSettings(Settings):
         True, description="check the receiver's certificate; false lets anyone read along"
     )
 
+    @field_validator("retry_s3", "retry_tcp", "retry_file", mode="before")
+    @classmethod
+    def _read_retry(cls, given: object) -> object:
+        """Read ``name=value,…``; a table of the TOML file is one already."""
+        if not isinstance(given, str):
+            return given
+        pairs = (pair.partition("=") for pair in given.split(",") if pair.strip())
+        return {name.strip(): value.strip() for name, _, value in pairs}
+
+    @field_validator("retry_s3", "retry_tcp", "retry_file")
+    @classmethod
+    def _is_retry(cls, given: dict[str, float]) -> dict[str, float]:
+        strange = sorted(set(given) - set(RETRY))
+        if strange:
+            raise ValueError(f"has no {strange[0]!r}, only {', '.join(RETRY)}")
+        # A retry at once, for ever, would be a loop; not to retry in hand is a choice.
+        wrong = [name for name, value in given.items() if not _is_time(name, value)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} must be a number of seconds above 0")
+        return given
+
     @field_validator("s3_endpoint")
     @classmethod
     def _is_endpoint(cls, given: str) -> str:
         return s3_endpoint.checked(given)
+
+
+def _is_time(name: str, value: float) -> bool:
+    return math.isfinite(value) and (value > 0 or (name == "in_hand" and value == 0))

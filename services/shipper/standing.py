@@ -15,10 +15,12 @@ import structlog
 from services.common.health import Health
 from services.shipper import metrics
 from services.shipper.failure import OF_ONE_ITEM, Failure, Passing, Unfit
-from services.shipper.settings import ShipperSettings
+from services.shipper.policy import Policy
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
+# What no look shows, such as that a key may not write to a bucket.
+SEEN_BY_ITEMS_ALONE = frozenset({"access_denied", "quota_exceeded", "disk_full"})
 OPENS_AFTER = 3  # failures in a row; one or two are what retries are for
 
 
@@ -44,17 +46,19 @@ class Standing:
         self,
         url: str,
         health: Health,
-        settings: ShipperSettings,
+        policy: Policy,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._url = url
         self._check = f"destination {url}"
         self._health = health
-        self._first, self._cap = settings.retry_first, settings.retry_cap
+        self._first, self._cap = policy.first, policy.cap
         self._clock = clock
         self._in_a_row = 0
         self._openings = 0  # since it was closed
         self._due = 0.0
+        self._is_told = False
+        self._only_items_tell = False  # whether what is wrong can be mended
         self.failure: Failure | None = None
         self._enter(Circuit.CLOSED)
 
@@ -82,6 +86,7 @@ class Standing:
         if isinstance(failure, Unfit) or failure.reason in OF_ONE_ITEM:
             return
         self.failure = failure
+        self._only_items_tell = failure.reason in SEEN_BY_ITEMS_ALONE
         self._in_a_row += 1
         if self._in_a_row == OPENS_AFTER:
             log.warning(
@@ -96,19 +101,33 @@ class Standing:
         if isinstance(failure, Passing) and fails_on and not self.is_open:
             self._open()
 
-    def unusable(self, failure: Failure) -> None:
-        """Note that a look at it failed."""
-        self.failure = failure
-        self._tell(failure)
-        if self.is_open and not self.due_in:  # both kinds of hands may have looked
-            self._open()
+    def looked_at(self, failure: Failure | None) -> None:
+        """Note how a look at it went; one that went well, with None, says nothing of an item.
 
-    def usable(self) -> None:
-        """Note that a look at it went well; what it does with an item is to be seen."""
+        Other shippers may have delivered all there was since this one failed, so a look that goes
+        well ends its complaint, unless of what no look shows.
+        """
+        if failure is not None:
+            self.failure = failure
+            self._only_items_tell = False
+            self._tell(failure)
+        if isinstance(failure, Passing):
+            if self.is_open and not self.due_in:  # both kinds of hands may have looked
+                self._open()
+            return
         if self.is_open:
-            self._enter(Circuit.HALF_OPEN)
-        elif self._in_a_row < OPENS_AFTER:
-            self._health.working(self._check)
+            self._enter(Circuit.HALF_OPEN)  # it answers; an item will tell the rest
+        if failure is None and not self._only_items_tell:
+            self._calm()
+
+    def _calm(self) -> None:
+        self._is_told = False
+        self._health.working(self._check)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether health complains of it."""
+        return self._is_told
 
     def succeeded(self) -> None:
         """Note that something was delivered."""
@@ -116,9 +135,10 @@ class Standing:
             log.info("destination works again", destination=self._url)
         self._in_a_row = self._openings = 0
         self._enter(Circuit.CLOSED)
-        self._health.working(self._check)
+        self._calm()
 
     def _tell(self, failure: Failure) -> None:
+        self._is_told = True
         self._health.failing(self._check, f"{failure}; {failure.mend}")
 
     def _open(self) -> None:

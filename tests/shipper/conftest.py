@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import io
 import os
+import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -13,19 +15,20 @@ from typing import Any
 import pytest
 
 from crashbus import Bus, Receipt, WorkItem, crash_id, streams
+from crashbus.bus import Delivery
 from crashbus.chunks import Encoder, chunk_size
 from crashbus.destination import parse
 from crashbus.layout import Kind
-from crashbus.messages import CrashFile, DeadLetter, Encoding
+from crashbus.messages import CrashFile, DeadLetter, Encoding, work_item_filter
 from services.common.health import Health
 from services.shipper.delivery import Courier
-from services.shipper.destinations import deliverer
+from services.shipper.hands import consumer
 from services.shipper.place import Place
 from services.shipper.settings import ShipperSettings
 from services.shipper.shipper import Shipper
-from services.shipper.standing import Standing
 from tests.support.nats import NatsServer
 from tests.support.service import ServiceProcess
+from tests.support.tcp import Receiver
 from tests.support.wait import until
 
 CRASHED_AT = 1795388839.0
@@ -124,6 +127,24 @@ async def nothing_left(bus: Bus) -> None:
     await until(empty)
 
 
+def taking(bus: Bus, url: str) -> AsyncIterator[Delivery[WorkItem]]:
+    """Take a destination's items, as its shippers do."""
+    return bus.consume(WorkItem, consumer(url), service="test", subject=work_item_filter(url))
+
+
+class Absent(Receiver):
+    """Takes nothing from its first connection before it is told to."""
+
+    def __init__(self) -> None:
+        self.back = threading.Event()
+        super().__init__()
+
+    def _read(self, connection: socket.socket) -> bytes | None:
+        if connection is self._open[0]:
+            self.back.wait()
+        return super()._read(connection)
+
+
 def quick(**changes: Any) -> ShipperSettings:
     """Return settings that do not keep a test waiting."""
     fast: dict[str, Any] = {
@@ -152,11 +173,8 @@ def shipping(bus: Bus) -> Running:
         urls: Sequence[str], settings: ShipperSettings | None = None
     ) -> AsyncIterator[Health]:
         settings, health = settings or quick(), Health()
-        parsed = [parse(url) for url in urls]
-        places = {
-            one.url: Place(deliverer(one, settings), Standing(one.url, health, settings))
-            for one in parsed
-        }
+        made = [Place.at(url, settings, health) for url in urls]
+        places = {place.url: place for place in made}
         courier = Courier(bus, places, settings, "test-shipper")
         shipper = Shipper(bus, courier, settings, places, "shipper-host")
         task = asyncio.create_task(shipper.run())

@@ -3,25 +3,30 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from crashbus.destination import Scheme
 from crashbus.errors import BusUnreachable
 from services.shipper import policy
 from services.shipper.failure import Final, Passing
+from services.shipper.policy import Policy
+from services.shipper.settings import ShipperSettings
 from tests.shipper.conftest import quick
 
-SETTINGS = quick(retry_first=0.5, retry_cap=60, give_up=86400)
+POLICY = Policy.of("s3", quick(retry_first=0.5, retry_cap=60, give_up=86400))
+QUICK = Policy.of("s3", quick())
 
 
 @given(st.integers(1, 10_000))
 def test_item_rests_longer_each_time_up_to_the_cap(deliveries: int) -> None:
     longest = min(60, 0.5 * 2 ** min(deliveries, 20))
-    assert longest / 2 <= policy.hand_back_delay(deliveries, SETTINGS) <= longest
+    assert longest / 2 <= POLICY.hand_back_delay(deliveries) <= longest
 
 
 def test_item_is_given_up_by_its_age_and_never_by_count() -> None:
-    assert not policy.is_too_late(published=1000, now=1000 + 86400, settings=SETTINGS)
-    assert policy.is_too_late(published=1000, now=1001 + 86400, settings=SETTINGS)
-    assert not policy.is_too_late(published=2000, now=1000, settings=SETTINGS)
+    assert not POLICY.is_too_late(published=1000, now=1000 + 86400)
+    assert POLICY.is_too_late(published=1000, now=1001 + 86400)
+    assert not POLICY.is_too_late(published=2000, now=1000)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,7 @@ async def test_what_passes_is_tried_until_it_has() -> None:
     seen: list[BaseException] = []
     failing = Failing(passing(), BusUnreachable("away"), passing())
 
-    assert await policy.in_hand(quick(), seen.append, hopeless=lambda: False)(failing) == "done"
+    assert await QUICK.retries(seen.append, hopeless=lambda: False)(failing) == "done"
     assert [type(error) for error in seen] == [Passing, BusUnreachable, Passing]
 
 
@@ -74,7 +79,7 @@ async def test_what_is_final_is_not_tried_again() -> None:
     failing = Failing(Final("access_denied", "no", "allow it"))
 
     with pytest.raises(Final):
-        await policy.in_hand(quick(), lambda error: None, hopeless=lambda: False)(failing)
+        await QUICK.retries(lambda error: None, hopeless=lambda: False)(failing)
     assert failing.calls == 1
 
 
@@ -82,12 +87,33 @@ async def test_destination_in_trouble_gets_one_try() -> None:
     failing = Failing(passing(), passing())
 
     with pytest.raises(Passing):
-        await policy.in_hand(quick(), lambda error: None, hopeless=lambda: True)(failing)
+        await QUICK.retries(lambda error: None, hopeless=lambda: True)(failing)
     assert failing.calls == 1
 
 
 async def test_bus_is_waited_for_even_then() -> None:
     failing = Failing(BusUnreachable("away"), BusUnreachable("away"))
 
-    retries = policy.in_hand(quick(), lambda error: None, hopeless=lambda: True)
+    retries = QUICK.retries(lambda error: None, hopeless=lambda: True)
     assert await retries(failing) == "done"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "cap", "give_up"),
+    [("s3", 60, 86400), ("tcp", 5, 3600), ("tls", 5, 3600), ("file", 60, 7200)],
+)
+def test_each_kind_of_destination_has_a_policy_of_its_own(
+    scheme: Scheme, cap: float, give_up: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRASHBUS_SHIPPER_RETRY_TCP", "cap=5, give_up=3600")
+    monkeypatch.setenv("CRASHBUS_SHIPPER_RETRY_FILE", "give_up=7200")
+
+    found = Policy.of(scheme, ShipperSettings())
+
+    assert found == Policy(first=0.5, cap=cap, in_hand=20, give_up=give_up)
+
+
+@pytest.mark.parametrize("given", ["cap", "cap=", "cap=0", "cap=nan", "give_up=-1", "wait=3"])
+def test_policy_that_cannot_be_read_is_refused(given: str) -> None:
+    with pytest.raises(ValidationError):
+        ShipperSettings(retry_s3=given)  # type: ignore[arg-type]

@@ -14,7 +14,12 @@ class Deliverer(ABC):
     Whatever a deliverer began and did not finish, it takes back: on a failure, on a damaged
     source, and when it is cancelled. What another try can go on with may stay until there is
     none any more. The cause of a failure is never hidden by that.
+
+    Attributes:
+        shows_repeats: what is delivered twice is there twice.
     """
+
+    shows_repeats = False
 
     def __init__(self, destination: Destination) -> None:
         self.destination = destination

@@ -36,6 +36,8 @@ MAX_SMALL = 16 * MIB  # bytes of one item's small files: all are verified before
 class TcpDeliverer(Deliverer):
     """Delivers lines to a receiver."""
 
+    shows_repeats = True
+
     def __init__(self, destination: Destination, settings: ShipperSettings) -> None:
         super().__init__(destination)
         self._settings = settings
