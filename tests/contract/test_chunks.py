@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -178,6 +179,44 @@ def test_second_frame_behind_the_first_is_not_stored_unseen() -> None:
 
     with pytest.raises(DamagedFile):
         Verifier("zstd").accept(chunk)
+
+
+@given(st.binary(max_size=20_000), st.integers(-5, 19), st.booleans())
+def test_frame_of_any_compressor_is_one_frame(content: bytes, level: int, checksum: bool) -> None:
+    compressor = zstandard.ZstdCompressor(level=level, write_checksum=checksum)
+    body = compressor.compress(b"x" + 3 * content)
+    chunk = Chunk(0, 1 + 3 * len(content), body, hashlib.sha256(body).hexdigest())
+
+    assert Verifier("zstd").accept(chunk) == b"x" + 3 * content
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        zstandard.compress(b"content") + b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc",  # is skipped
+        zstandard.compress(b"content") + b"\0",
+        zstandard.compress(b"content")[:-1],
+        zstandard.ZstdCompressor(write_checksum=True).compress(b"content")[:-1],
+        zstandard.compress(b"content")[:9],
+    ],
+)
+def test_what_is_not_exactly_one_frame_is_refused(body: bytes) -> None:
+    chunk = Chunk(0, 7, body, hashlib.sha256(body).hexdigest())
+
+    with pytest.raises(DamagedFile):
+        Verifier("zstd").accept(chunk)
+
+
+def test_chunks_are_unpacked_in_any_order_into_memory_that_is_used_again() -> None:
+    content = os.urandom(300)
+    encoder, chunks = encode(content, 100, "zstd")
+    verifier, buffer = Verifier("zstd"), bytearray(200)
+    assert bytes(verifier.unpack(chunks[2], buffer)) == content[200:]
+
+    for chunk in chunks:
+        verifier.take(chunk, verifier.unpack(chunk, buffer))
+
+    verifier.finish(300, encoder.sha256)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,11 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from pathlib import Path
+from typing import Any
+
+import pytest
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
 
 from crashbus import Bus, SignalEvent, names
 from crashbus.errors import BusUnreachable
@@ -127,6 +132,28 @@ async def test_work_is_taken_again_when_the_bus_lost_its_store(
     await publish(bus, "after")
     await until(lambda: taken == ["before", "after"], within=60)
     working.cancel()
+
+
+async def test_fetch_that_got_no_answer_is_no_fault(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that restarts drops requests; nats-py says so with asyncio's own error, too."""
+    fetch, unanswered = JetStreamContext.PullSubscription.fetch, [TimeoutError()]
+
+    async def fetch_unanswered_once(*args: Any, **options: Any) -> list[Msg]:
+        if unanswered:
+            raise unanswered.pop()
+        return await fetch(*args, **options)
+
+    monkeypatch.setattr(JetStreamContext.PullSubscription, "fetch", fetch_unanswered_once)
+    await publish(bus, "one")
+
+    work = bus.consume(SignalEvent, "worker", service="test", batch=64)
+    delivery = await asyncio.wait_for(anext(work), 60)
+
+    assert delivery.message.event_id == "one"
+    assert not unanswered
+    assert "cannot take work" not in caplog.text
 
 
 async def test_all_that_is_stored_is_read_in_order_however_far_apart(bus: Bus) -> None:

@@ -153,6 +153,21 @@ async def test_frame_that_blows_up_is_a_dead_letter(
     assert letter.reason == "damaged_file"
 
 
+async def test_file_longer_than_announced_is_refused_as_soon_as_it_is(
+    bus: Bus, shipping: Running, tmp_path: Path
+) -> None:
+    """What a destination holds in memory is bounded by what was announced."""
+    sent = await send(bus, {"core_1": os.urandom(3 * MIB)}, encoding="identity")
+    short = sent.files[0].model_copy(update={"size": 5, "stored_size": 5})
+    await bus.publish(sent.item(tmp_path.as_uri(), files=(short,)))
+
+    async with shipping([tmp_path.as_uri()]):
+        (letter,) = await dead_letters(bus)
+
+    assert letter.reason == "damaged_file"
+    assert "more bytes came" in letter.error
+
+
 async def test_chunks_that_never_came_are_a_dead_letter(
     bus: Bus, shipping: Running, tmp_path: Path
 ) -> None:

@@ -1,0 +1,52 @@
+"""Memory for parts: bounded, and used again."""
+
+import asyncio
+
+from services.shipper.destinations.part_buffer import PartBuffer, PartBuffers
+
+
+def test_buffer_holds_what_was_appended_since_it_was_cleared() -> None:
+    buffer = PartBuffer(4)
+    buffer.append(b"one")
+    assert bytes(buffer.content) == b"one"
+
+    buffer.clear()
+    buffer.append(b"two")
+    buffer.append(b" and more than was expected")
+
+    assert bytes(buffer.content) == b"two and more than was expected"
+    assert len(buffer) == 30
+
+
+async def test_who_wants_one_more_waits_for_one_that_is_given_back() -> None:
+    buffers = PartBuffers(2, 100)
+    first, _ = await buffers.take(), await buffers.take()
+    first.append(b"part")
+    waiting = asyncio.ensure_future(buffers.take())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+
+    buffers.give_back(first)
+
+    assert await waiting is first
+    assert len(first) == 0
+
+
+async def test_buffer_that_a_request_may_still_read_is_not_used_again() -> None:
+    buffers = PartBuffers(2, 100)
+    read, _ = await buffers.take(), await buffers.take()
+    read.append(b"part")
+
+    buffers.give_back(read, in_use=True)
+
+    assert await buffers.take() is not read
+    assert bytes(read.content) == b"part"
+
+
+async def test_no_memory_is_kept_when_all_are_given_back() -> None:
+    buffers = PartBuffers(2, 100)
+    only = await buffers.take()
+
+    buffers.give_back(only)
+
+    assert await buffers.take() is not only
