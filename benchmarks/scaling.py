@@ -24,7 +24,7 @@ FILES = 6  # of each crash, before its manifest.json
 
 
 def main() -> None:
-    crashes = int(sys.argv[1]) if len(sys.argv) > 1 else 40
+    crashes = int(sys.argv[1]) if len(sys.argv) > 1 else 120
     with pipeline.s3_server() as s3:
         asyncio.run(measure(s3, crashes))
 
