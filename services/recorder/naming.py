@@ -8,6 +8,9 @@ import drgn
 from services.recorder.backtrace import MANGLED, MAX_TEXT, Frame, LoadedModule
 from services.recorder.demangling import Demangler
 
+_TRAMPOLINES = ("__restore_rt", "__kernel_rt_sigreturn", "runtime.sigreturn")
+_GO_FAULT = "runtime.sigpanic"
+
 
 class Namer:
     """Names frames of one program."""
@@ -24,6 +27,7 @@ class Namer:
         pointer. If that is an older one, frames come once more, and are left out here.
         """
         seen = set()
+        called: str | None = None
         for position, frame in enumerate(trace):
             try:
                 place = frame.pc, frame.sp
@@ -32,7 +36,9 @@ class Namer:
             if position and not frame.pc:
                 return  # nor is there a function at 0 that called anything
             if place not in seen:
-                yield self._frame(frame)
+                named = self._frame(frame, called)
+                called = named.symbol
+                yield named
             if not frame.is_inline:
                 seen.add(place)
 
@@ -45,13 +51,11 @@ class Namer:
             # A return address may already be the next function's.
             yield self._plain(pc, pc - 1 if position else pc)
 
-    def _frame(self, frame: drgn.StackFrame) -> Frame:
+    def _frame(self, frame: drgn.StackFrame, called: str | None) -> Frame:
         symbol, source, name, offset = None, None, frame.function_name, None
         with suppress(LookupError):
             symbol = frame.symbol()
-        if symbol is None and not name:
-            # drgn looks before the return address, where the call was. There is none if it is the
-            # beginning of a function, put there by hand: a signal handler's return, Go's sigpanic.
+        if symbol is None and not name and self._is_begun(frame.pc, called):
             return self._plain(frame.pc, frame.pc)
         if symbol is not None:
             offset = frame.pc - symbol.address
@@ -63,6 +67,19 @@ class Namer:
             location = frame.source()
             source = f"{location[0]}:{location[1]}"
         return self._made(frame.pc, name, offset, source, frame.is_inline)
+
+    def _is_begun(self, pc: int, called: str | None) -> bool:
+        """Tell whether a return address is the beginning of the function that it is in.
+
+        drgn looks before it, where the call was. There was none where the address was put there by
+        hand, for a signal handler to return to, or as Go makes a fault look like a call. Elsewhere
+        the call was the last instruction of the function before.
+        """
+        with suppress(LookupError):
+            found = self._program.symbol(pc)
+            by_hand = called == _GO_FAULT or found.name.startswith(_TRAMPOLINES)
+            return by_hand and bool(found.address == pc)
+        return False
 
     def _plain(self, pc: int, inside: int) -> Frame:
         """Return the frame of a program counter by what is at an address."""
