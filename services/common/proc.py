@@ -73,6 +73,10 @@ class Remembered(Proc):
         """Read nothing more."""
         self._sealed = True
 
+    def learn(self, name: str, content: bytes) -> None:
+        """Take in what a file has, known from elsewhere."""
+        self._files[name] = content
+
     def forget(self, name: str) -> None:
         """Drop a file that is not needed again."""
         self._files.pop(name, None)

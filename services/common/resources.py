@@ -21,7 +21,7 @@ from services.common.proc import LIVE, Proc, read_file
 
 MAX_FILES = 1024  # descriptors looked at
 MAX_SOCKETS = 256  # asked for their ends
-_MAX_MOUNTS = 64 * 1024  # bytes
+MAX_MOUNTS = 64 * 1024  # bytes
 _ROLLUP_UP_TO = 256 * 1024  # KiB resident; beyond, the kernel's walk would be a long hold
 
 _CGROUP_ROOT = "/sys/fs/cgroup"
@@ -92,7 +92,7 @@ def read(task: int, cgroup: str | None, proc: Proc = LIVE) -> Resources:
 
 def read_mounts(task: int, proc: Proc) -> bytes:
     """Return proc_pid_mountinfo(5), as far as it is looked at."""
-    return proc.read(f"{task}/mountinfo", _MAX_MOUNTS)
+    return proc.read(f"{task}/mountinfo", MAX_MOUNTS)
 
 
 def _open_files(directory: str, proc: Proc) -> tuple[dict[int, bytes], bool]:

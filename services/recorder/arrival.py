@@ -9,15 +9,16 @@ because the process's /proc can be read while it waits. USERSPACE (no core at al
 memory ourselves) and REJECT are not used.
 """
 
+import errno
 import fcntl
 import os
 import re
 import socket
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from services.common.proc import read_file
 from services.recorder.errors import CaptureFailed
 from services.recorder.hold import Hold, Stalled
 from services.recorder.mechanism import Mechanism
@@ -30,7 +31,10 @@ _ACK = struct.Struct("=IIQ")
 _MARK = struct.Struct("=I")
 _MAX_REQUEST = 4096  # the kernel promises less than a page
 _SO_PEERPIDFD = 77
-_PID = re.compile(rb"^Pid:\s*(-?\d+)$", re.MULTILINE)  # of a pidfd, proc_pid_fdinfo(5)
+# struct pidfd_info {u64 mask, cgroup; u32 pid; …} and its ioctl, include/uapi/linux/pidfd.h: as
+# old as the coredump socket at least.
+_PIDFD_INFO = struct.Struct("=16xI44x")
+_PIDFD_GET_INFO = 0xC040FF0B
 
 _HELPER_MESSAGE = re.compile(rb"(\d{1,10}) (\d{1,10}) (\d{1,2}) (\d{1,12})\n")
 _HELPER_WITHIN = 10.0  # seconds; the helper sends at once
@@ -51,24 +55,48 @@ class Arrival:
 
 
 def receive(mechanism: Mechanism, hold: Hold) -> Arrival:
-    """Receive a crash; afterwards the hold reads the core's first byte.
+    """Receive a crash: its process is held now. Go on with `confirm`.
 
     Raises:
         CaptureFailed: this is no crash, or it is one that already is over.
     """
-    try:
+    with _broken_off():
         if mechanism is Mechanism.PIPE:
             return _from_helper(hold)
-        pid = _peer(hold.descriptor)
+        pid = _peer(hold)
         if mechanism is Mechanism.SOCKET_REQUEST:
             _answer_request(hold)
+        return Arrival(pid, 0)
+
+
+def confirm(mechanism: Mechanism, hold: Hold) -> None:
+    """See that its core comes; afterwards the hold reads that from its first byte on.
+
+    A step of its own, because the kernel takes its time to answer, in which /proc can be read.
+
+    Raises:
+        CaptureFailed: as in `receive`.
+    """
+    if mechanism is not Mechanism.SOCKET_REQUEST:
+        return
+    with _broken_off():
+        mark = hold.read_exactly(_MARK.size)
+    if mark != _MARK.pack(0):
+        number = _MARK.unpack(mark)[0] if len(mark) == _MARK.size else -1
+        name = _MARKS[number] if 0 <= number < len(_MARKS) else str(number)
+        raise _not_the_kernel(f"the answer {name} to our acknowledgement")
+
+
+@contextmanager
+def _broken_off() -> Iterator[None]:
+    try:
+        yield
     except (OSError, Stalled) as error:
         raise CaptureFailed(
             "handshake_failed",
             f"the kernel broke off before its core: {error}",
             "nothing, if the process was killed while it crashed",
         ) from error
-    return Arrival(pid, 0)
 
 
 def identify(mechanism: Mechanism, hold: Hold) -> int:
@@ -80,27 +108,29 @@ def identify(mechanism: Mechanism, hold: Hold) -> int:
     try:
         if mechanism is Mechanism.PIPE:
             return _from_helper(hold, within=0).pid
-        return _peer(hold.descriptor)
+        return _peer(hold)
     except OSError as error:
         raise _gone(f"it cannot be told who crashed: {error}") from error
 
 
-def _peer(descriptor: int) -> int:
-    """Return the crashing process's PID from the socket's pidfd, which cannot be reused."""
+def _peer(hold: Hold) -> int:
+    """Return the crashing process's PID, told by the socket's pidfd, which cannot be reused."""
     kind = socket.AF_UNIX, socket.SOCK_STREAM, 0  # known, so that nobody is asked
-    with socket.socket(*kind, fileno=os.dup(descriptor)) as connection:
-        pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    connection = socket.socket(*kind, fileno=hold.descriptor)
     try:
-        found = _PID.search(read_file(f"/proc/self/fdinfo/{pidfd}"))
+        pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     finally:
-        os.close(pidfd)
-    if found is None:
-        raise _gone("the kernel does not say who crashes")
-    pid = int(found[1])
-    if pid <= 0:
-        why = "is gone" if pid < 0 else "is outside our PID namespace (run with --pid=host)"
-        raise _gone(f"the crashing process {why}")
-    return pid
+        connection.detach()
+    hold.belongs_to(pidfd)
+    told = bytearray(_PIDFD_INFO.size)
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, told)
+    except OSError as error:
+        outside = error.errno == errno.EREMOTE
+        why = "is outside our PID namespace (run with --pid=host)" if outside else "is gone"
+        raise _gone(f"the crashing process {why}") from error
+    (pid,) = _PIDFD_INFO.unpack(told)
+    return int(pid)
 
 
 def _answer_request(hold: Hold) -> None:
@@ -114,11 +144,6 @@ def _answer_request(hold: Hold) -> None:
     if ~mask & (KERNEL | WAIT):
         raise _not_the_kernel(f"a request without KERNEL and WAIT: {mask:#x}")
     hold.write(_ACK.pack(_ACK.size, 0, KERNEL | WAIT))
-    mark = hold.read_exactly(_MARK.size)
-    if mark != _MARK.pack(0):
-        number = _MARK.unpack(mark)[0] if len(mark) == _MARK.size else -1
-        name = _MARKS[number] if 0 <= number < len(_MARKS) else str(number)
-        raise _not_the_kernel(f"the answer {name} to our acknowledgement")
 
 
 def _from_helper(hold: Hold, within: float = _HELPER_WITHIN) -> Arrival:
@@ -135,6 +160,8 @@ def _from_helper(hold: Hold, within: float = _HELPER_WITHIN) -> Arrival:
         fcntl.fcntl(descriptors[0], fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
     hold.continue_with(descriptors[0])
     pid, _, signal, _ = (int(part) for part in match.groups())
+    with suppress(OSError):  # it was killed meanwhile, or there is no descriptor left
+        hold.belongs_to(os.pidfd_open(pid))
     return Arrival(pid, signal if signal <= 64 else 0)
 
 

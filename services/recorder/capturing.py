@@ -25,9 +25,12 @@ def capture_crash(hold: Hold, on: Conditions) -> Recording:
     taken = Taken()
     try:
         arrived = arrival.receive(on.mechanism, hold)
-        hold.belongs_to(arrived.pid)
-        if on.taker is not None and on.chain is None:  # a former handler wants the process, too
-            taken = on.taker.take(arrived.pid, hold, on.module_files())
+        taker = on.taker if on.chain is None else None  # a former handler wants the process, too
+        if taker is not None:
+            taken = taker.look(arrived.pid)
+        arrival.confirm(on.mechanism, hold)
+        if taker is not None:
+            taker.take(arrived.pid, hold, on.module_files(), taken)
         process = facts.read_identity(arrived.pid, on.boot_id, taken.proc)
         return capture_process(process, arrived.signal, hold, on, taken)
     finally:

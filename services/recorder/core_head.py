@@ -16,6 +16,7 @@ from services.recorder.hold import Hold, Stalled
 
 MAX_PROGRAM_HEADERS = 16 * 1024 * 1024  # bytes; room for 290,000 mappings
 _NOTES_WANTED = 64 * 1024  # the two notes come within the first KiB
+_SHORTEST = 52  # bytes of an ELF header
 
 _ET_CORE = 4
 _PT_LOAD = 1
@@ -190,6 +191,8 @@ def read(read_bytes: Read) -> Head:
         elf, table, count = _table(until)
         size, notes, data = _segments(elf, until(table + count), table)
         end = notes.offset + min(notes.size, _NOTES_WANTED)
+        if len(taken) < end <= data <= end + _NOTES_WANTED:  # at once: each read takes its time
+            taken.extend(read_bytes(data - len(taken)))
         told = _told(elf, until(end)[notes.offset :])
     except (_Bad, struct.error) as error:
         return Head(bytes(taken), size, fault=f"the core's head cannot be read: {error}")
@@ -216,11 +219,11 @@ def from_hold(hold: Hold) -> Head:
 
 def _table(until: Read) -> tuple[_Elf, int, int]:
     """Return where the program headers begin, and their size in bytes."""
-    ident = until(16)
+    ident = until(_SHORTEST)
     if ident[:4] != b"\x7fELF" or ident[4] not in (1, 2) or ident[5] not in (1, 2):
         raise _Bad("it is no ELF file")
     order = "<" if ident[5] == 1 else ">"
-    (machine,) = struct.unpack_from(order + "H", until(20), 18)
+    (machine,) = struct.unpack_from(order + "H", ident, 18)
     elf = _Elf(order, ident[4] == 2, machine)
     kind, offset, entry, count = elf.header(until(elf.header_size))
     if kind != _ET_CORE or entry != elf.program_header.size:

@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from collections import deque
-from contextlib import suppress
 
 import structlog
 
@@ -92,10 +91,13 @@ class Hold:
         """Seconds since the crash arrived."""
         return time.monotonic() - self._arrived
 
-    def belongs_to(self, pid: int) -> None:
-        """Say whose hold it is, so that the process can be made to end as well."""
-        with suppress(OSError):  # it was killed meanwhile, or there is no descriptor left
-            self._process = os.pidfd_open(pid)
+    def belongs_to(self, pidfd: int) -> None:
+        """Say whose hold it is, so that the process can be made to end as well.
+
+        Args:
+            pidfd: becomes this object's own.
+        """
+        self._process = pidfd
 
     def continue_with(self, descriptor: int) -> None:
         """Read from, and hold by, another descriptor from now on; the first one is closed."""

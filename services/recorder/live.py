@@ -73,9 +73,6 @@ class LiveHold(Hold):
             self.close()
             raise
 
-    def belongs_to(self, pid: int) -> None:
-        """Nothing: it must not be ended."""
-
     def let_go(self, because: str | None = None) -> None:
         """Let the process run on."""
         for thread, number in self._stopped.items():

@@ -87,7 +87,6 @@ class Patience:
         )
         try:
             pid = arrival.identify(self._mechanism, hold)
-            hold.belongs_to(pid)
             failure.crash_id = crash_id(self._boot_id, pid, start_ticks(pid))
         except (CaptureFailed, OSError) as error:
             log.warning("who waited cannot be named", error=str(error))

@@ -9,10 +9,13 @@ import os
 import re
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from services.common import process as processes
 from services.common import resources
+from services.common.mounts import Mounts
 from services.common.proc import Remembered
 from services.common.resources import Resources
 from services.common.unrecorded import Unrecorded
@@ -35,6 +38,7 @@ _RESIDENT = 4 * LARGEST  # bytes, shared pages too; of more it is not asked what
 _LARGEST_CORE = 1024**3  # bytes, untouched memory too
 _LONGEST_HEAD = 4 * 1024 * 1024  # bytes of headers and notes
 _MOST_THREADS = 256
+_READERS = 128
 _SPARE = 4 * 1024 * 1024  # bytes of room that is used again: new memory costs as much as to read
 
 # File systems of this host alone, proc_pid_mountinfo(5): a page of them comes for sure.
@@ -60,6 +64,7 @@ class Taken:
         proc: its /proc, as far as it was read.
         head: of its core, with all headers and notes; None: it is still to be read.
         memory: all of it; None: the process is still held.
+        may_be: it is small, as far as `Taker.look` sees.
         code: at the program counter, if that is where it faulted.
         files: what it mapped as code, open, by name in proc_pid_map_files(5).
     """
@@ -70,6 +75,7 @@ class Taken:
     resources: Resources | None = None
     code: bytes | None = None
     files: dict[str, int] | None = None
+    may_be: bool = False
     give_back: list[Callable[[], None]] = field(default_factory=list)
 
     def close(self) -> None:
@@ -102,62 +108,78 @@ class Taker:
         self._labels_needed = labels_needed
         self._lock = threading.Lock()
         self._bytes = 0
-        self._spare = [bytearray(_SPARE)]
+        self._mounts = Mounts()
+        self._spare = [bytearray(b"\1") * _SPARE]  # touched, so that the first has it as others
+        self._readers = ThreadPoolExecutor(_READERS, "memory")
+        self._readers.submit(int)  # a thread is ready
 
-    def take(self, pid: int, hold: Hold, module_files: int) -> Taken:
-        """Read a held process and let it go, or leave it held, with no memory in what returns.
+    def look(self, pid: int) -> Taken:
+        """Read of a held process what tells whether it may be taken; go on with `take`.
 
-        Close the result when its record is made.
+        Nothing of its core is needed for that, which the kernel begins to send meanwhile.
         """
         taken = Taken()
-        try:
-            self._take(pid, hold, module_files, taken)
-        except (_TooMuch, PagesUnreadable, Stalled, OSError):
-            taken.memory = None
-        except BaseException:
-            taken.close()
-            raise
+        taken.may_be = self._may_be_taken(pid, taken.proc)
         return taken
 
-    def _take(self, pid: int, hold: Hold, module_files: int, taken: Taken) -> None:
-        group = self._look(pid, taken.proc)
-        maps = facts.read_maps(pid, taken.proc)
+    def take(self, pid: int, hold: Hold, module_files: int, taken: Taken) -> None:
+        """Read a held process and let it go, or leave it held, with no memory in what was taken.
+
+        Args:
+            taken: what `look` returned; close it when its record is made.
+        """
+        if not taken.may_be:
+            return
+        with suppress(_TooMuch, PagesUnreadable, Stalled, OSError):
+            taken.memory = self._take(pid, hold, module_files, taken)
+
+    def _take(self, pid: int, hold: Hold, module_files: int, taken: Taken) -> Kept:
         taken.head = head = _whole(core_head.from_hold(hold), hold, taken)
         if not 0 < head.data <= (head.size or 0) <= self._largest_core:
             raise _TooMuch
+        maps = facts.read_maps(pid, taken.proc)
         with core_pages.opened(pid) as (memory, pagemap):
             touched = Touched(pid, maps, pagemap)
             loads = list(head.loads())
             touched.look_at_all(loads)
-            pieces = list(touched.pieces(iter(loads)))
+            pieces = sorted(touched.pieces(iter(loads)), key=lambda piece: not piece.sure)
             room = self._room(sum(piece.size for piece in pieces), taken)
-            kept = _read(pid, memory, pieces, room)
-        facts.remember(pid, taken.proc)
-        taken.resources = resources.read(pid, group, taken.proc)
-        taken.code = facts.code_at_fault(pid, head, maps)
-        taken.files = facts.open_modules(pid, maps, module_files)
+            reading = self._readers.submit(read_at_once, pid, [p for p in pieces if p.sure], room)
+            try:
+                self._read_the_rest(pid, module_files, taken)
+            finally:
+                done = reading.result()  # whose room it is
+            kept = _read(memory, pieces, room, done)
         if not self._unrecorded.begin(pid):
             raise _TooMuch
         taken.give_back.append(lambda: self._unrecorded.end(pid))
         taken.proc.seal()
-        taken.memory = kept
         hold.memory_was_read = True
         hold.let_go()
+        return kept
 
-    def _look(self, pid: int, proc: Remembered) -> str | None:
-        """Look for a reason not to go on; return its cgroup."""
+    def _may_be_taken(self, pid: int, proc: Remembered) -> bool:
         resident = _VM_RSS.search(proc.read(f"{pid}/status"))
         if not resident or int(resident[1]) * 1024 > _RESIDENT or not facts.has_memory(pid, proc):
-            raise _TooMuch
-        group = processes.cgroup(pid, proc)
-        if self._labels_needed and processes.container_of(group):
-            raise _TooMuch
+            return False
+        if self._labels_needed and processes.container_of(processes.cgroup(pid, proc)):
+            return False
         if len(facts.read_threads(pid, proc)) > _MOST_THREADS:
+            return False
+        return 0 < len(facts.read_maps(pid, proc)) <= _LONGEST_MAPS
+
+    def _read_the_rest(self, pid: int, module_files: int, taken: Taken) -> None:
+        """Read what else is there of it than its memory."""
+        proc, head = taken.proc, taken.head
+        assert head is not None
+        maps, mounts = facts.read_maps(pid, proc), self._mounts.seen_by(pid, proc)
+        if not _all_local(maps, mounts):
             raise _TooMuch
-        maps, mounts = facts.read_maps(pid, proc), resources.read_mounts(pid, proc)
-        if not 0 < len(maps) <= _LONGEST_MAPS or not _all_local(maps, mounts):
-            raise _TooMuch
-        return group
+        proc.learn(f"{pid}/mountinfo", mounts)
+        facts.remember(pid, proc)
+        taken.resources = resources.read(pid, processes.cgroup(pid, proc), proc)
+        taken.code = facts.code_at_fault(pid, head, maps)
+        taken.files = facts.open_modules(pid, maps, module_files)
 
     def _room(self, size: int, taken: Taken) -> memoryview:
         """Return room for that many bytes, until what was taken is closed."""
@@ -195,12 +217,15 @@ def _all_local(maps: bytes, mounts: bytes) -> bool:
     return True
 
 
-def _read(pid: int, memory: Memory, pieces: list[Piece], room: memoryview) -> Kept:
-    """Read what was touched; what cannot be read of it is zeros, as in `core_pages`."""
-    ordered = sorted(pieces, key=lambda piece: not piece.sure)
-    done = read_at_once(pid, [piece for piece in pieces if piece.sure], room)
+def _read(memory: Memory, pieces: list[Piece], room: memoryview, done: int) -> Kept:
+    """Read what was touched; what cannot be read of it is zeros, as in `core_pages`.
+
+    Args:
+        pieces: those that are sure come first.
+        done: bytes of these that were read already.
+    """
     content, place = [], 0
-    for piece in ordered:
+    for piece in pieces:
         into = room[place : place + piece.size]
         place += piece.size
         if place > done and not read_piece(memory, piece, into):

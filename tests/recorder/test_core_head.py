@@ -72,7 +72,7 @@ def test_old_kernel_without_siginfo_tells_the_signal() -> None:
 
 
 def test_head_is_returned_byte_for_byte() -> None:
-    raw = core(prstatus(6, 77) + siginfo(6, -6, 1, 2))
+    raw = core(prstatus(6, 77) + siginfo(6, -6, 1, 2)).ljust(65536, b"\0")
 
     assert read(raw + b"memory").raw == raw
 

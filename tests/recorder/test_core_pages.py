@@ -53,6 +53,7 @@ class Crash:
         connection.setblocking(False)
         self.hold = self.make_hold(connection.detach(), 20)
         self.pid = arrival.receive(Mechanism.SOCKET_REQUEST, self.hold).pid
+        arrival.confirm(Mechanism.SOCKET_REQUEST, self.hold)
         return self.pid == self.process.pid
 
     def read_head(self) -> core_head.Head:

@@ -43,6 +43,12 @@ def taker(tmp_path: Path) -> Taker:
     return Taker(Unrecorded(tmp_path / "spool"), 0, labels_needed=False)
 
 
+def take(taker: Taker, crash: Crash) -> Taken:
+    taken = taker.look(crash.pid)
+    taker.take(crash.pid, crash.hold, 64, taken)
+    return taken
+
+
 def written(taken: Taken, crash: Crash, path: Path) -> core_copy.Copied:
     """Write the core of what was taken."""
     assert taken.head is not None
@@ -58,7 +64,7 @@ def test_core_of_what_was_taken_is_the_kernels(
     program = crasher(command[0]) if len(command) == 1 else command[0]
     crash = Unread(coredump_socket, program, *command[1:], reads_head=False)
     try:
-        taken = taker.take(crash.pid, crash.hold, 64)
+        taken = take(taker, crash)
         assert taken.memory is not None and taken.head is not None
         assert written(taken, crash, tmp_path / "ours").fault is None
         crash.head = taken.head
@@ -77,7 +83,7 @@ def test_facts_of_a_process_that_was_taken_are_those_of_the_living(
     try:
         identity = facts.read_identity(crash.pid, "boot")
         rest = facts.read_rest(identity)
-        taken = taker.take(crash.pid, crash.hold, 64)
+        taken = take(taker, crash)
     finally:
         crash.end()
 
@@ -100,7 +106,7 @@ def test_process_is_gone_before_its_core_is_written(
     coredump_socket: socket.socket, tmp_path: Path, taker: Taker
 ) -> None:
     crash = Crash(coredump_socket, crasher("null_pointer"), reads_head=False)
-    taken = taker.take(crash.pid, crash.hold, 64)
+    taken = take(taker, crash)
     try:
         assert crash.process.wait(60) == -signal.SIGSEGV
         assert is_unrecorded(tmp_path / "spool", crash.pid)
@@ -119,7 +125,7 @@ def test_large_process_stays_held_and_its_core_is_whole(
 ) -> None:
     crash = Crash(coredump_socket, crasher("many_mappings"), "40", reads_head=False)
     try:
-        taken = taker.take(crash.pid, crash.hold, 64)
+        taken = take(taker, crash)
         assert taken.memory is None and crash.hold.is_held
         crash.head = taken.head or crash.read_head()
         with (tmp_path / "core").open("wb") as file:
@@ -136,7 +142,7 @@ def test_process_that_is_killed_meanwhile_is_not_taken(
     crash.process.kill()
     crash.process.wait(60)
     try:
-        assert taker.take(crash.pid, crash.hold, 64).memory is None
+        assert take(taker, crash).memory is None
     finally:
         crash.end()
 
