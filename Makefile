@@ -40,7 +40,7 @@ format: setup ## put the code in shape
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
 
-BENCHMARKS := signal_overhead hold_time hold_bus throughput memory latency scaling burst
+BENCHMARKS := signal_overhead events hold_time hold_bus backtrace throughput memory latency scaling burst
 bench: setup ## measure capture and delivery, each against a peer; takes half an hour
 	@for one in $(BENCHMARKS); do echo "== $$one"; $(PYTHON) -m benchmarks.$$one || exit 1; done
 
