@@ -29,8 +29,8 @@ from services.recorder.core_memory import (
     read_at_once,
     read_piece,
 )
-from services.recorder.core_pages import Touched
 from services.recorder.hold import Hold, Stalled
+from services.recorder.touched import Touched
 
 LARGEST = 16 * 1024 * 1024  # bytes of touched memory
 AT_ONCE = 2 * LARGEST  # bytes of all that were read and are not written yet

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from services.recorder import arrival, core_copy, core_head, core_pages, sparse
-from services.recorder.core_pages import PagesUnreadable
+from services.recorder import arrival, core_copy, core_head, core_pages, sparse, touched
+from services.recorder.core_memory import PagesUnreadable
 from services.recorder.hold import Hold
 from services.recorder.mechanism import Mechanism
+from services.recorder.touched import Touched
 from tests.support import core_pattern
 from tests.support.crashers import FATAL, crasher
 
@@ -62,7 +63,7 @@ class Crash:
     def from_memory(self, core: int) -> int:
         assert self.head.size is not None
         with core_pages.opened(self.pid) as (memory, pagemap):
-            found = core_pages.Touched(self.pid, self.maps, pagemap).pieces(self.head.loads())
+            found = Touched(self.pid, self.maps, pagemap).pieces(self.head.loads())
             return core_pages.copy(self.hold, memory, found, core, self.head.size)
 
     def from_stream(self, path: Path) -> None:
@@ -109,7 +110,7 @@ def test_core_from_memory_is_the_kernels(
     scan: bool,
 ) -> None:
     if not scan:
-        monkeypatch.setattr(core_pages, "_kernel_scans", lambda: False)
+        monkeypatch.setattr(touched, "_kernel_scans", lambda: False)
     program = crasher(command[0]) if len(command) == 1 else command[0]
 
     assert same(*both_ways(coredump_socket, tmp_path, program, *command[1:]))
@@ -164,14 +165,14 @@ def test_process_that_is_killed_meanwhile_ends_the_copy(
 def test_process_that_is_killed_while_its_pages_are_looked_up(
     coredump_socket: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scan: bool
 ) -> None:
-    monkeypatch.setattr(core_pages, "_kernel_scans", lambda: scan)
+    monkeypatch.setattr(touched, "_kernel_scans", lambda: scan)
     crash = Crash(coredump_socket, crasher("many_mappings"))
     try:
         with (
             core_pages.opened(crash.pid) as (memory, pagemap),
             (tmp_path / "core").open("wb") as file,
         ):
-            found = core_pages.Touched(crash.pid, crash.maps, pagemap).pieces(crash.head.loads())
+            found = Touched(crash.pid, crash.maps, pagemap).pieces(crash.head.loads())
             first = next(found)
             crash.process.kill()
             crash.process.wait(60)
