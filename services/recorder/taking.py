@@ -5,11 +5,12 @@ comes later, from what was read. Whatever is not small, or cannot be read for su
 waiting, stays held; what was read of it until then is not read again.
 """
 
+import _thread
+import errno
 import os
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -38,7 +39,6 @@ _RESIDENT = 4 * LARGEST  # bytes, shared pages too; of more it is not asked what
 _LARGEST_CORE = 1024**3  # bytes, untouched memory too
 _LONGEST_HEAD = 4 * 1024 * 1024  # bytes of headers and notes
 _MOST_THREADS = 256
-_READERS = 128
 _SPARE = 4 * 1024 * 1024  # bytes of room that is used again: new memory costs as much as to read
 
 # File systems of this host alone, proc_pid_mountinfo(5): a page of them comes for sure.
@@ -93,6 +93,35 @@ class Taken:
         return files
 
 
+class _Beside:
+    """A count of bytes that another thread finds out.
+
+    A thread is made for each, which takes some 50 microseconds, because one that waits for a dead
+    disk cannot be had back.
+    """
+
+    def __init__(self, count: Callable[..., int], *arguments: object) -> None:
+        self._count = count
+        self._result = 0
+        self._done = threading.Lock()
+        self._done.acquire()
+        try:
+            _thread.start_new_thread(self._run, arguments)
+        except RuntimeError:  # there may be no more threads: then it takes longer
+            self._run(*arguments)
+
+    def _run(self, *arguments: object) -> None:
+        try:
+            self._result = self._count(*arguments)
+        finally:
+            self._done.release()
+
+    def result(self) -> int:
+        """Wait for it; 0 if it came to grief."""
+        with self._done:
+            return self._result
+
+
 class Taker:
     """Reads small processes; used by several threads.
 
@@ -110,8 +139,6 @@ class Taker:
         self._bytes = 0
         self._mounts = Mounts()
         self._spare = [bytearray(b"\1") * _SPARE]  # touched, so that the first has it as others
-        self._readers = ThreadPoolExecutor(_READERS, "memory")
-        self._readers.submit(int)  # a thread is ready
 
     def look(self, pid: int) -> Taken:
         """Read of a held process what tells whether it may be taken; go on with `take`.
@@ -144,11 +171,11 @@ class Taker:
             touched.look_at_all(loads)
             pieces = sorted(touched.pieces(iter(loads)), key=lambda piece: not piece.sure)
             room = self._room(sum(piece.size for piece in pieces), taken)
-            reading = self._readers.submit(read_at_once, pid, [p for p in pieces if p.sure], room)
+            reading = _Beside(read_at_once, pid, [piece for piece in pieces if piece.sure], room)
             try:
                 self._read_the_rest(pid, module_files, taken)
             finally:
-                done = reading.result()  # whose room it is
+                done = reading.result()  # until then the room is its own
             kept = _read(memory, pieces, room, done)
         if not self._unrecorded.begin(pid):
             raise _TooMuch
