@@ -2,9 +2,10 @@
 
 By turns with the kernel writing a plain core file, with Crashbus, and with Debian's
 systemd-coredump, all on the same disk; the least time of each counts. Needs root and some
-12 GiB of memory and disk; a program or handler that is not there is left out with a word::
+12 GiB of memory and disk. Real programs are measured where they are installed: Debian's nodejs,
+default-jdk-headless, and postgresql with its directory of programs on the PATH::
 
-    .venv/bin/python -m benchmarks.hold_time [--only TITLE]… [--rounds N] [largest MiB]
+    .venv/bin/python -m benchmarks.hold_time [--only TITLE]… [--rounds N] [--without-systemd] [MiB]
 
 A few rows, measured often, tell of a change::
 
@@ -66,14 +67,21 @@ def main() -> None:
         place.chmod(0o755)
         for title, start in programs(place, asked.largest):
             if not asked.only or title in asked.only:
-                measure(title, start, place, asked.rounds)
+                measure(title, start, place, asked.rounds, not asked.without_systemd)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hold_time")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.hold_time",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("largest", nargs="?", type=int, default=SIZES[-1], help="MiB")
     parser.add_argument("--only", action="append", metavar="TITLE", help="of a row")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument(
+        "--without-systemd", action="store_true", help="leave out its handler, which takes longest"
+    )
     return parser.parse_args()
 
 
@@ -132,7 +140,7 @@ def _postgres(data: Path) -> Start:
     return start
 
 
-def measure(title: str, start: Start, place: Path, rounds: int) -> None:
+def measure(title: str, start: Start, place: Path, rounds: int, with_systemd: bool) -> None:
     """Print one row."""
     ours, plain, systemd = [], [], []
     size = 0

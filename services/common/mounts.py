@@ -8,35 +8,37 @@ import select
 import threading
 from pathlib import Path
 
-from services.common.proc import LIVE, Proc, read_file
+from services.common.proc import LIVE, Proc
 from services.common.resources import MAX_MOUNTS, read_mounts
 
-_INIT = 1  # the process whose mounts are watched
+_INIT, _OURS = "1", "self"
 
 
 class Mounts:
-    """Knows the mounts of the init process's namespace; used by several threads."""
+    """Knows the mounts of init's namespace, or of ours; used by several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._namespace = LIVE.link(f"{_INIT}/ns/mnt")
-        self._root = LIVE.link(f"{_INIT}/root")
         self._changes = select.poll()
-        self._known: bytes | None = None
-        try:
-            self._watched = Path(f"/proc/{_INIT}/mountinfo").open("rb")  # noqa: SIM115 - poll needs it
-        except OSError:
-            self._namespace = None
-        else:
-            self._changes.register(self._watched, select.POLLPRI)
+        self._known = b""
+        # A sandbox may keep init's from us.
+        self._process = _INIT if LIVE.link(f"{_INIT}/ns/mnt") else _OURS
+        self._view = _view(self._process, LIVE)
+        self._watched = Path(f"/proc/{self._process}/mountinfo").open("rb")  # noqa: SIM115 - polled
+        self._changes.register(self._watched, select.POLLPRI)
 
     def seen_by(self, pid: int, proc: Proc) -> bytes:
         """Return what a process's mountinfo tells, as far as it is looked at."""
-        namespace, root = proc.link(f"{pid}/ns/mnt"), proc.link(f"{pid}/root")
-        if None in (namespace, root) or (namespace, root) != (self._namespace, self._root):
+        if self._view is None or _view(f"{pid}", proc) != self._view:
             return read_mounts(pid, proc)
         with self._lock:
             # Asked first: what changes while it is read, the next one is told.
-            if self._changes.poll(0) or self._known is None:
-                self._known = read_file(f"/proc/{_INIT}/mountinfo", MAX_MOUNTS)
+            if self._changes.poll(0) or not self._known:
+                self._known = LIVE.read(f"{self._process}/mountinfo", MAX_MOUNTS)
             return self._known
+
+
+def _view(process: str, proc: Proc) -> tuple[bytes, bytes] | None:
+    """Return mount namespace and root of a process, which say what mounts it sees."""
+    namespace, root = proc.link(f"{process}/ns/mnt"), proc.link(f"{process}/root")
+    return None if namespace is None or root is None else (namespace, root)

@@ -5,12 +5,12 @@ comes later, from what was read. Whatever is not small, or cannot be read for su
 waiting, stays held; what was read of it until then is not read again.
 """
 
-import _thread
 import errno
 import os
 import re
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -93,35 +93,6 @@ class Taken:
         return files
 
 
-class _Beside:
-    """A count of bytes that another thread finds out.
-
-    A thread is made for each, which takes some 50 microseconds, because one that waits for a dead
-    disk cannot be had back.
-    """
-
-    def __init__(self, count: Callable[..., int], *arguments: object) -> None:
-        self._count = count
-        self._result = 0
-        self._done = threading.Lock()
-        self._done.acquire()
-        try:
-            _thread.start_new_thread(self._run, arguments)
-        except RuntimeError:  # there may be no more threads: then it takes longer
-            self._run(*arguments)
-
-    def _run(self, *arguments: object) -> None:
-        try:
-            self._result = self._count(*arguments)
-        finally:
-            self._done.release()
-
-    def result(self) -> int:
-        """Wait for it; 0 if it came to grief."""
-        with self._done:
-            return self._result
-
-
 class Taker:
     """Reads small processes; used by several threads.
 
@@ -138,6 +109,10 @@ class Taker:
         self._lock = threading.Lock()
         self._bytes = 0
         self._mounts = Mounts()
+        # Where it has not begun when the first thread is done, that one reads by itself: it may
+        # have no processor, be busy with another crash, or wait for a dead disk for good.
+        self._second = ThreadPoolExecutor(1, "memory")
+        self._second.submit(int)  # so that its thread is there
         self._spare = [bytearray(b"\1") * _SPARE]  # touched, so that the first has it as others
 
     def look(self, pid: int) -> Taken:
@@ -171,11 +146,14 @@ class Taker:
             touched.look_at_all(loads)
             pieces = sorted(touched.pieces(iter(loads)), key=lambda piece: not piece.sure)
             room = self._room(sum(piece.size for piece in pieces), taken)
-            reading = _Beside(read_at_once, pid, [piece for piece in pieces if piece.sure], room)
+            sure = [piece for piece in pieces if piece.sure]
+            reading = self._second.submit(read_at_once, pid, sure, room)
             try:
                 self._read_the_rest(pid, module_files, taken)
             finally:
-                done = reading.result()  # until then the room is its own
+                if not reading.cancel():
+                    wait([reading])  # the room is its own until then
+            done = read_at_once(pid, sure, room) if reading.cancelled() else reading.result()
             kept = _read(memory, pieces, room, done)
         if not self._unrecorded.begin(pid):
             raise _TooMuch

@@ -31,6 +31,7 @@ def test_mounts_are_read_again_when_they_have_changed(tmp_path: Path) -> None:
     need_root()
     known = Mounts()
     name = os.fsencode(tmp_path)
+    assert known.seen_by(os.getpid(), LIVE) is known.seen_by(os.getpid(), LIVE)
     assert name not in known.seen_by(os.getpid(), LIVE)
 
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tmp_path], check=True)
