@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from services.common import process as processes
 from services.common import resources
@@ -212,9 +213,15 @@ def _whole(head: Head, hold: Hold, taken: Taken) -> Head:
     return replace(head, raw=head.raw + hold.read_exactly(missing))
 
 
+@lru_cache(4)
+def _types(mounts: bytes) -> dict[bytes, bytes]:
+    """Return the type of each file system by its device; for most processes they are the same."""
+    return dict(_MOUNT.findall(mounts))
+
+
 def _all_local(maps: bytes, mounts: bytes) -> bool:
     """Tell whether all that is mapped lies on file systems that answer for sure."""
-    types = dict(_MOUNT.findall(mounts))
+    types = _types(mounts)
     for device in set(_MAPPED.findall(maps)):
         major, _, minor = device.partition(b":")
         if types.get(b"%d:%d" % (int(major, 16), int(minor, 16))) not in _LOCAL:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,23 @@ def test_process_is_gone_before_its_core_is_written(
         crash.hold.close()
         taken.close()
     assert not is_unrecorded(tmp_path / "spool", crash.pid)
+
+
+def test_second_thread_that_is_busy_is_not_waited_for(
+    coredump_socket: socket.socket, tmp_path: Path, taker: Taker
+) -> None:
+    may_end = threading.Event()
+    busy = taker._second.submit(may_end.wait, 60)
+    crash = Crash(coredump_socket, crasher("null_pointer"), reads_head=False)
+    taken = take(taker, crash)
+    try:
+        assert busy.running()
+        assert written(taken, crash, tmp_path / "core").fault is None
+        assert taken.memory is not None
+    finally:
+        may_end.set()
+        crash.hold.close()
+        taken.close()
 
 
 def test_large_process_stays_held_and_its_core_is_whole(
