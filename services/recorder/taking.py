@@ -5,7 +5,6 @@ comes later, from what was read. Whatever is not small, or cannot be read for su
 waiting, stays held; what was read of it until then is not read again.
 """
 
-import errno
 import os
 import re
 import threading
