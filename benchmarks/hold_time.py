@@ -149,9 +149,10 @@ def measure(title: str, start: Start, place: Path, rounds: int, with_systemd: bo
             plain.append(held(start))
             size = size_of()
         ours.append(asyncio.run(with_crashbus(start)))
-        with with_systemd(place) as available:
-            if available:
-                systemd.append(held(start))
+        if with_systemd:
+            with systemd_coredump(place) as available:
+                if available:
+                    systemd.append(held(start))
     shortest = min(ours)
     columns = f"{title:24}{size >> 20:>9}{shortest:>10.4f}"
     for others in (plain, systemd):
