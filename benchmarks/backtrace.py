@@ -51,11 +51,7 @@ async def measure(mib: int, threads: int, rounds: int) -> list[tuple[float, floa
 async def _round(recorder: RecorderService, mib: int, threads: int) -> tuple[float, float]:
     program = crasher("threads")
     # The one that crashes and the first are threads, too.
-    process = subprocess.Popen([program, str(threads - 2), str(mib)])
-    pid = process.pid
-    # Not process.wait(300): with a time limit it looks again after up to 50 milliseconds.
-    await asyncio.to_thread(process.wait)
-    let_go = time.time()
+    pid, let_go = await asyncio.to_thread(_die, program, str(threads - 2), str(mib))
     await recorder.captured(pid, 300)
     written = recorder.file(pid, "backtrace").stat().st_mtime
     told = json.loads(recorder.file(pid, "backtrace_json").read_text())
@@ -65,6 +61,14 @@ async def _round(recorder: RecorderService, mib: int, threads: int) -> tuple[flo
     core.unlink()
     os.sync()
     return written - let_go, gdbs
+
+
+def _die(*command: str | Path) -> tuple[int, float]:
+    """Run a program until it ends; return its PID, and when that was in Unix seconds."""
+    process = subprocess.Popen(command)
+    # With a time limit it would look again after up to 50 milliseconds.
+    process.wait()
+    return process.pid, time.time()
 
 
 def _gdb(program: Path, core: Path) -> float:

@@ -140,7 +140,7 @@ def _postgres(data: Path) -> Start:
     return start
 
 
-def measure(title: str, start: Start, place: Path, rounds: int, with_systemd: bool) -> None:
+def measure(title: str, start: Start, place: Path, rounds: int, against_systemd: bool) -> None:
     """Print one row."""
     ours, plain, systemd = [], [], []
     size = 0
@@ -149,8 +149,8 @@ def measure(title: str, start: Start, place: Path, rounds: int, with_systemd: bo
             plain.append(held(start))
             size = size_of()
         ours.append(asyncio.run(with_crashbus(start)))
-        if with_systemd:
-            with systemd_coredump(place) as available:
+        if against_systemd:
+            with with_systemd(place) as available:
                 if available:
                     systemd.append(held(start))
     shortest = min(ours)
