@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from crashbus import Bus, DeadLetter, Postponed, streams
+from crashbus import Bus, DeadLetter, Postponed, Receipt, streams
 from crashbus.chunks import Chunk
 from services.shipper.destinations.file import Upload
 from services.shipper.hands import consumer
@@ -86,6 +86,24 @@ async def test_items_of_a_dead_destination_stay_on_the_bus_and_stop_no_other(
         info = await bus._js.consumer_info(streams.FILES, consumer(gone.url))
         assert (info.num_ack_pending or 0) <= 2 * 16
         assert info.num_pending >= 1000
+
+
+async def test_health_is_well_when_a_destination_is_back_and_others_have_delivered_all(
+    bus: Bus, shipping: Running
+) -> None:
+    gone = Receiver()
+    gone.close()
+    sent = await send(bus, {"info_1": b"x"})
+    await bus.publish(sent.item(gone.url))
+
+    async with shipping([gone.url], quick(retry_in_hand=0)) as health:
+        await until(lambda: f"destination {gone.url}" in health.faults())
+        await bus._js.purge_stream(streams.FILES)  # as if another shipper had delivered it
+        back = Receiver(port=gone.port)
+        await until(lambda: not health.faults())
+        back.close()
+
+    assert await bus.stored(Receipt) == []
 
 
 async def test_small_file_passes_while_every_hand_for_cores_is_taken(
