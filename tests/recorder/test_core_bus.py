@@ -4,11 +4,13 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from crashbus import Bus
+from crashbus import Bus, capture
+from crashbus.capture import CaptureRecord
 from crashbus.chunks import Verifier
 from crashbus.messages import CrashFile
 from services.common import core_stream
@@ -18,6 +20,7 @@ from services.recorder.core_bus import BusWay, NotSent
 from services.recorder.core_memory import LiveMemory
 from services.recorder.core_pages import Pages
 from services.recorder.core_writing import _with_notes
+from tests.collector.stand_in import signal_event
 from tests.pipeline.conftest import top_frames
 from tests.recorder.test_core_pages import SMALL_PYTHON, Crash, same
 from tests.support import core_pattern
@@ -27,7 +30,9 @@ from tests.support.service import ServiceProcess
 
 MIB = 1024 * 1024
 CRASH_ID = "0123456789abcdef"
-NAME = "core_1795388839"
+DIRECTORY = "4000001"  # in the spool
+EPOCH = 1795388839
+NAME = f"core_{EPOCH}"
 
 
 class Collector:
@@ -62,8 +67,29 @@ async def collector(tmp_path: Path, nats_server: NatsServer, bus: Bus) -> AsyncI
     made = Collector(bus, tmp_path, nats_server)
     await made.service.start()
     await made.service.healthy()
-    yield made
+    with recorded(made.spool):
+        yield made
     await made.service.stop()
+
+
+@contextmanager
+def recorded(spool: Path) -> Iterator[None]:
+    """Have a record that is being written: without one, the collector takes the core back."""
+    record = CaptureRecord(
+        state="writing",
+        crash_id=CRASH_ID,
+        host="test-host",
+        crashed_at=float(EPOCH),
+        process=signal_event(os.getpid()).process,
+        signal=11,
+        signal_name="SIGSEGV",
+    )
+    (spool / DIRECTORY).mkdir()
+    directory = os.open(spool / DIRECTORY, os.O_RDONLY | os.O_DIRECTORY)
+    lock = capture.create(directory, EPOCH, record)
+    yield
+    os.close(lock)
+    os.close(directory)
 
 
 @pytest.fixture
@@ -89,7 +115,7 @@ def send(crash: Crash, to: BusWay, place: Path, limit: int = core_copy.LARGEST) 
     """Send a crash's core as the recorder does."""
     pages = _with_notes(Pages(crash.pid, crash.head, crash.maps), crash.hold)
     crash.head = pages.head
-    announced = Announced(crash_id=CRASH_ID, directory=str(crash.pid), name=NAME)
+    announced = Announced(crash_id=CRASH_ID, directory=DIRECTORY, name=NAME)
     notes = os.open(place, os.O_RDWR | os.O_CREAT)
     try:
         core_copy.copy_stacks(crash.hold, pages, notes, MIB)
