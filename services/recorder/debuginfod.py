@@ -21,6 +21,7 @@ from crashbus import elf
 from services.recorder import metrics
 from services.recorder.debug_sources import Sources
 from services.recorder.debuginfod_worker import Fetched, Order, Wanted
+from services.recorder.unwind_process import receive, send
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -28,6 +29,7 @@ _COMMAND = (sys.executable, "-I", "-m", "services.recorder.debuginfod_worker")
 _ASK_AGAIN = 3600.0  # seconds until a server is asked again for what it did not have
 _REMEMBERED = 10_000  # build IDs that no server has
 _KILLED_WITHIN = 2.0  # seconds from SIGKILL to its end
+_MAX_ANSWER = 1024 * 1024  # bytes; a thousand build IDs take about 100 KB
 _AT_LEAST = 0.5  # seconds; less is not worth a process
 # Of our environment: how to get out of this network, and whom to trust there.
 _PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "HTTPS_PROXY", "NO_PROXY")
@@ -166,15 +168,22 @@ def _run(order: Order) -> Fetched:
         cwd="/",
         env={"LANG": "C.UTF-8", **passed},
     )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    end = time.monotonic() + order.seconds
     try:
-        answer, _ = worker.communicate(order.model_dump_json().encode(), order.seconds)
-        return Fetched.model_validate_json(answer)
-    except subprocess.TimeoutExpired:
-        log.warning("debuginfod servers take too long", seconds=order.seconds)
+        send(worker.stdin.fileno(), order.model_dump_json().encode(), end)
+        worker.stdin.close()
+        answer = receive(worker.stdout.fileno(), end, _MAX_ANSWER)
+        if answer is not None:
+            return Fetched.model_validate_json(answer)
+        log.warning("debug information takes too long", seconds=order.seconds)
     except ValidationError:
         log.warning("debug information could not be fetched", status=worker.poll())
     finally:
         worker.kill()
+        worker.stdin.close()
+        worker.stdout.close()
         with suppress(subprocess.TimeoutExpired):
-            worker.communicate(timeout=_KILLED_WITHIN)
+            worker.wait(_KILLED_WITHIN)
     return Fetched()

@@ -217,3 +217,27 @@ def ready(pipe: int, event: int, end: float) -> bool:
     waiting = select.poll()
     waiting.register(pipe, event)
     return bool(waiting.poll(max(0.0, end - time.monotonic()) * 1000))
+
+
+def send(pipe: int, data: bytes, end: float) -> None:
+    """Write all to a process, or what it takes until a monotonic time."""
+    os.set_blocking(pipe, False)
+    view = memoryview(data)
+    while view and ready(pipe, select.POLLOUT, end):
+        try:
+            view = view[os.write(pipe, view) :]
+        except BrokenPipeError:
+            return  # it died; its status says of what
+
+
+def receive(pipe: int, end: float, most: int) -> bytes | None:
+    """Read what a process writes to its end; None when that does not come in time or is more."""
+    answer = bytearray()
+    while ready(pipe, select.POLLIN, end):
+        part = os.read(pipe, 1 << 20)
+        if not part:
+            return bytes(answer)
+        answer += part
+        if len(answer) > most:
+            return None
+    return None

@@ -1,7 +1,6 @@
 """Backtraces, each made by a worker process that can be killed and holds no rights."""
 
 import os
-import select
 import signal
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from services.recorder import core_threads, metrics, unwind_process
 from services.recorder.backtrace import Backtrace, ModuleFile, Request
 from services.recorder.core_head import Head
 from services.recorder.facts import Module
-from services.recorder.unwind_process import Server, Started, Worker, ready
+from services.recorder.unwind_process import Server, Started, Worker, receive, send
 
 _COMMAND = unwind_process.WORKER
 _MAX_ANSWER = 16 * 1024 * 1024  # bytes; 20,000 frames take about 6 MB
@@ -92,36 +91,13 @@ def _run(
     if worker is None:
         worker = Started(_COMMAND, descriptors)
     try:
-        _send(worker.requests, request.model_dump_json().encode(), end)
+        send(worker.requests, request.model_dump_json().encode(), end)
         worker.no_more_requests()
-        answer = _receive(worker.answers, end)
+        answer = receive(worker.answers, end, _MAX_ANSWER)
         status = worker.wait(max(0.0, end - time.monotonic())) if answer is not None else None
         return answer or b"", status
     finally:
         worker.end()
-
-
-def _send(pipe: int, data: bytes, end: float) -> None:
-    os.set_blocking(pipe, False)
-    view = memoryview(data)
-    while view and ready(pipe, select.POLLOUT, end):
-        try:
-            view = view[os.write(pipe, view) :]
-        except BrokenPipeError:
-            return  # it died; its status says of what
-
-
-def _receive(pipe: int, end: float) -> bytes | None:
-    """Read to the end; None when that does not come in time or after too much."""
-    answer = bytearray()
-    while ready(pipe, select.POLLIN, end):
-        part = os.read(pipe, 1 << 20)
-        if not part:
-            return bytes(answer)
-        answer += part
-        if len(answer) > _MAX_ANSWER:
-            return None
-    return None
 
 
 def _read(answer: bytes, status: int | None, within: float) -> Backtrace:

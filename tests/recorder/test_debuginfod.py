@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +16,7 @@ import pytest
 from pydantic import ValidationError
 
 from crashbus import elf
-from services.recorder import metrics
+from services.recorder import debuginfod, metrics
 from services.recorder.debug_sources import S3, Sources
 from services.recorder.debuginfod import Debuginfod
 from services.recorder.settings import RecorderSettings
@@ -254,6 +255,19 @@ def test_bucket_that_has_it_not_is_not_asked_again(s3: S3Server, tmp_path: Path)
 def test_place_that_is_none_is_refused(place: str) -> None:
     with pytest.raises(ValidationError):
         RecorderSettings(debuginfod_urls=place)
+
+
+def test_worker_s_answer_is_not_taken_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever takes over the process that fetches cannot fill the recorder's memory."""
+    endless = "import sys\nwhile True: sys.stdout.write('[' * 65536)"
+    monkeypatch.setattr(debuginfod, "_COMMAND", (sys.executable, "-c", endless))
+    before = failed()
+
+    fetcher("http://127.0.0.1:1", tmp_path, within=600).fetch([BUILD_ID], 600)
+
+    assert failed() == before + 1
 
 
 def test_cache_keeps_what_was_used_last(tmp_path: Path) -> None:
