@@ -28,8 +28,8 @@ class Bucket:
         Minio(self._address, *self._keys, secure=False, region="us-east-1").make_bucket(self.name)
 
     def _client(self) -> Minio:
-        """Return a client that does not wait long and does not try again: we do that."""
-        pool = PoolManager(timeout=Timeout(3, 30), retries=Retry(0))
+        """Return a client that does not try again: we do that."""
+        pool = PoolManager(timeout=Timeout(10, 90), retries=Retry(0))
         return Minio(self._address, *self._keys, secure=False, region="us-east-1", http_client=pool)
 
     def crashes(self) -> dict[str, list[str]]:

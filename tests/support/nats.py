@@ -111,7 +111,7 @@ class NatsServer:
     def _end(self, number: int) -> None:
         if self._process is not None and self._process.poll() is None:
             os.kill(self._process.pid, number)
-            self._process.wait(60)
+            self._process.wait(180)  # it may be writing to a disk that is busy
         self._process = None
 
 
