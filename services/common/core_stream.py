@@ -11,6 +11,7 @@ import os
 import socket
 import stat
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, Field
@@ -24,7 +25,7 @@ ANNOUNCED, DATA, ZEROS, END = b"A", b"D", b"Z", b"E"
 GREETING = b"."
 MAX_DATA = 1024 * 1024  # bytes in one frame
 MAX_TEXT = 64 * 1024  # bytes of what is announced, and of an answer
-_SOCKET = "socket"
+_SOCKET, _NEW = "socket", "socket.new"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -63,24 +64,18 @@ def listen(spool: Path) -> socket.socket:
         os.close(root)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if _has_socket(directory):
-            os.unlink(_SOCKET, dir_fd=directory)
-        listening.bind(_path(directory))
+        with suppress(FileNotFoundError):
+            os.unlink(_NEW, dir_fd=directory)
+        listening.bind(_path(directory, _NEW))
         listening.listen(64)
+        # In one step: who finds no socket does not wait for a collector.
+        os.rename(_NEW, _SOCKET, src_dir_fd=directory, dst_dir_fd=directory)
     except OSError:
         listening.close()
         raise
     finally:
         os.close(directory)
     return listening
-
-
-def _has_socket(directory: int) -> bool:
-    try:
-        os.stat(_SOCKET, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def identity(spool: Path) -> tuple[int, int] | None:
@@ -106,7 +101,7 @@ def connect(spool: Path, within: float) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(within)
-            connection.connect(_path(directory))
+            connection.connect(_path(directory, _SOCKET))
         except OSError:
             connection.close()
             raise
@@ -115,6 +110,6 @@ def connect(spool: Path, within: float) -> socket.socket:
     return connection
 
 
-def _path(directory: int) -> str:
+def _path(directory: int, name: str) -> str:
     """Return a path that is short enough for a socket, wherever the spool lies; unix(7)."""
-    return f"/proc/self/fd/{directory}/{_SOCKET}"
+    return f"/proc/self/fd/{directory}/{name}"

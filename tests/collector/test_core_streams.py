@@ -1,0 +1,130 @@
+"""The socket on which the collector takes cores that lie nowhere else."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from crashbus import capture, layout
+from crashbus.capture import CaptureRecord
+from services.common import core_stream
+from services.common.core_stream import ANNOUNCED, DATA, END, FRAME, ZEROS, Announced, Answer
+from tests.collector.conftest import Setup
+from tests.collector.stand_in import signal_event
+from tests.support.wait import until
+
+CRASH_ID = "0123456789abcdef"
+DIRECTORY, EPOCH = "4000001", 1795388839
+NAME = f"core_{EPOCH}"
+HELLO = Announced(crash_id=CRASH_ID, directory=DIRECTORY, name=NAME).model_dump_json().encode()
+
+
+def frame(kind: bytes, content: bytes) -> bytes:
+    return FRAME.pack(kind, len(content)) + content
+
+
+WHOLE = frame(ANNOUNCED, HELLO) + frame(DATA, b"core") + FRAME.pack(ZEROS, 3 << 20)
+
+
+def record(spool: Path) -> Callable[[], None]:
+    """Make a record that is being written; return what ends its writer."""
+    made = CaptureRecord(
+        state="writing",
+        crash_id=CRASH_ID,
+        host="test-host",
+        crashed_at=float(EPOCH),
+        process=signal_event(os.getpid()).process,
+        signal=11,
+        signal_name="SIGSEGV",
+    )
+    (spool / DIRECTORY).mkdir()
+    directory = os.open(spool / DIRECTORY, os.O_RDONLY | os.O_DIRECTORY)
+    lock = capture.create(directory, EPOCH, made)
+    os.close(directory)
+    return lambda: os.close(lock)
+
+
+async def begun(setup: Setup) -> socket.socket:
+    """Return a connection whose turn it is."""
+    await setup.collector.start()
+    await setup.collector.healthy()
+    await until(lambda: core_stream.identity(setup.spool))
+    return await connected(setup)
+
+
+async def connected(setup: Setup) -> socket.socket:
+    connection = core_stream.connect(setup.spool, 60)
+    assert await asyncio.to_thread(connection.recv, 1) == core_stream.GREETING
+    return connection
+
+
+async def answer(connection: socket.socket) -> Answer | None:
+    """Return what is answered; None: it was closed without a word."""
+    try:
+        text = await asyncio.to_thread(connection.recv, core_stream.MAX_TEXT)
+    except ConnectionResetError:
+        text = b""
+    return Answer.model_validate_json(text) if text else None
+
+
+async def chunks(setup: Setup) -> int:
+    return await setup.bus.chunk_count(CRASH_ID, NAME)
+
+
+async def nothing_left(setup: Setup) -> bool:
+    marks = setup.state / "collector" / "streamed"
+    return await chunks(setup) == 0 and not list(marks.glob("*"))
+
+
+async def test_core_stays_on_the_bus_as_long_as_its_record_may_name_it(setup: Setup) -> None:
+    end = record(setup.spool)
+    with await begun(setup) as connection:
+        connection.sendall(WHOLE + FRAME.pack(END, 0))
+        found = await answer(connection)
+    assert found is not None
+    assert found.file is not None
+    assert found.file.size == 4 + (3 << 20)
+    await setup.collector.stop()
+
+    # A collector that was started anew has looked at what there is when it listens.
+    with await begun(setup):
+        assert await chunks(setup) == found.file.chunks
+    end()  # the recorder was killed
+
+    await until(lambda: nothing_left(setup))
+
+
+BROKEN = (
+    b"",
+    b"x" * 100,
+    FRAME.pack(ANNOUNCED, 1 << 60),
+    frame(ANNOUNCED, b"{}"),
+    frame(ANNOUNCED, HELLO.replace(b"4000001", b"../etc")),
+    frame(DATA, b"core") + FRAME.pack(END, 0),
+    WHOLE + b"?" * 100,
+    WHOLE + FRAME.pack(DATA, 1 << 60) + b"core",
+    WHOLE,
+)
+
+
+async def test_what_does_not_come_to_its_end_leaves_nothing(setup: Setup) -> None:
+    (await begun(setup)).close()
+    for sent in BROKEN:
+        with await connected(setup) as connection:
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+            assert await answer(connection) is None
+
+    await until(lambda: nothing_left(setup))
+    (await connected(setup)).close()
+
+
+async def test_socket_comes_back_with_the_spool(setup: Setup) -> None:
+    (await begun(setup)).close()
+    path = setup.spool / layout.CORES / "socket"
+    path.unlink()
+
+    await until(path.exists)
+
+    (await connected(setup)).close()
