@@ -266,11 +266,11 @@ def fault_table(_: str) -> str:
         (
             (
                 row["name"],
-                row.get("hit", ""),
+                row["hit"],
                 str(row["crashes"]),
                 row["ended"] if row["passed"] else "**not as it should be**",
                 f"{row['mib']:.0f}",
-                str(row.get("largest", "")),
+                str(row["largest"]),
                 f"{row['seconds']:.0f}",
                 str(row["seed"]),
             )
