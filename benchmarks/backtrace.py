@@ -1,7 +1,7 @@
 """How soon a large crash has its backtrace: 1 GiB of memory, 100 threads.
 
-From the moment at which the parent of the crashed process knows its end until the backtrace is
-written; the recorder has seen a crash before. The peer is gdb's `thread apply all bt` of the same
+From the moment at which the crashed process is let go until its backtrace is written; the recorder
+has seen a crash before. The peer is gdb's `thread apply all bt` of the same
 core. Needs root, gdb and 3 GiB of disk::
 
     .venv/bin/python -m benchmarks.backtrace [--rounds N] [--threads N] [MiB]
@@ -51,8 +51,11 @@ async def measure(mib: int, threads: int, rounds: int) -> list[tuple[float, floa
 async def _round(recorder: RecorderService, mib: int, threads: int) -> tuple[float, float]:
     program = crasher("threads")
     # The one that crashes and the first are threads, too.
-    pid, let_go = await asyncio.to_thread(_die, program, str(threads - 2), str(mib))
-    await recorder.captured(pid, 300)
+    pid, _ = await asyncio.to_thread(crash, program, str(threads - 2), str(mib), within=300)
+    record = await recorder.captured(pid, 300)
+    # Not when the parent knows the end: to free so much memory takes longer than the backtrace.
+    held = json.loads(recorder.file(pid, "snapshot").read_text())["HoldMilliseconds"]
+    let_go = record.crashed_at + held / 1000
     written = recorder.file(pid, "backtrace").stat().st_mtime
     told = json.loads(recorder.file(pid, "backtrace_json").read_text())
     assert len(told["threads"]) == threads, f"{len(told['threads'])} of {threads} threads"
@@ -61,14 +64,6 @@ async def _round(recorder: RecorderService, mib: int, threads: int) -> tuple[flo
     core.unlink()
     os.sync()
     return written - let_go, gdbs
-
-
-def _die(*command: str | Path) -> tuple[int, float]:
-    """Run a program until it ends; return its PID, and when that was in Unix seconds."""
-    process = subprocess.Popen(command)
-    # With a time limit it would look again after up to 50 milliseconds.
-    process.wait()
-    return process.pid, time.time()
 
 
 def _gdb(program: Path, core: Path) -> float:
