@@ -135,8 +135,8 @@ class CoreStreams:
     async def _answer(self, announced: Announced, stream: "_Stream") -> Answer:
         """Put a core on the bus; what is there of one that fails is taken back."""
         crash_id = announced.crash_id
-        if crash_id in self._publisher.receiving:
-            return Answer(fault="it is being taken already", is_blocked=True)
+        while (former := self._publisher.receiving.get(crash_id)) is not None:
+            await former.wait()  # an attempt of which the last is just taken back
         settled = self._publisher.receiving[crash_id] = asyncio.Event()
         try:
             return Answer(file=await self._publish(announced, stream))
@@ -172,17 +172,24 @@ class CoreStreams:
             crash_id = mark.name
             if crash_id in self._publisher.receiving:
                 continue
+            settled = self._publisher.receiving[crash_id] = asyncio.Event()
             try:
-                directory, name = json.loads(await asyncio.to_thread(mark.read_text))
-                crash = self._ledger.get(crash_id)
-                if crash is None or name not in crash.sources:
-                    if await asyncio.to_thread(self._is_named, directory, name):
-                        continue
-                    await self._bus.purge_chunks(crash_id, name)
-            except (ValueError, BusUnreachable) as error:
+                await self._settle(mark)
+            except (OSError, ValueError, BusUnreachable) as error:
                 log.warning("a core of no crash stays on the bus for now", error=str(error))
-                continue
-            mark.unlink(missing_ok=True)
+            finally:
+                del self._publisher.receiving[crash_id]
+                settled.set()
+
+    async def _settle(self, mark: Path) -> None:
+        """Remove a mark that is needed no more, and what it tells of if nobody else does."""
+        directory, name = json.loads(await asyncio.to_thread(mark.read_text))
+        crash = self._ledger.get(mark.name)
+        if crash is None or name not in crash.sources:
+            if await asyncio.to_thread(self._is_named, directory, name):
+                return
+            await self._bus.purge_chunks(mark.name, name)
+        await asyncio.to_thread(mark.unlink, missing_ok=True)
 
     def _is_named(self, directory: str, name: str) -> bool:
         """Tell whether a core's record says that the bus has it, or may still come to."""
