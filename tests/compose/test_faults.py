@@ -38,7 +38,10 @@ async def test_storm_with_every_service_killed_in_its_middle_loses_nothing(
         # The engine starts it again by itself.
         await until(lambda c=container, k=killed: stack.pid(c) not in (0, k), WITHIN, every=0.5)  # type: ignore[misc]
 
-    for container in await asyncio.gather(*storm):
+    crashed = await asyncio.gather(*storm)
+    await healthy(stack, "nats")
+    await until(lambda: bus.is_connected)
+    for container in crashed:
         manifest, receipts = await delivered(stack, bus, container)
         # One that was held by the recorder that was killed may be cut short, and says so.
         assert {file.kind for file in manifest.files} >= WHOLE or manifest.notes
