@@ -40,7 +40,7 @@ def _privilege() -> Finding:
         "privilege to load eBPF",
         False,
         f"user {os.geteuid()} without CAP_BPF and CAP_PERFMON",
-        "run as root, or with CAP_BPF and CAP_PERFMON (before Linux 5.8: CAP_SYS_ADMIN)",
+        "run as root, or with CAP_BPF and CAP_PERFMON (where they are not known: CAP_SYS_ADMIN)",
     )
 
 

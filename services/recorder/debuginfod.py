@@ -70,8 +70,9 @@ class Debuginfod:
             try:
                 self._fetch(new, min(within, self._within))
                 self._prune()
-            except OSError as error:
-                log.warning("no debug information is fetched", error=str(error))
+            except Exception as error:  # noqa: BLE001 - it costs names, and must not cost the crash
+                metrics.DEBUGINFO.labels("failed").inc(len(new))
+                log.warning("no debug information is fetched", error=repr(error))
 
     def _is_new(self, build_id: str) -> bool:
         asked = self._missing.get(build_id)

@@ -68,7 +68,7 @@ class ShipperSettings(Settings):
     retry_s3: Annotated[dict[str, float], NoDecode] = Field(
         default_factory=dict,
         description="for S3 servers alone, other values of RETRY_FIRST, RETRY_CAP, RETRY_IN_HAND "
-        "and GIVE_UP: first=2,cap=300,in_hand=20,give_up=604800, or some of these",
+        "and GIVE_UP: first=2,cap=300,in_hand=20,give_up=43200, or some of these",
     )
     retry_tcp: Annotated[dict[str, float], NoDecode] = Field(
         default_factory=dict, description="the same for tcp:// and tls:// receivers"

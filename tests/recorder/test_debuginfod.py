@@ -209,6 +209,20 @@ def failed() -> float:
     return metrics.DEBUGINFO.labels("failed")._value.get()
 
 
+def test_place_that_cannot_be_asked_costs_nothing_but_the_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_a_client(*_: object) -> tuple[str, ...]:
+        raise ModuleNotFoundError("No module named 'minio'")
+
+    monkeypatch.setattr(Sources, "urls", without_a_client)
+    before = metrics.DEBUGINFO.labels("failed")._value.get()
+    client = Debuginfod(Sources(("s3://bucket",)), tmp_path / "cache", WITHIN, MIB, MIB)
+    client.fetch(["ab" * 20], WITHIN)
+    assert metrics.DEBUGINFO.labels("failed")._value.get() == before + 1
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_bucket_has_what_shippers_left_there(s3: S3Server, tmp_path: Path) -> None:
     _, debug, build_id = stripped(tmp_path)
     bucket = s3.make_bucket()
