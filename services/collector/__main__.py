@@ -70,9 +70,9 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
             tasks.create_task(gatherer.run(), name="gather")
             tasks.create_task(deliverer.run(), name="deliver")
             tasks.create_task(deaths.run(), name="deaths")
-            retention = Retention(str(shared.spool), ledger, bus, deliverer, settings)
+            retention = Retention(str(shared.spool), ledger, bus, deliverer, cores, settings)
             tasks.create_task(retention.run(), name="retention")
-            late = Late(runtime.host, bus, ledger, ahead, settings.recheck)
+            late = Late(runtime.host, bus, ledger, ahead, cores, settings.recheck)
             tasks.create_task(late.run(), name="late")
 
 

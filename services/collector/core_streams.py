@@ -35,6 +35,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 AT_ONCE = 4  # cores; each has a window of some 20 MiB
 WAITING = 256  # connections that wait for their turn
+SILENCE = 180.0  # seconds in the middle of a core, after which the next has its turn
 LOOK_EVERY = 5.0  # seconds between looks whether the socket is still there
 _GONE_EVERY = 0.5  # seconds between looks whether the recorder is
 
@@ -61,6 +62,10 @@ class CoreStreams:
         self._marks = marks
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._connections: set[asyncio.Task[None]] = set()
+
+    def has(self, crash_id: str) -> bool:
+        """Tell whether the bus has, or gets, a core that the ledger does not know of yet."""
+        return crash_id in self._publisher.receiving or (self._marks / crash_id).exists()
 
     async def run(self) -> None:
         """Take cores until cancelled."""
@@ -106,13 +111,17 @@ class CoreStreams:
 
     async def _attend(self, connection: socket.socket) -> None:
         """Take one core, for as long as the recorder is there."""
+        has_turn = asyncio.Event()
         with connection:
-            taking = asyncio.create_task(self._take(connection))
+            taking = asyncio.create_task(self._take(connection, has_turn))
             try:
                 while not taking.done():
                     await asyncio.wait({taking}, timeout=_GONE_EVERY)
                     if _is_closed(connection):
                         taking.cancel()
+                    elif not has_turn.is_set():
+                        with suppress(OSError):
+                            connection.send(core_stream.QUEUED)
             finally:
                 taking.cancel()
                 await asyncio.wait({taking})
@@ -120,9 +129,10 @@ class CoreStreams:
                 metrics.FAULTS.labels("cores").inc()
                 log.error("cannot take a core", error=repr(error))
 
-    async def _take(self, connection: socket.socket) -> None:
+    async def _take(self, connection: socket.socket, has_turn: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
         async with self._turns:
+            has_turn.set()
             try:
                 await loop.sock_sendall(connection, core_stream.GREETING)
                 stream = _Stream(connection)
@@ -150,7 +160,12 @@ class CoreStreams:
 
     async def _publish(self, announced: Announced, stream: "_Stream") -> CrashFile:
         crash_id, name = announced.crash_id, announced.name
-        await asyncio.to_thread(self._mark, announced)
+        try:
+            await asyncio.to_thread(self._mark, announced)
+        except OSError as error:
+            raise SourceLost(
+                "no_mark", f"CRASHBUS_STATE cannot be written to: {error.strerror}"
+            ) from error
         await self._bus.purge_chunks(crash_id, name)
         source = Source(directory=announced.directory, name=name, kind=Kind.CORE)
         file = await self._publisher.publish_stream(crash_id, source, stream.read)
@@ -164,7 +179,13 @@ class CoreStreams:
     def _mark(self, announced: Announced) -> None:
         self._marks.mkdir(mode=0o700, parents=True, exist_ok=True)
         text = json.dumps([announced.directory, announced.name])
-        (self._marks / announced.crash_id).write_text(text)
+        new = self._marks.with_suffix(f".{announced.crash_id}")
+        try:
+            new.write_text(text)
+            new.rename(self._marks / announced.crash_id)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
 
     async def _tidy(self) -> None:
         """Take back what is on the bus of cores that no record names, and never will."""
@@ -203,8 +224,10 @@ class CoreStreams:
                 spool.open_directory(directory, root) as place,
             ):
                 file = spool.open_file(record, place)
-        except (OSError, Refused):
+        except FileNotFoundError:
             return False
+        except Refused:
+            return True  # who cannot look must not take it back
         try:
             if capture.is_being_written(file):
                 return True
@@ -279,7 +302,11 @@ class _Stream:
 
     async def _fill(self, into: memoryview) -> None:
         while into:
-            got = await self._loop.sock_recv_into(self._connection, into)
+            try:
+                async with asyncio.timeout(SILENCE):
+                    got = await self._loop.sock_recv_into(self._connection, into)
+            except TimeoutError:  # what it reads may hang for good, and others wait for this turn
+                raise Broken(f"the recorder sent nothing for {SILENCE:.0f} s") from None
             if not got:
                 raise Broken("the recorder gave it up, or ended")
             into = into[got:]

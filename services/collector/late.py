@@ -16,6 +16,7 @@ from crashbus.messages import Manifest, Receipt
 from crashbus.names import token
 from services.collector import metrics
 from services.collector.ahead import Ahead
+from services.collector.core_streams import CoreStreams
 from services.collector.ledger import Ledger
 from services.collector.plan import wants
 
@@ -31,11 +32,20 @@ class Late:
         recheck: seconds between comparisons of unfinished deliveries with the bus.
     """
 
-    def __init__(self, host: str, bus: Bus, ledger: Ledger, ahead: Ahead, recheck: float) -> None:
+    def __init__(
+        self,
+        host: str,
+        bus: Bus,
+        ledger: Ledger,
+        ahead: Ahead,
+        cores: CoreStreams,
+        recheck: float,
+    ) -> None:
         self._host = host
         self._bus = bus
         self._ledger = ledger
         self._ahead = ahead
+        self._cores = cores
         self._every = recheck * LOOK_EVERY
         self._of_others: set[str] = set()  # crashes of other hosts, as long as they have chunks
 
@@ -67,7 +77,7 @@ class Late:
 
     def _is_over(self, crash_id: str) -> bool | None:
         """Tell whether nobody waits for a crash any more, as far as we know of it."""
-        if self._ahead.has(crash_id):
+        if self._ahead.has(crash_id) or self._cores.has(crash_id):
             return False
         crash = self._ledger.get(crash_id)
         return None if crash is None else crash.delivered_at is not None

@@ -134,7 +134,8 @@ def apply_failure(crash: Crash, letter: DeadLetter) -> bool:
         if letter.time < source.offered_at or letter.time <= source.renewed_for:
             continue  # it speaks of an earlier try, or was heeded already
         changed = True
-        if letter.reason in RENEWED and source.renewals < RENEWALS:
+        # What lies on the bus alone cannot be published anew: it stays there for a replay.
+        if letter.reason in RENEWED and source.renewals < RENEWALS and not source.removed:
             source.renewals += 1
             source.renewed_for = letter.time
             source.on_bus = 1 << 40  # more than there are: all are published again

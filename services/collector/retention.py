@@ -15,6 +15,7 @@ from crashbus.bus import Bus
 from crashbus.errors import BusFull, BusUnreachable
 from crashbus.layout import LARGE, Kind
 from services.collector import metrics, room, spool
+from services.collector.core_streams import CoreStreams
 from services.collector.delivery import Deliverer
 from services.collector.ledger import Crash, Ledger, Source
 from services.collector.room import Candidate, Loss
@@ -39,12 +40,14 @@ class Retention:
         ledger: Ledger,
         bus: Bus,
         deliverer: Deliverer,
+        cores: CoreStreams,
         settings: CollectorSettings,
     ) -> None:
         self._root = root
         self._ledger = ledger
         self._bus = bus
         self._deliverer = deliverer
+        self._cores = cores
         self._settings = settings
 
     async def run(self) -> None:
@@ -62,8 +65,10 @@ class Retention:
             await asyncio.sleep(every * random.uniform(0.7, 1.3))  # noqa: S311 - no secret
 
     async def _remove_crash(self, crash: Crash) -> None:
+        if self._cores.has(crash.crash_id):  # a core of it comes, and is nowhere else
+            return
         await remove_crash(self._root, self._ledger, crash)
-        if self._ledger.get(crash.crash_id) is None:
+        if self._ledger.get(crash.crash_id) is None and not self._cores.has(crash.crash_id):
             # A copy of a chunk can have come after its file was delivered, and a nats-server
             # 2.9 that is killed has items back that were acknowledged, for nobody. Now none would
             # ever take them off the bus. Room is made without a bus, too.

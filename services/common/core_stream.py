@@ -1,7 +1,8 @@
 """How the recorder hands a core to the collector that shall have no copy on disk.
 
 A socket in the spool, in a directory that root alone can enter: both services have the spool, also
-in containers. The collector greets when it is this connection's turn. Then come frames: a kind
+in containers. The collector greets when it is this connection's turn, and tells until then that it
+is still to come. Then come frames: a kind
 and a length, of bytes that follow or of zeros. The first tells what comes, the last that it was
 all. The collector answers when everything is on the bus, or as soon as it cannot be, with one
 `Answer`, and closes. A connection that ends without either is one that failed.
@@ -22,7 +23,7 @@ from services.common import crash_directory
 
 FRAME = struct.Struct("!cQ")  # kind, length in bytes
 ANNOUNCED, DATA, ZEROS, END = b"A", b"D", b"Z", b"E"
-GREETING = b"."
+GREETING, QUEUED = b".", b"q"
 MAX_DATA = 1024 * 1024  # bytes in one frame
 MAX_TEXT = 64 * 1024  # bytes of what is announced, and of an answer
 _SOCKET, _NEW = "socket", "socket.new"

@@ -168,6 +168,8 @@ class _Sending:
 
     def _connected(self) -> socket.socket:
         """Return a connection whose turn it is."""
+        self._is_all_sent = False
+        last = time.monotonic() + self._way.hold_deadline
         end = time.monotonic() + self._way.patience
         while True:
             try:
@@ -179,12 +181,16 @@ class _Sending:
                 time.sleep(_LOOK_EVERY)
                 continue
             try:
-                if self._received(connection, 1, end) == core_stream.GREETING:
+                while (told := self._received(connection, 1, end)) == core_stream.QUEUED:
+                    end = min(last, time.monotonic() + self._way.patience)
+                if told == core_stream.GREETING:
                     return connection
+                self._wait(end, "the collector takes no more cores")
             except BaseException:
                 connection.close()
                 raise
             connection.close()
+            time.sleep(_LOOK_EVERY)
 
     def _once(self, connection: socket.socket, planned: _Layout) -> CrashFile:
         self._is_all_sent = False

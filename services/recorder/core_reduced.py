@@ -111,13 +111,14 @@ def _stacks(head: Head, core: int, touched: Found) -> Iterator[Load]:
     """Give the touched pages of each thread's stack, the crashing thread's first."""
     loads = sorted(head.loads())
     for pointer in stack_pointers(head, core):
-        start = (pointer - _RED_ZONE) // PAGE * PAGE
-        for load in loads:
-            if load.address <= pointer < load.address + load.size:
-                start = max(start, load.address)
-                size = min(STACK, load.address + load.size - start)
-                part = Load(start, load.offset + start - load.address, size)
-                yield from touched.runs(iter([part]))
+        place = bisect_right(loads, pointer, key=lambda load: load.address) - 1
+        if place < 0 or pointer >= loads[place].address + loads[place].size:
+            continue
+        load = loads[place]
+        start = max((pointer - _RED_ZONE) // PAGE * PAGE, load.address)
+        size = min(STACK, load.address + load.size - start)
+        part = Load(start, load.offset + start - load.address, size)
+        yield from touched.runs(iter([part]))
 
 
 def stack_pointers(head: Head, core: int) -> Iterator[int]:

@@ -195,17 +195,19 @@ def _to_bus(
     _note_core(recording, head, CapturedFile(size=size, sent=sent.file), fault)
     # Should the recorder end before all is done, the collector knows what the bus has.
     recording.record = recording.record.model_copy(update={"files": recording.files})
-    _keep_word(recording)
+    if not _keep_word(recording):
+        del recording.files[name]
+        raise NotSent("its record could not be kept")
     metrics.CORE_BYTES.inc(size)
     metrics.TO_BUS.labels("sent").inc()
     on.on_want_of_room(0)
     return fault
 
 
-def _keep_word(recording: Recording, *notes: str) -> None:
-    """Keep in the record what is true if nothing more can be told."""
+def _keep_word(recording: Recording, *notes: str) -> bool:
+    """Keep in the record what is true if nothing more can be told; tell whether it is kept."""
     recording.record = recording.record.model_copy(update={"notes": notes})
-    keep_record(recording)
+    return keep_record(recording)
 
 
 def _read_stacks(recording: Recording, hold: Hold, pages: Pages) -> None:

@@ -8,8 +8,8 @@ waiting, stays held; what was read of it until then is not read again.
 import os
 import re
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -113,6 +113,7 @@ class Taker:
         # have no processor, be busy with another crash, or wait for a dead disk for good.
         self._second = ThreadPoolExecutor(1, "memory")
         self._second.submit(int)  # so that its thread is there
+        self._second_is_free = threading.Semaphore(1)  # behind one that hangs nothing may queue up
         self._spare = [bytearray(b"\1") * _SPARE]  # touched, so that the first has it as others
 
     def look(self, pid: int) -> Taken:
@@ -144,10 +145,10 @@ class Taker:
             touched = Touched(pid, maps, pagemap)
             loads = list(head.loads())
             touched.look_at_all(loads)
-            pieces = sorted(touched.pieces(iter(loads)), key=lambda piece: not piece.sure)
+            pieces = sorted(_few(touched.pieces(iter(loads))), key=lambda piece: not piece.sure)
             room = self._room(sum(piece.size for piece in pieces), taken)
             sure = [piece for piece in pieces if piece.sure]
-            reading = self._second.submit(read_at_once, pid, sure, room)
+            reading = self._begin_reading(pid, sure, room)
             try:
                 self._read_the_rest(pid, module_files, taken)
             finally:
@@ -155,13 +156,24 @@ class Taker:
                     wait([reading])  # the room is its own until then
             done = read_at_once(pid, sure, room) if reading.cancelled() else reading.result()
             kept = _read(memory, pieces, room, done)
-        if not self._unrecorded.begin(pid):
+        # What was read by its PID could be another's.
+        if hold.pid_is_free or not self._unrecorded.begin(pid):
             raise _TooMuch
         taken.give_back.append(lambda: self._unrecorded.end(pid))
         taken.proc.seal()
         hold.memory_was_read = True
         hold.let_go()
         return kept
+
+    def _begin_reading(self, pid: int, sure: list[Piece], room: memoryview) -> Future[int]:
+        """Have the second thread read; cancelled if it is not free."""
+        if not self._second_is_free.acquire(blocking=False):
+            never: Future[int] = Future()
+            never.cancel()
+            return never
+        reading = self._second.submit(read_at_once, pid, sure, room)
+        reading.add_done_callback(lambda _: self._second_is_free.release())
+        return reading
 
     def _may_be_taken(self, pid: int, proc: Remembered) -> bool:
         resident = _VM_RSS.search(proc.read(f"{pid}/status"))
@@ -210,6 +222,16 @@ def _whole(head: Head, hold: Hold, taken: Taken) -> Head:
     if head.fault is not None or head.data > _LONGEST_HEAD or missing < 0:
         raise _TooMuch
     return replace(head, raw=head.raw + hold.read_exactly(missing))
+
+
+def _few(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """Give pieces as long as they are of a small process; there may be millions."""
+    size = 0
+    for piece in pieces:
+        size += piece.size
+        if size > LARGEST:
+            raise _TooMuch
+        yield piece
 
 
 @lru_cache(4)

@@ -13,6 +13,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import islice
 
 from services.recorder import facts
 from services.recorder.core_head import Load
@@ -31,6 +32,7 @@ _SCAN_ARG = struct.Struct("=12Q")
 _PAGEMAP_SCAN = 0xC0606610
 _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 3, 1 << 4
 _REGIONS = 1024  # runs told at once
+_MOST_RUNS = 4096  # kept in memory; a small process has fewer
 
 _PRIVATE, _READABLE, _FILE = 1, 2, 4
 
@@ -125,8 +127,12 @@ class Touched:
         ends = [load.address + load.size for load in loads]
         ends = [end for end in ends if end <= _MAX_OFFSET]
         if ends and self._look is _scan:
-            self._all = list(_scan(self._pagemap, min(load.address for load in loads), max(ends)))
-            self._look = self._looked_up
+            every = _scan(self._pagemap, min(load.address for load in loads), max(ends))
+            found = list(islice(every, _MOST_RUNS + 1))
+            # Of pages that the core leaves out there may be millions.
+            if len(found) <= _MOST_RUNS:
+                self._all = found
+                self._look = self._looked_up
 
     def _looked_up(self, _: int, start: int, end: int) -> Runs:
         first = bisect_right(self._all, (start, 0)) - 1

@@ -6,8 +6,12 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from crashbus import capture, layout
 from crashbus.capture import CaptureRecord
+from services.collector import core_streams
+from services.collector.core_streams import AT_ONCE
 from services.common import core_stream
 from services.common.core_stream import ANNOUNCED, DATA, END, FRAME, ZEROS, Announced, Answer
 from tests.collector.conftest import Setup
@@ -55,7 +59,9 @@ async def begun(setup: Setup) -> socket.socket:
 
 async def connected(setup: Setup) -> socket.socket:
     connection = core_stream.connect(setup.spool, 60)
-    assert await asyncio.to_thread(connection.recv, 1) == core_stream.GREETING
+    while (told := await asyncio.to_thread(connection.recv, 1)) == core_stream.QUEUED:
+        pass
+    assert told == core_stream.GREETING
     return connection
 
 
@@ -128,3 +134,37 @@ async def test_socket_comes_back_with_the_spool(setup: Setup) -> None:
     await until(path.exists)
 
     (await connected(setup)).close()
+
+
+async def test_who_waits_for_a_turn_is_told_so(setup: Setup) -> None:
+    taken = [await begun(setup)] + [await connected(setup) for _ in range(AT_ONCE - 1)]
+    with core_stream.connect(setup.spool, 60) as waiting:
+        assert await asyncio.to_thread(waiting.recv, 1) == core_stream.QUEUED
+        taken.pop().close()
+        while (told := await asyncio.to_thread(waiting.recv, 1)) == core_stream.QUEUED:
+            pass
+        assert told == core_stream.GREETING
+    for one in taken:
+        one.close()
+
+
+async def test_mark_that_cannot_be_written_is_answered(setup: Setup) -> None:
+    (setup.state / "collector").mkdir(parents=True)
+    (setup.state / "collector" / "streamed").write_text("no directory")
+    with await begun(setup) as connection:
+        connection.sendall(WHOLE + FRAME.pack(END, 0))
+        told = await answer(connection)
+    assert told is not None and told.file is None
+    assert "CRASHBUS_STATE" in told.fault
+
+
+async def test_recorder_that_falls_silent_loses_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_streams, "SILENCE", 0.1)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.sendall(frame(ANNOUNCED, HELLO))
+        stream = core_streams._Stream(ours)
+        await stream.announced()
+        with pytest.raises(core_streams.Broken, match="sent nothing"):
+            await asyncio.wait_for(stream.read(10), 60)

@@ -84,9 +84,12 @@ async def ledger(tmp_path: Path) -> Ledger:
     return made
 
 
-async def left_after_a_look(bus: Bus, ledger: Ledger, *ahead: str) -> int:
-    sending: Any = SimpleNamespace(has=lambda name: name in ahead)
-    late = Late(HOST, bus, ledger, sending, recheck=1)
+async def left_after_a_look(
+    bus: Bus, ledger: Ledger, *, ahead: str = "", straight: str = ""
+) -> int:
+    sending: Any = SimpleNamespace(has=lambda name: name == ahead)
+    cores: Any = SimpleNamespace(has=lambda name: name == straight)
+    late = Late(HOST, bus, ledger, sending, cores, recheck=1)
     for name in ("info_1", "core_1"):
         await bus.publish_chunk(CRASH_ID, name, Chunk(0, 1, b"x", ""))
     await late.look()
@@ -138,4 +141,10 @@ async def test_items_that_a_killed_server_has_back_are_removed(bus: Bus, ledger:
 
 async def test_chunks_of_a_core_that_is_sent_ahead_stay(bus: Bus, ledger: Ledger) -> None:
     await tell(bus, ALL)
-    assert await left_after_a_look(bus, ledger, CRASH_ID) == 2
+    assert await left_after_a_look(bus, ledger, ahead=CRASH_ID) == 2
+
+
+async def test_chunks_of_a_core_that_lies_nowhere_else_stay(bus: Bus, ledger: Ledger) -> None:
+    """Its process was delivered once already: by AppScope, or as a snapshot."""
+    await tell(bus, ALL)
+    assert await left_after_a_look(bus, ledger, straight=CRASH_ID) == 2

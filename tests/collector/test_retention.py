@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,7 +85,16 @@ async def test_what_nobody_waits_for_leaves_the_bus_with_it(
     (crash,) = ledger.expired(keep=0)
     spool, settings = str(tmp_path / "spool"), CollectorSettings()
     deliverer: Any = None  # only asked about what is not delivered
-    await Retention(spool, ledger, bus, deliverer, settings)._remove_crash(crash)
+    coming: set[str] = {CRASH_ID}
+    cores: Any = SimpleNamespace(has=coming.__contains__)
+    retention = Retention(spool, ledger, bus, deliverer, cores, settings)
+
+    await retention._remove_crash(crash)
+    assert await bus.chunk_count(CRASH_ID, "core_1") == 1  # and lies nowhere else
+    assert ledger.get(CRASH_ID)
+
+    coming.clear()
+    await retention._remove_crash(crash)
     for name in ("info_1", "core_1"):
         assert await bus.chunk_count(CRASH_ID, name) == 0
         assert await bus.chunk_count(other, name) == 1

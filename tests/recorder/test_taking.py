@@ -130,6 +130,7 @@ def test_second_thread_that_is_busy_is_not_waited_for(
     taken = take(taker, crash)
     try:
         assert busy.running()
+        assert taker._second._work_queue.qsize() <= 1  # what queues up there is bounded
         assert written(taken, crash, tmp_path / "core").fault is None
         assert taken.memory is not None
     finally:

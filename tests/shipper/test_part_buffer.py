@@ -1,8 +1,13 @@
 """Memory for parts: bounded, and used again."""
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
+from crashbus.layout import Kind
+from crashbus.messages import CrashFile
 from services.shipper.destinations.part_buffer import PartBuffer, PartBuffers
+from services.shipper.destinations.s3_upload import Place, Upload
 
 
 def test_buffer_holds_what_was_appended_since_it_was_cleared() -> None:
@@ -50,3 +55,23 @@ async def test_no_memory_is_kept_when_all_are_given_back() -> None:
     buffers.give_back(only)
 
     assert await buffers.take() is not only
+
+
+async def test_upload_that_ends_before_its_request_began_gives_its_buffer_back() -> None:
+    buffers = PartBuffers(1, 8)
+    server: Any = SimpleNamespace(begin=lambda *_: "upload", unfinished=lambda *_: [])
+    file = CrashFile(
+        name="core_1",
+        kind=Kind.CORE,
+        size=16,
+        sha256="0" * 64,
+        stored_size=16,
+        encoding="zstd",
+        chunks=2,
+    )
+    upload = Upload(Place(server, "bucket", "key", 8, buffers), file, lambda: None)
+    await upload.write(b"a whole part")
+
+    await upload.leave(for_good=False)
+
+    await asyncio.wait_for(buffers.take(), 60)

@@ -137,6 +137,10 @@ class Upload:
         await self._until_sending(AT_ONCE - 1)
         task = asyncio.create_task(self._put_part(part, full, digest), name="part")
         task.add_done_callback(seen)  # of several that fail one is told
+        # Not in the task: one that is cancelled before it begins would keep it for ever.
+        task.add_done_callback(
+            lambda done: self._place.buffers.give_back(full, in_use=not _is_sent(done))
+        )
         self._sending.add(task)
         self._buffer = None
 
@@ -147,12 +151,7 @@ class Upload:
 
     async def _put_part(self, part: Part, full: PartBuffer, digest: bytes) -> None:
         put, upload = self._api.put_part, self._upload_id
-        was_sent = False
-        try:
-            etag = await self._call(put, *self._at, upload, part.number, full.content, digest)
-            was_sent = True
-        finally:
-            self._place.buffers.give_back(full, in_use=not was_sent)
+        etag = await self._call(put, *self._at, upload, part.number, full.content, digest)
         metrics.PART_BYTES.labels("sent").inc(part.size)
         self._note(part, etag)
 
@@ -273,6 +272,10 @@ def _is_md5(stat: Stat) -> bool:
     digits, _, parts = stat.etag.partition("-")
     looks_like = len(digits) == 32 and (not parts or parts.isdigit())
     return looks_like and not encryption.startswith("aws:kms") and not customer
+
+
+def _is_sent(request: asyncio.Task[None]) -> bool:
+    return not request.cancelled() and request.exception() is None
 
 
 def _md5(data: bytes | memoryview) -> bytes:
