@@ -86,7 +86,9 @@ class Standing:
         if isinstance(failure, Unfit) or failure.reason in OF_ONE_ITEM:
             return
         self.failure = failure
-        self._only_items_tell = failure.reason in SEEN_BY_ITEMS_ALONE
+        # Where a look had gone well before an item failed, looks do not show what is wrong.
+        after_a_look = self._circuit is Circuit.HALF_OPEN
+        self._only_items_tell = after_a_look or failure.reason in SEEN_BY_ITEMS_ALONE
         self._in_a_row += 1
         if self._in_a_row == OPENS_AFTER:
             log.warning(

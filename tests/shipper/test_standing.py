@@ -128,6 +128,23 @@ def test_what_no_look_shows_is_complained_of_until_something_is_delivered() -> N
     assert not health.faults()
 
 
+def test_item_that_fails_after_a_look_went_well_is_complained_of() -> None:
+    health, clock = Health(), Clock()
+    one = standing(clock, health)
+    for _ in range(OPENS_AFTER):
+        one.failed(refused())
+    clock.now += one.due_in
+    one.looked_at(None)
+
+    one.failed(refused())
+    clock.now += one.due_in
+    one.looked_at(None)
+    assert health.faults()
+
+    one.succeeded()
+    assert not health.faults()
+
+
 def test_what_a_look_showed_is_over_when_a_look_goes_well() -> None:
     health = Health()
     one = failed_for_good(health, denied())
