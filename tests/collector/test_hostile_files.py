@@ -1,6 +1,7 @@
 """What others leave in the spool: refused or cut, and no harm to what is a crash."""
 
 import os
+import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -130,7 +131,7 @@ async def test_many_foreign_names_hide_no_crash_file(setup: Setup) -> None:
 async def test_spool_that_is_removed_is_made_again(setup: Setup) -> None:
     await setup.collector.start()
     await setup.collector.healthy()
-    setup.spool.rmdir()
+    shutil.rmtree(setup.spool)
     await until(setup.spool.exists, within=60)
     process = crash(setup)
     process.wait()

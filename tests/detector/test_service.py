@@ -19,7 +19,7 @@ from tests.support.crashers import crasher
 from tests.support.nats import NatsServer, free_port
 from tests.support.requirements import need_btf, need_program, need_root
 from tests.support.victim import Victim
-from tests.support.wait import until
+from tests.support.wait import stop, until
 
 
 class Service:
@@ -161,7 +161,7 @@ async def test_events_the_kernel_dropped_are_told(
     service.environment["CRASHBUS_DETECTOR_RING_PAGES"] = "1"
     await service.start()
     assert service.process is not None
-    service.process.send_signal(signal.SIGSTOP)
+    await stop(service.process.pid)
     pids = [crash(tmp_path) for _ in range(30)]
     service.process.send_signal(signal.SIGCONT)
 

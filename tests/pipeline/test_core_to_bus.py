@@ -27,7 +27,7 @@ from tests.support.disk import SmallDisk, small_disk
 from tests.support.nats import NatsServer
 from tests.support.requirements import need_root
 from tests.support.service import ServiceProcess
-from tests.support.wait import until
+from tests.support.wait import stop, until
 
 MIB = 1024 * 1024
 LARGE = 48  # MiB
@@ -211,7 +211,7 @@ async def test_core_is_delivered_with_no_copy_in_the_spool(stack_with: MakeStack
     assert file.size > LARGE * MIB
     assert not cores(stack)
     assert {name.partition("_")[0] for name in stack.made} >= {"info", "backtrace", "snapshot"}
-    assert stack.collector.metric("crashbus_collector_streamed_total") == 2
+    assert stack.collector.metric("crashbus_collector_streamed_total") >= 2
     await until(stack.has_no_chunks)
 
 
@@ -269,7 +269,7 @@ async def test_collector_or_bus_that_ends_in_the_middle_costs_time_alone(
 
 async def test_without_a_collector_the_stacks_are_kept(stack_with: MakeStack) -> None:
     stack = await stack_with(core_to="bus", core_to_patience=1)
-    stack.collector.kill(signal.SIGSTOP)
+    await stop(stack.collector.pid)
     first = await ended(await crash_of(LARGE))
     stack.collector.kill(signal.SIGCONT)
     await stack.collector.stop()

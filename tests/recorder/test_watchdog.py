@@ -14,7 +14,7 @@ from tests.support import core_pattern
 from tests.support.cgroup import Freezer
 from tests.support.crashers import crasher
 from tests.support.recorder import crash
-from tests.support.wait import until
+from tests.support.wait import stop, until
 
 
 @pytest.mark.parametrize("mechanism", ["socket", "pipe"])
@@ -25,7 +25,7 @@ async def test_stopped_recorder_holds_nobody_beyond_its_deadline(
     recorder = recorder_with(recorder_mechanism=mechanism, recorder_watchdog_deadline=3)
     await recorder.start()
     assert recorder.process is not None
-    os.kill(recorder.pid, signal.SIGSTOP)
+    await stop(recorder.pid)
     process = subprocess.Popen([crasher("null_pointer")])
 
     status = await asyncio.to_thread(process.wait, 60)
@@ -110,7 +110,7 @@ async def test_recorder_and_watchdog_that_are_stopped_hold_nobody(
     assert recorder.process is not None
     watchdog = recorder.watchdogs()[0]
     for pid in (watchdog, recorder.pid):
-        os.kill(pid, signal.SIGSTOP)
+        await stop(pid)
 
     _, number = await asyncio.to_thread(crash, crasher("null_pointer"), within=60)
 
