@@ -7,7 +7,7 @@ import re
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,9 +120,10 @@ class Stack:
                 if path is None:
                     continue
                 self.made.add(str(event.name))
-                if path.is_dir() and path.parent == self.spool:
-                    watched[inotify.add_watch(path, Mask.CREATE | Mask.MOVED_TO)] = path
-                    self.made.update(entry.name for entry in path.iterdir())
+                with suppress(OSError):  # others crash here too, and their directories go
+                    if path.is_dir() and path.parent == self.spool:
+                        watched[inotify.add_watch(path, Mask.CREATE | Mask.MOVED_TO)] = path
+                        self.made.update(entry.name for entry in path.iterdir())
 
     def logs(self) -> str:
         return "\n".join(f"--- {s.name}\n{s.log[-3000:]}" for s in self.services.values())
@@ -191,8 +192,9 @@ async def ended(process: "asyncio.subprocess.Process") -> int:
 
 
 def cores(stack: Stack) -> list[str]:
-    """Return the names in the spool that a core had."""
-    return [name for name in stack.made if re.match(r"core_\d+", name)]
+    """Return the names in the spool that a core has, or had."""
+    there = {path.name for path in stack.spool.glob("*/core_*")}
+    return sorted(name for name in stack.made | there if re.match(r"core_\d+", name))
 
 
 async def test_core_is_delivered_with_no_copy_in_the_spool(stack_with: MakeStack) -> None:
