@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import resource
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -168,3 +170,22 @@ async def test_recorder_that_falls_silent_loses_its_turn(monkeypatch: pytest.Mon
         await stream.announced()
         with pytest.raises(core_streams.Broken, match="sent nothing"):
             await asyncio.wait_for(stream.read(10), 60)
+
+
+def test_record_that_cannot_be_opened_just_now_may_name_the_core(tmp_path: Path) -> None:
+    (tmp_path / DIRECTORY).mkdir()
+    nobody: Any = None
+    cores = core_streams.CoreStreams(tmp_path, nobody, nobody, nobody, tmp_path / "marks")
+    assert not cores._is_named(DIRECTORY, NAME)  # it is not there
+
+    (tmp_path / DIRECTORY / f"capture_{EPOCH}").write_text("{}")
+    least = resource.getrlimit(resource.RLIMIT_NOFILE)
+    directories = [os.open(tmp_path, os.O_RDONLY) for _ in range(2)]
+    for one in directories:
+        os.close(one)
+    # Room for the descriptors of both directories, and none for the record.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(directories) + 1, least[1]))
+    try:
+        assert cores._is_named(DIRECTORY, NAME)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, least)

@@ -153,3 +153,25 @@ def test_failures_are_heeded_once_and_a_receipt_is_stronger(one: Crash, reasons:
 
     assert apply_receipt(one, receipt(one, name, item.destination))
     assert not source.failed
+
+
+def test_complaint_about_what_is_on_the_bus_alone_leaves_it_there_for_a_replay() -> None:
+    one = crash({Kind.CORE}, {1}, PLACES[:1])
+    (item,) = all_items(one)
+    (source,) = one.sources.values()
+    source.removed, source.on_bus = True, 1
+    letter = DeadLetter(
+        host="h",
+        time=1000.0,
+        crash_id=one.crash_id,
+        service="shipper",
+        reason="damaged_file",
+        error="e",
+        mend="m",
+        work=item,
+    )
+
+    assert apply_failure(one, letter)
+
+    assert source.failed == {PLACES[0]: "damaged_file"}
+    assert source.on_bus == 1

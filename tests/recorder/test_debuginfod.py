@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -207,6 +208,28 @@ def of_bucket(s3: S3Server, place: str, *keys: str) -> Sources:
 
 def failed() -> float:
     return metrics.DEBUGINFO.labels("failed")._value.get()
+
+
+@pytest.mark.parametrize("bad", [(ANOTHER, len(ANOTHER))], indirect=True)
+def test_server_that_speaks_no_http_leaves_it_to_the_next(bad: Bad, tmp_path: Path) -> None:
+    with Path("/bin/sleep").open("rb") as file:
+        build_id = elf.build_id(file.fileno())
+    assert build_id is not None
+    with socket.create_server(("127.0.0.1", 0)) as odd:
+        threading.Thread(target=_answer_oddly, args=(odd,), daemon=True).start()
+        places = (f"http://127.0.0.1:{odd.getsockname()[1]}", bad.url)
+        client = Debuginfod(Sources(places), tmp_path, WITHIN, MIB, MIB)
+        client.fetch([build_id], WITHIN)
+
+    (kept,) = files(tmp_path)
+    assert kept.read_bytes() == ANOTHER
+
+
+def _answer_oddly(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(4096)
+        connection.sendall(b"SSH-2.0-none\r\n")
 
 
 def test_place_that_cannot_be_asked_costs_nothing_but_the_lines(

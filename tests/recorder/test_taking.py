@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from crashbus import layout
 from services.common.unrecorded import Unrecorded, is_unrecorded
-from services.recorder import core_copy, facts
+from services.recorder import core_copy, facts, touched
 from services.recorder.core_pages import Pages
 from services.recorder.hold import Hold
 from services.recorder.taking import Taken, Taker
@@ -75,6 +76,56 @@ def test_core_of_what_was_taken_is_the_kernels(
         taken.close()
 
     assert same(tmp_path / "ours", tmp_path / "kernels")
+
+
+def test_process_that_touched_more_pieces_than_are_kept_in_mind_is_taken_whole(
+    coredump_socket: socket.socket,
+    tmp_path: Path,
+    taker: Taker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(touched, "_MOST_RUNS", 1)
+    crash = Unread(coredump_socket, crasher("threads"), reads_head=False)
+    try:
+        taken = take(taker, crash)
+        assert taken.memory is not None and taken.head is not None
+        assert written(taken, crash, tmp_path / "ours").fault is None
+        crash.head = taken.head
+        crash.from_stream(tmp_path / "kernels")
+    finally:
+        crash.end()
+        taken.close()
+
+    assert same(tmp_path / "ours", tmp_path / "kernels")
+
+
+def test_process_whose_pid_may_be_anothers_is_not_taken(
+    coredump_socket: socket.socket, taker: Taker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash = Crash(coredump_socket, crasher("null_pointer"), reads_head=False)
+    monkeypatch.setattr(Hold, "pid_is_free", True)
+    taken = take(taker, crash)
+    try:
+        assert taken.memory is None
+    finally:
+        crash.end()
+        taken.close()
+
+
+def test_pid_is_free_when_its_process_was_waited_for() -> None:
+    read, write = os.pipe()
+    process = subprocess.Popen(["cat"], stdin=read)
+    hold = Hold(read, 1)
+    hold.belongs_to(os.pidfd_open(process.pid))
+    try:
+        assert not hold.pid_is_free
+        os.close(write)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not hold.pid_is_free  # nobody has waited for it yet
+        process.wait()
+        assert hold.pid_is_free
+    finally:
+        hold.close()
 
 
 def test_facts_of_a_process_that_was_taken_are_those_of_the_living(
