@@ -26,6 +26,7 @@ MAX_LENGTH = 512  # characters; the names of a crash's folder and file still go 
 
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_NO_BUCKET = re.compile(r".*(?:\.\.|\.-|-\.).*|\d+\.\d+\.\d+\.\d+")
 _HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}")
 
 
@@ -122,6 +123,8 @@ def _s3(text: str, parts: SplitResult) -> Destination:
             text,
             "a bucket has 3 to 63 of the characters a-z 0-9 . - and begins and ends with a-z0-9",
         )
+    if _NO_BUCKET.fullmatch(parts.netloc):
+        raise _wrong(text, "a bucket's name is no IP address, and has no '.' beside a '.' or '-'")
     prefix = "/".join(_steps(text, parts.path))
     url = f"s3://{parts.netloc}" + (f"/{prefix}" if prefix else "")
     return Destination(url, "s3", bucket=parts.netloc, prefix=prefix)

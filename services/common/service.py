@@ -212,6 +212,8 @@ def _settings_text(settings_class: type[Settings]) -> str:
     for cls in (settings_class, BusSettings):
         for field, info in cls.model_fields.items():
             default = "" if info.default in (None, PydanticUndefined, ()) else info.default
+            if isinstance(default, tuple):
+                default = ",".join(default)  # as it is given
             shown = f" (default: {default})" if default != "" else ""
             lines.append(f"  {variable_of(cls, field)}{shown}")
             lines.append(f"      {info.description}")

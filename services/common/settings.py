@@ -148,7 +148,8 @@ def _fault(cls: type[Settings], fault: Any) -> str:
     field = str(fault["loc"][0]) if fault["loc"] else ""
     info = cls.model_fields.get(field)
     given = "" if info is None or _is_secret(info) else f" (given: {fault.get('input')!r:.200})"
-    return f"{variable_of(cls, field)}: {fault['msg']}{given}"
+    place = f"{variable_of(cls, field)}: " if field else ""  # several at once name themselves
+    return f"{place}{fault['msg'].removeprefix('Value error, ')}{given}"
 
 
 def _is_secret(field: FieldInfo) -> bool:

@@ -23,8 +23,7 @@ class DetectorSettings(Settings):
 
     signals: Annotated[tuple[str, ...], NoDecode] = Field(
         signals.CRASH_SIGNALS,
-        description="signals to watch, separated by commas; SIGINT or SIGTERM may be added "
-        f"(default: {','.join(signals.CRASH_SIGNALS)})",
+        description="signals to watch, separated by commas; SIGINT or SIGTERM may be added",
     )
     handled_quiet: float = Field(
         60,

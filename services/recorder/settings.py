@@ -1,9 +1,9 @@
 """The recorder's settings."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from crashbus import destination
@@ -202,6 +202,30 @@ class RecorderSettings(Settings):
     @classmethod
     def _is_endpoint(cls, given: str) -> str:
         return s3_endpoint.checked(given)
+
+    @model_validator(mode="after")
+    def _can_ask_buckets(self) -> Self:
+        """Have the S3 client itself say what it would refuse when a crash wants its symbols."""
+        if "s3://" not in self.debuginfod_urls:
+            return self
+        try:
+            self.debug_sources.urls("00" * 20)
+        except ImportError:
+            raise ValueError(
+                "CRASHBUS_RECORDER_DEBUGINFOD_URLS has an s3:// bucket, and the S3 client is not "
+                "installed: pip install 'crashbus[recorder]'"
+            ) from None
+        except ValueError as error:
+            raise ValueError(
+                f"CRASHBUS_RECORDER_DEBUGINFOD_URLS has an s3:// bucket that cannot be asked: "
+                f"{error}; correct CRASHBUS_RECORDER_S3_ENDPOINT, _S3_REGION, _S3_ACCESS_KEY or "
+                "_S3_SECRET_KEY"
+            ) from None
+        if self.s3_secret_key and not self.s3_access_key:
+            raise ValueError(
+                "CRASHBUS_RECORDER_S3_SECRET_KEY is given without CRASHBUS_RECORDER_S3_ACCESS_KEY"
+            )
+        return self
 
     @property
     def core_off_rules(self) -> tuple[Rule, ...]:

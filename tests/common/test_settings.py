@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from crashbus.signals import CRASH_SIGNALS
 from services.collector.settings import CollectorSettings
 from services.common.settings import BusSettings, SettingsError
 from services.recorder.settings import RecorderSettings
@@ -126,6 +127,48 @@ def test_help_names_every_setting_with_its_default(service: str) -> None:
     assert f"CRASHBUS_{service.upper()}_HTTP" in text
     assert "CRASHBUS_NATS_URL" in text
     assert "default: nats://127.0.0.1:4222" in text
+
+
+def test_help_shows_a_list_as_it_is_given() -> None:
+    command = [sys.executable, "-m", "services.detector", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = f"CRASHBUS_DETECTOR_SIGNALS (default: {','.join(CRASH_SIGNALS)})"
+    assert shown in text
+
+
+_BUCKET_CANNOT = "bucket that cannot be asked: "
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"DEBUGINFOD_URLS": "s3://a..b"}, "_DEBUGINFOD_URLS: .*no '.' beside a '.'"),
+        ({"DEBUGINFOD_URLS": "s3://10.0.0.1/x"}, "_DEBUGINFOD_URLS: .*is no IP address"),
+        ({"S3_ENDPOINT": "https://host:port"}, "_S3_ENDPOINT: 'host:port' is no host"),
+        ({"S3_ENDPOINT": "https://ho st"}, "_S3_ENDPOINT: 'ho st' is no host"),
+        ({"S3_ENDPOINT": "https://host?x"}, "_S3_ENDPOINT: .* is no host"),
+        ({"S3_ENDPOINT": "https://host:99999"}, f"{_BUCKET_CANNOT}invalid port; correct"),
+        ({"S3_REGION": "a/b"}, f"{_BUCKET_CANNOT}invalid region a/b; correct"),
+        ({"S3_ACCESS_KEY": "key"}, f"{_BUCKET_CANNOT}secret key must be provided"),
+        ({"S3_SECRET_KEY": "key"}, "_S3_SECRET_KEY is given without"),
+    ],
+)
+def test_bucket_of_debug_information_that_can_never_be_asked_is_said(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], said: str
+) -> None:
+    for name, value in ({"DEBUGINFOD_URLS": "s3://debug/x"} | settings).items():
+        monkeypatch.setenv(f"CRASHBUS_RECORDER_{name}", value)
+    with pytest.raises(SettingsError, match=said):
+        RecorderSettings.load()
+
+
+@pytest.mark.parametrize("endpoint", ["http://[::1]:9000", "https://s3.eu-west-1.amazonaws.com/"])
+def test_bucket_of_debug_information_that_can_be_asked_is_taken(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    monkeypatch.setenv("CRASHBUS_RECORDER_DEBUGINFOD_URLS", "s3://debug/x https://debuginfod")
+    monkeypatch.setenv("CRASHBUS_RECORDER_S3_ENDPOINT", endpoint)
+    assert RecorderSettings.load().s3_endpoint == endpoint.rstrip("/")
 
 
 @pytest.mark.parametrize(
