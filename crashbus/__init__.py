@@ -7,13 +7,14 @@ An external consumer needs only this package::
             print(event.signal_name, event.process.executable)
 """
 
-from crashbus.bus import Bus, connect
+from crashbus.bus import Bus
+from crashbus.connecting import connect
 from crashbus.errors import CrashbusError, MalformedMessage
 from crashbus.identity import crash_id
+from crashbus.message_base import Message
 from crashbus.messages import (
     DeadLetter,
     Manifest,
-    Message,
     Postponed,
     Receipt,
     Replay,

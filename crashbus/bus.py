@@ -1,29 +1,22 @@
 """The bus: NATS JetStream, spoken in messages instead of bytes.
 
 ``subscribe`` and ``stored`` are for anyone who listens; ``consume`` shares work among
-services. Whatever goes wrong with the server or the way to it is `BusUnreachable` or
-`BusFull`, and a message it will never take is `MessageTooLarge`; the connection itself is
-kept up for ever.
+services.
 """
 
-import asyncio
 import logging
-import re
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any, TypeVar
+from contextlib import aclosing, suppress
+from typing import TypeVar
 
-import nats
 import nats.errors
-import nats.js.errors
 from nats.aio.msg import Msg
-from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from crashbus import names, removing, streams
 from crashbus.bus_errors import NotStored, as_bus_errors
 from crashbus.chunks import Chunk
-from crashbus.client import Client
+from crashbus.connection import Connection
 from crashbus.consuming import Consumer, Delivery
 from crashbus.errors import (
     BusFull,
@@ -33,107 +26,18 @@ from crashbus.errors import (
     MessageTooLarge,
     NoStreams,
 )
-from crashbus.messages import DeadLetter, Message, chunk_subject
+from crashbus.message_base import Message
+from crashbus.messages import DeadLetter
 from crashbus.reading import StreamReader, follow
+from crashbus.subjects import chunk_subject
 
 log = logging.getLogger("crashbus.bus")
 
-__all__ = ["Bus", "Delivery", "connect", "without_secrets"]
-
 M = TypeVar("M", bound=Message)
 
-CONNECT_TIMEOUT = 2.0  # seconds for one try; a server on the next host answers in milliseconds
-RECONNECT_WAIT = 0.5  # seconds between tries: short, so that little piles up meanwhile
-PUBLISH_TIMEOUT = 5.0  # seconds for the server to store a message; its disk may be busy
-CLOSE_TIMEOUT = 2.0  # seconds to say goodbye; a service stops within 10
-MOST_REFUSALS = 100  # told for one connection
-DEFAULT_CHUNK_STORE = 8 * 1024**3
 
-
-class Bus:
+class Bus(Connection):
     """A connection to the bus; made by `connect`."""
-
-    def __init__(self, client: Client, host: str) -> None:
-        self._client = client
-        self._js: JetStreamContext = client.jetstream(timeout=PUBLISH_TIMEOUT)
-        self._host = host
-        # Room for chunks and replicas, set where this connection makes streams.
-        self._streams: tuple[int, int] | None = None
-        self.malformed = 0  # messages skipped or put aside since the start
-
-    @property
-    def max_payload(self) -> int:
-        """The server's limit for one message with its headers, in bytes."""
-        return self._client.max_payload
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether the server can be reached just now."""
-        return self._client.is_listening
-
-    async def ensure_streams(
-        self, chunk_store_bytes: int = DEFAULT_CHUNK_STORE, replicas: int = 1
-    ) -> bool:
-        """Make the streams that do not exist, and tell whether there were such.
-
-        One that exists stays as its owner made it. From then on this connection makes them anew
-        should the server lose them.
-        """
-        self._streams, made = (chunk_store_bytes, replicas), False
-        with as_bus_errors():
-            for config in streams.all_streams(chunk_store_bytes, replicas):
-                assert config.name is not None
-                try:
-                    await self._js.stream_info(config.name)
-                except nats.js.errors.NotFoundError:
-                    await self._js.add_stream(config)
-                    made = True
-        return made
-
-    async def publish(self, message: Message) -> None:
-        """Publish a message and wait until the server has stored it.
-
-        Raises:
-            BusUnreachable: it may or may not have been stored; publish it again.
-            BusFull: it was refused for want of room.
-            MessageTooLarge: it will never be stored.
-        """
-        key = message.message_id
-        headers = {"Nats-Msg-Id": key} if key else None
-        await self.publish_raw(message.subject, message.encode(), headers)
-
-    async def publish_raw(
-        self, subject: str, payload: bytes, headers: dict[str, str] | None = None
-    ) -> None:
-        """Publish bytes that were encoded before, and wait until they are stored.
-
-        Raises as `publish` does.
-        """
-        # The client looks at the payload alone; over its headers the server would hang up.
-        size = len(payload) + _header_size(headers)
-        if size > self.max_payload:
-            raise MessageTooLarge(
-                f"{size} bytes for {subject[:512]}, the server takes {self.max_payload}; "
-                "raise its max_payload"
-            )
-        with as_bus_errors():
-            try:
-                await self._js.publish(subject, payload, headers=headers)
-            except (nats.js.errors.NoStreamResponseError, nats.errors.TimeoutError):
-                # A stream that is not there does not answer, and the server says so only where
-                # nobody else listens.
-                if not await self._restore_streams():
-                    raise
-                await self._js.publish(subject, payload, headers=headers)
-
-    async def _restore_streams(self) -> bool:
-        """Make streams that the server lost, if making them is our business; tell if any was."""
-        if self._streams is None or not self.is_connected:
-            return False
-        made = await self.ensure_streams(*self._streams)
-        if made:
-            log.warning("the bus had lost streams, they were made anew")
-        return made
 
     async def publish_chunk(self, crash_id: str, file: str, chunk: Chunk) -> None:
         """Publish one chunk of a crash file and wait until it is stored."""
@@ -354,92 +258,3 @@ class Bus:
                 await raw.term()
         except (BusUnreachable, BusFull, MessageTooLarge) as failure:
             log.warning("could not put it aside, it will come again: %s", failure)
-
-    async def close(self) -> None:
-        """Send what is still buffered, then close."""
-        try:
-            await asyncio.wait_for(self._client.flush(), PUBLISH_TIMEOUT)
-        except (nats.errors.Error, TimeoutError, OSError):
-            log.warning("the bus was not reachable at the end")
-        # Without a bound it may wait for ever for TLS to end that never began: the server was
-        # started anew and wants it now.
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._client.close(), CLOSE_TIMEOUT)
-
-
-def _header_size(headers: dict[str, str] | None) -> int:
-    """Return the bytes that headers take on the wire: NATS/1.0, a line for each, an empty one."""
-    if not headers:
-        return 0
-    return 12 + sum(len(f"{name}: {value}\r\n".encode()) for name, value in headers.items())
-
-
-@asynccontextmanager
-async def connect(
-    url: str = "nats://127.0.0.1:4222", *, host: str = "consumer", **options: Any
-) -> AsyncIterator[Bus]:
-    """Connect to the bus.
-
-    Args:
-        url: one or more server addresses, separated by commas.
-        host: the name that dead letters of this connection carry.
-        options: further options of ``nats.connect``, such as ``nkeys_seed``,
-            ``user_credentials`` or ``tls``.
-
-    Raises:
-        BusUnreachable: no server answers; later losses are mended silently.
-    """
-
-    closing = False
-    shown = without_secrets(url)
-
-    async def on_disconnect() -> None:
-        if not closing:
-            log.warning("lost the bus at %s, reconnecting", shown)
-
-    async def on_reconnect() -> None:
-        log.info("the bus at %s is back", shown)
-
-    refused: set[str] = set()
-
-    async def on_error(error: Exception) -> None:
-        text = str(error)[:500]
-        if "permissions violation" not in text or text in refused or len(refused) >= MOST_REFUSALS:
-            log.debug("bus: %s", error)
-            return
-        refused.add(text)  # what is asked for again and again is told once
-        log.warning("the bus does not let us: %s; see its account's permissions", text)
-
-    settings: dict[str, Any] = {
-        "connect_timeout": CONNECT_TIMEOUT,
-        "reconnect_time_wait": RECONNECT_WAIT,
-        "max_reconnect_attempts": -1,
-        "disconnected_cb": on_disconnect,
-        "reconnected_cb": on_reconnect,
-        "error_cb": on_error,
-        **options,
-    }
-    client = Client()
-    try:
-        await _first_connection(client, url, settings)
-    except (TimeoutError, nats.errors.Error, OSError) as error:
-        cause = client.last_error or error  # each try's error is swallowed, the bound's is not
-        reason = f"{type(cause).__name__} {cause}".strip()
-        raise BusUnreachable(f"no NATS server answers at {shown} ({reason})") from error
-    bus = Bus(client, host)
-    try:
-        yield bus
-    finally:
-        closing = True
-        await bus.close()
-
-
-def without_secrets(url: str) -> str:
-    """Return server addresses as they may be shown: user, password and token left out."""
-    return re.sub(r"//[^/,]*@", "//…@", url)
-
-
-async def _first_connection(client: Client, url: str, settings: dict[str, Any]) -> None:
-    """Connect once or fail: without a bound here, the client would try for ever in silence."""
-    servers = [part.strip() for part in url.split(",")]
-    await asyncio.wait_for(client.connect(servers, **settings), CONNECT_TIMEOUT * len(servers) + 1)

@@ -21,17 +21,8 @@ from pydantic import Field, ValidationError
 
 from crashbus import layout
 from crashbus.errors import CrashbusError
-from crashbus.messages import (
-    CrashFile,
-    CrashId,
-    FileName,
-    Fingerprint,
-    Host,
-    Module,
-    Part,
-    Process,
-    Time,
-)
+from crashbus.fields import CrashId, FileName, Fingerprint, Host, Time
+from crashbus.parts import CrashFile, Module, Part, Process
 
 GROWTH = 8 * 1024  # bytes kept free in a record for what it is still to tell, on a full disk too
 MAX_SIZE = 4 * 1024 * 1024  # a record lists few files, but arguments may be long

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import zstandard
 
 from crashbus.errors import DamagedFile
-from crashbus.messages import Encoding
+from crashbus.fields import Encoding
 
 HEADER_INDEX = "Crashbus-Index"
 HEADER_SIZE = "Crashbus-Size"

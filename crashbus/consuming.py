@@ -16,7 +16,7 @@ from nats.js.api import ConsumerConfig
 from crashbus.bus_errors import as_bus_errors
 from crashbus.cancellation import obeying_cancellation
 from crashbus.errors import BusFull, BusUnreachable
-from crashbus.messages import Message
+from crashbus.message_base import Message
 
 log = logging.getLogger("crashbus.bus")
 

@@ -22,7 +22,8 @@ from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 from crashbus import layout, names
 from crashbus.chunks import MAX_CHUNK_SIZE
 from crashbus.errors import CrashbusError
-from crashbus.messages import Count, CrashId, Encoding, FileName, Part, Sha256, Size
+from crashbus.fields import Count, CrashId, Encoding, FileName, Sha256, Size
+from crashbus.parts import Part
 
 MAGIC = b"\xcbCB1"
 HEAD = struct.Struct(">4sII")

@@ -1,200 +1,38 @@
 """Every message on the bus, as a frozen typed class that is validated once, on arrival.
 
 ``docs/wire-contract.md`` is the prose to this module; its tables are made from it.
-
-Versions: ``v`` is ``<major>.<minor>``. A newer minor version only adds fields, which an older
-reader skips; another major version is rejected as malformed.
 """
 
-import hashlib
-import math
-import time as clock
-from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
-import msgpack
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-)
+from pydantic import ConfigDict, Field
 
 from crashbus import layout, names
-from crashbus.errors import MalformedMessage
-from crashbus.layout import Kind
-
-VERSION = "1.0"
-# Linux cuts a path at 4096 bytes, and a byte that is no UTF-8 takes four characters.
-MAX_PATH = 32 * 1024  # characters
-MAX_LABELS = 64  # told of one container
-MAX_MODULES = 256  # told of one crash
-_REASON = r"^[a-z][a-z0-9_]{0,63}$"
-_LARGE = "large"  # last token of a work item that shippers have hands of their own for
-
-
-def _file_name(value: str) -> str:
-    if not names.is_file_name(value):
-        raise ValueError("not a safe file name")
-    return value
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value) or not 0 <= value < 253402300800:
-        raise ValueError("not a time between 1970 and 9999")
-    return value
-
-
-CrashId = Annotated[str, StringConstraints(pattern=r"^[0-9a-hjkmnp-tv-z]{16}$")]
-FileName = Annotated[str, StringConstraints(max_length=255), AfterValidator(_file_name)]
-Fingerprint = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
-BuildId = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){2,64}$")]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Host = Annotated[str, StringConstraints(min_length=1, max_length=253)]
-Time = Annotated[float, AfterValidator(_finite), Field(description="Unix time in seconds")]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Positive = Annotated[int, Field(ge=1, lt=2**63)]
-Size = Annotated[int, Field(ge=0, lt=2**63, description="bytes")]
-Pid = Annotated[int, Field(ge=0, lt=2**31)]
-UserId = Annotated[int, Field(ge=0, lt=2**32)]
-Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Word = Annotated[int, Field(ge=0, lt=2**64, description="as the 64-bit machine has it")]
-Path = Annotated[str, StringConstraints(max_length=MAX_PATH)]
-Url = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
-Encoding = Literal["zstd", "identity"]
-
-
-class Part(BaseModel):
-    """Base of what messages are made of: frozen, and deaf to fields it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Container(Part):
-    """The container a process ran in, as far as its cgroup tells."""
-
-    id: str = Field(description="container ID as the runtime gave it")
-    runtime: str = Field(description="docker, containerd, crio, podman, lxc or unknown")
-    name: str | None = Field(None, description="the container's name, where the runtime was asked")
-    image: str | None = Field(None, description="the image's name, where the runtime was asked")
-    labels: dict[str, str] = Field(
-        default_factory=dict,
-        max_length=MAX_LABELS,
-        description="its labels, such as io.kubernetes.pod.name, where the runtime was asked",
-    )
-
-
-class Process(Part):
-    """The process that crashed. Text that was not UTF-8 shows its bad bytes as ``\\xNN``."""
-
-    boot_id: str = Field(description="/proc/sys/kernel/random/boot_id of its host")
-    pid: Pid = Field(description="process (thread group) ID in the initial PID namespace")
-    ns_pid: Pid = Field(description="process ID in its own PID namespace")
-    start_ticks: Count = Field(
-        description="start in clock ticks since boot, /proc/PID/stat field 22"
-    )
-    uid: UserId = Field(description="real user ID in the initial user namespace")
-    gid: UserId = Field(description="real group ID in the initial user namespace")
-    comm: str = Field(max_length=256, description="command name, up to 15 bytes")
-    executable: Path | None = Field(None, description="path of the executable, if it was readable")
-    command_line: tuple[str, ...] = Field((), description="arguments, possibly cut short")
-    cgroup: Path | None = Field(None, description="cgroup path")
-    container: Container | None = None
-
-
-class Sender(Part):
-    """The process that sent a signal, as the receiver's namespaces show it."""
-
-    # Whoever sends with rt_sigqueueinfo(2) may forge both, so any 32 bits can stand here.
-    pid: int = Field(ge=0, lt=2**32, description="0: it is outside the receiver's PID namespace")
-    uid: UserId
-
-
-class Handler(Part):
-    """The function that a process had installed for a signal."""
-
-    address: Word
-    flags: Word = Field(description="sa_flags, see sigaction(2)")
-    appscope: bool = Field(description="the address lies in AppScope's library")
-
-
-class Oom(Part):
-    """What the kernel knew of the victim of an OOM kill, in KiB where it says so (>= 6.9)."""
-
-    total_vm_kib: Int64 | None = None
-    anon_rss_kib: Int64 | None = None
-    file_rss_kib: Int64 | None = None
-    shmem_rss_kib: Int64 | None = None
-    oom_score_adj: Int64 | None = None
-
-
-class Message(Part):
-    """Base of all messages.
-
-    Class attributes:
-        SUBJECT: the wildcard subject that matches every message of the class.
-    """
-
-    SUBJECT: ClassVar[str]
-
-    v: Annotated[str, StringConstraints(pattern=r"^1\.\d{1,9}$")] = Field(
-        VERSION, description="version of the wire contract"
-    )
-    host: Host = Field(description="name of the host it is about")
-    time: Time = Field(default_factory=clock.time)
-
-    @property
-    def subject(self) -> str:
-        """The subject this message is published on."""
-        raise NotImplementedError
-
-    @property
-    def message_id(self) -> str | None:
-        """Key by which JetStream drops a second copy within two minutes; None: no dropping."""
-        return None
-
-    def encode(self) -> bytes:
-        """Return the message as msgpack."""
-        packed: bytes = msgpack.packb(self.model_dump(mode="python"))
-        return packed
-
-    @classmethod
-    def decode(cls, payload: bytes, subject: str = "?") -> Self:
-        """Read a message from msgpack.
-
-        Raises:
-            MalformedMessage: not msgpack, another major version, or a field that is missing
-                or out of its range; the reason names the field.
-        """
-        try:
-            data = msgpack.unpackb(payload)
-        except (ValueError, msgpack.UnpackException, RecursionError) as error:
-            reason = f"not msgpack: {error or type(error).__name__}"
-            raise MalformedMessage(subject, payload, reason) from None
-        if not isinstance(data, dict):
-            raise MalformedMessage(subject, payload, "not a map") from None
-        for name in ("v", "time"):  # what we fill in for our own messages, others must say
-            if name not in data:
-                raise MalformedMessage(subject, payload, f"field {name!r}: Field required")
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise MalformedMessage(subject, payload, _first_fault(error)) from None
-
-
-def _first_fault(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(step) for step in first["loc"])
-    return f"field {place[:200]!r}: {first['msg']}"
-
-
-class CrashMessage(Message):
-    """Base of the messages that are about one crash."""
-
-    crash_id: CrashId = Field(description="names the crash of one process on one boot of a host")
+from crashbus.fields import (
+    Count,
+    CrashId,
+    FileName,
+    Fingerprint,
+    Int32,
+    Pid,
+    Positive,
+    Reason,
+    Time,
+    Url,
+    Word,
+)
+from crashbus.message_base import CrashMessage, Message, PlacedMessage
+from crashbus.parts import (
+    MAX_MODULES,
+    Attempt,
+    CrashFile,
+    Handler,
+    Module,
+    Oom,
+    Process,
+    Sender,
+)
+from crashbus.subjects import LARGE, place_token
 
 
 class SignalEvent(CrashMessage):
@@ -269,88 +107,7 @@ class EventsLost(Message):
         return f"crash.lost.{names.token(self.host)}"
 
 
-class CrashFile(Part):
-    """One crash file as it was gathered."""
-
-    name: FileName = Field(description="AppScope's name, such as core_1795388839")
-    kind: Kind
-    size: Size
-    sha256: Sha256 = Field(description="of the file's own bytes, before any compression")
-    encoding: Encoding = Field(description="zstd: the stored object is <name>.zst")
-    stored_size: Size = Field(description="bytes of all chunks together")
-    chunks: Count = Field(description="how many; 0 for an empty file")
-    truncated: bool = Field(False, description="cut short; see note")
-    expected_size: Size | None = Field(
-        None, description="of a truncated file: bytes that it would have whole, where it is known"
-    )
-    note: str | None = Field(None, description="why it was cut short, or what else is odd")
-    stored_as: FileName | None = Field(
-        None, description="in a receipt: the object's name, where it is not the usual one"
-    )
-
-    @property
-    def stored_name(self) -> str:
-        """The object's name below its folder."""
-        if self.stored_as:
-            return self.stored_as
-        name = self.kind.value if self.kind in layout.SHARED else self.name
-        return f"{name}.zst" if self.encoding == "zstd" else name
-
-    @property
-    def beside_another(self) -> Self:
-        """The same file, under the name that it gets where another content of the same build
-        has the usual one.
-        """
-        return self.model_copy(update={"stored_as": f"{self.kind}-{self.sha256[:16]}"})
-
-
-class Binary(Part):
-    """A file that is kept of a module: the file itself, or its separate debug information."""
-
-    kind: Kind
-    size: Size
-    sha256: Sha256
-
-
-class Module(Part):
-    """A program or library that a crashed process had mapped as code."""
-
-    path: str = Field(max_length=4096, description="as the process saw it")
-    build_id: BuildId
-    kept: tuple[Binary, ...] = Field((), max_length=2)
-
-    def files(self) -> Iterator[CrashFile]:
-        """Give what is kept of it, as crash files."""
-        for one in self.kept:
-            yield CrashFile(
-                name=layout.binary_name(one.kind, self.build_id, one.sha256),
-                kind=one.kind,
-                size=one.size,
-                sha256=one.sha256,
-                encoding="identity",
-                stored_size=one.size,
-                chunks=0,
-            )
-
-
-class _Placed(CrashMessage):
-    """What is needed to derive a crash's folder at any destination."""
-
-    crashed_at: Time = Field(description="Unix seconds of the crash")
-    process_name: str = Field(max_length=256)
-
-    @property
-    def folder(self) -> str:
-        """The crash's folder below a destination's prefix."""
-        return layout.folder(self.host, self.crashed_at, self.process_name, self.crash_id)
-
-    def folder_of(self, file: CrashFile) -> str:
-        """The folder of one of its files: what many crashes share does not lie with one."""
-        shared = layout.binary_folder(file.name) if file.kind in layout.SHARED else None
-        return shared or self.folder
-
-
-class WorkItem(_Placed):
+class WorkItem(PlacedMessage):
     """Deliver these files of one crash to one destination; their chunks are on the bus."""
 
     SUBJECT: ClassVar[str] = "crash.file.>"
@@ -364,10 +121,10 @@ class WorkItem(_Placed):
         crash = f"{names.token(self.host)}.{self.crash_id}"
         file = names.token(self.files[0].name)
         item = f"crash.file.{crash}.{file}.{place_token(self.destination)}"
-        return f"{item}.{_LARGE}" if any(one.kind in layout.LARGE for one in self.files) else item
+        return f"{item}.{LARGE}" if any(one.kind in layout.LARGE for one in self.files) else item
 
 
-class Manifest(_Placed):
+class Manifest(PlacedMessage):
     """A whole crash: what it was, and all its files. A later one replaces an earlier one."""
 
     SUBJECT: ClassVar[str] = "crash.report.>"
@@ -412,13 +169,6 @@ class Receipt(CrashMessage):
         return f"crash.shipped.{names.token(self.host)}.{self.crash_id}"
 
 
-class Attempt(Part):
-    """One try that failed."""
-
-    time: Time
-    error: str
-
-
 class DeadLetter(Message):
     """Something that was not delivered, and what would mend it. Sources are kept."""
 
@@ -429,7 +179,7 @@ class DeadLetter(Message):
 
     crash_id: CrashId | None = Field(None, description="absent where no crash could be named")
     service: str = Field(description="who gave up: detector, recorder, collector or shipper")
-    reason: str = Field(pattern=_REASON, description="short, for machines: access_denied, …")
+    reason: Reason = Field(description="short, for machines: access_denied, …")
     error: str = Field(description="what happened, in words")
     mend: str = Field(description="what a human can do about it")
     attempts: Count = 0
@@ -450,7 +200,7 @@ class Postponed(CrashMessage):
 
     destination: Url
     files: tuple[FileName, ...] = Field(min_length=1, max_length=64)
-    reason: str = Field(pattern=_REASON, description="short, for machines: refused, timeout, …")
+    reason: Reason = Field(description="short, for machines: refused, timeout, …")
     error: str = Field(description="what happened, in words")
     mend: str = Field(description="what a human can do about it")
     attempts: Count = Field(description="tries so far, at least")
@@ -507,24 +257,3 @@ def json_schema(kind: type[Message]) -> dict[str, Any]:
     # They have defaults for whoever makes a message, but none on the wire.
     schema["required"] = sorted({*schema.get("required", ()), "v", "host", "time"})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def place_token(destination: str) -> str:
-    """Return the last token of the subjects of a destination's work items."""
-    return hashlib.sha256(destination.encode()).hexdigest()[:16]
-
-
-def work_item_filter(destination: str, large: bool = False) -> str:
-    """Return the subject filter that takes the work items of one destination and no other.
-
-    Args:
-        large: those of cores and binaries, or those of all other files.
-    """
-    subject = f"crash.file.*.*.*.{place_token(destination)}"
-    return f"{subject}.{_LARGE}" if large else subject
-
-
-def chunk_subject(crash_id: str, file: str) -> str:
-    """Return the subject that carries one file's chunks."""
-    size = "chunk" if layout.is_large(file) else "small"
-    return f"crash.{size}.{crash_id}.{names.token(file)}"

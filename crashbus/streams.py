@@ -9,11 +9,11 @@ from dataclasses import replace
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 
 from crashbus import layout, names
+from crashbus.message_base import Message
 from crashbus.messages import (
     DeadLetter,
     EventsLost,
     Manifest,
-    Message,
     Postponed,
     Receipt,
     Replay,

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
+from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +21,8 @@ from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from crashbus import messages, streams
-from crashbus.messages import Message
+from crashbus import layout, messages, parts, streams
+from crashbus.message_base import Message
 from services.common.settings import BusSettings, Settings, variable_of
 from services.shipper.destinations import file, s3_failures
 
@@ -79,9 +80,16 @@ def part_tables(_: str) -> str:
 
 def _collect(kind: type[BaseModel], found: dict[str, type[BaseModel]]) -> None:
     for name in kind.model_json_schema(mode="serialization").get("$defs", {}):
-        model = getattr(messages, name, None)
-        if isinstance(model, type) and issubclass(model, BaseModel):
+        model = _named(name)
+        if issubclass(model, BaseModel):
             found[name] = model
+
+
+def _named(name: str) -> type[BaseModel] | type[StrEnum]:
+    """Return what a schema has under ``$defs``: a message, a part of one, or an enumeration."""
+    found: type[BaseModel] | type[StrEnum]
+    (found,) = {vars(one)[name] for one in (messages, parts, layout) if name in vars(one)}
+    return found
 
 
 def _section(kind: type[BaseModel], before: str = "") -> str:
@@ -116,8 +124,8 @@ def _common_first(kind: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
 def _type(schema: dict[str, Any]) -> str:
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
-        linked = isinstance(getattr(messages, name, None), type) and name != "Kind"
-        return f"[{name}](#{name.lower()})" if linked else _enumeration(name)
+        model = _named(name)
+        return f"[{name}](#{name.lower()})" if issubclass(model, BaseModel) else _enumeration(model)
     if "anyOf" in schema:
         return " or ".join(_type(one) for one in schema["anyOf"])
     if "enum" in schema:
@@ -152,8 +160,8 @@ def _limits(schema: dict[str, Any], least: str = "minLength", most: str = "maxLe
     return f" ({', '.join(words)})" if words else ""
 
 
-def _enumeration(name: str) -> str:
-    return ", ".join(f'`"{one}"`' for one in getattr(messages, name))
+def _enumeration(kind: type[StrEnum]) -> str:
+    return ", ".join(f'`"{one}"`' for one in kind)
 
 
 def _default(info: FieldInfo) -> str:

@@ -17,9 +17,9 @@ from crashbus import (
     connect,
     names,
 )
-from crashbus.bus import without_secrets
 from crashbus.cli.crashes import Crash, join
 from crashbus.cli.errors import Trouble
+from crashbus.connecting import without_secrets
 from crashbus.errors import BusUnreachable, NoStreams
 from services.common.settings import BusSettings
 

@@ -17,7 +17,7 @@ from crashbus import (
 from crashbus.cli.errors import Trouble
 from crashbus.cli.terminal import plain
 from crashbus.destination import DestinationError
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 
 GATHERING = 120.0  # seconds from a deadly signal to the manifest, for the largest of cores
 _SHOWN_CANDIDATES = 5

@@ -16,7 +16,7 @@ from crashbus.cli.get import CrashIdArgument, FromUrl, download, make_directory
 from crashbus.cli.lookup import Found, files_of, find
 from crashbus.cli.terminal import console, plain
 from crashbus.layout import Kind, parse_crash_file_name
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 
 
 def debug(

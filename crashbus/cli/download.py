@@ -19,7 +19,7 @@ from crashbus.cli.errors import Trouble
 from crashbus.cli.lookup import Copy, Found
 from crashbus.cli.store import Readable, StoreError
 from crashbus.errors import DamagedFile
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 
 BLOCK = 256 * 1024
 _ZEROS = bytes(BLOCK)

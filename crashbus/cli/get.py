@@ -18,7 +18,7 @@ from crashbus.cli.download import refuse_to_overwrite, save
 from crashbus.cli.errors import Trouble
 from crashbus.cli.lookup import Found, files_of, find
 from crashbus.cli.terminal import console, plain, size
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 
 FromUrl = Annotated[
     str | None,

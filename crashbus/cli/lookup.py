@@ -7,7 +7,7 @@ from crashbus.cli.bus import stored_crashes
 from crashbus.cli.crashes import Crash, choose
 from crashbus.cli.errors import Trouble
 from crashbus.layout import SHARED, binary_folder
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 
 
 @dataclass(frozen=True)

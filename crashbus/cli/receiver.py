@@ -20,8 +20,8 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from crashbus import frames, layout, names
 from crashbus.chunks import Chunk, Verifier
 from crashbus.errors import CrashbusError, DamagedFile
+from crashbus.fields import CrashId, Host
 from crashbus.frames import BadFrame, CoreChunk, CoreEnd, Frame
-from crashbus.messages import CrashId, Host
 
 MAX_LINE = 16 * 1024 * 1024  # bytes; a chunk of a core in base64 has 11 MiB at most
 MAX_SMALL = 32 * 1024 * 1024  # bytes of a crash's small files; a shipper sends 16 MiB at most

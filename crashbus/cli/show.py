@@ -16,7 +16,7 @@ from crashbus.cli.lookup import Copy, Found, find
 from crashbus.cli.tail import line
 from crashbus.cli.terminal import console, moment, plain, print_json, size, table
 from crashbus.layout import BINARIES, SHARED, Kind
-from crashbus.messages import CrashFile, Process
+from crashbus.parts import CrashFile, Process
 
 _MAX_BACKTRACE = 256 * 1024  # bytes shown; get fetches all of it
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import structlog
 
-from crashbus.bus import connect
 from crashbus.cli.errors import Trouble
+from crashbus.connecting import connect
 from crashbus.errors import BusUnreachable
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()

@@ -24,7 +24,7 @@ from crashbus.cli.errors import Trouble
 from crashbus.cli.lookup import Found
 from crashbus.cli.terminal import plain
 from crashbus.layout import Kind
-from crashbus.messages import CrashFile, Module
+from crashbus.parts import CrashFile, Module
 
 _DELETED = " (deleted)"  # proc_pid_maps(5)
 

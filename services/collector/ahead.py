@@ -14,7 +14,7 @@ import structlog
 from crashbus.bus import Bus
 from crashbus.errors import BusFull, BusUnreachable
 from crashbus.layout import Kind
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 from services.collector import metrics
 from services.collector.growing import Unsteady
 from services.collector.ledger import Crash, Ledger, Source

@@ -22,7 +22,7 @@ from crashbus.bus import Bus
 from crashbus.capture import UnreadableRecord
 from crashbus.errors import BusFull, BusUnreachable, CrashbusError
 from crashbus.layout import Kind
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 from services.collector import metrics, spool
 from services.collector.ledger import Ledger, Source
 from services.collector.publish import Publisher, SourceLost

@@ -13,7 +13,8 @@ from pathlib import Path
 import structlog
 
 from crashbus import layout
-from crashbus.bus import Bus, Delivery
+from crashbus.bus import Bus
+from crashbus.consuming import Delivery
 from crashbus.errors import BusFull, BusUnreachable
 from crashbus.identity import crash_id
 from crashbus.messages import DeadLetter, Manifest, SignalEvent

@@ -13,7 +13,8 @@ from typing import Any
 
 import structlog
 
-from crashbus.bus import Bus, Delivery
+from crashbus.bus import Bus
+from crashbus.consuming import Delivery
 from crashbus.errors import BusFull, BusUnreachable
 from crashbus.layout import LARGE, MANIFEST_NAME, Kind
 from crashbus.messages import DeadLetter, Receipt, Replay, WorkItem

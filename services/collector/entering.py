@@ -11,7 +11,7 @@ from crashbus import signals
 from crashbus.capture import CaptureRecord
 from crashbus.identity import crash_id, unknown_crash_id
 from crashbus.layout import BINARIES, Kind
-from crashbus.messages import Module, Process
+from crashbus.parts import Module, Process
 from services.collector import metrics, processes, spool
 from services.collector.found import FoundSet, sent_sources, source_of
 from services.collector.judge import Verdict

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from crashbus import capture, layout
 from crashbus.capture import CapturedFile, UnreadableRecord
 from crashbus.layout import Kind
-from crashbus.messages import Process
+from crashbus.parts import Process
 from services.collector import judge, processes, spool
 from services.collector.judge import RecordState, Verdict
 from services.collector.ledger import Source

@@ -18,8 +18,9 @@ from asyncinotify import Inotify, Mask
 from crashbus.bus import Bus
 from crashbus.errors import BusUnreachable
 from crashbus.layout import Kind
-from crashbus.messages import Process, SignalEvent
+from crashbus.messages import SignalEvent
 from crashbus.names import token
+from crashbus.parts import Process
 from services.collector import ahead, metrics, processes, spool
 from services.collector.entering import Entering
 from services.collector.found import FoundSet, is_stale, look_at

@@ -12,18 +12,10 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from crashbus import layout
+from crashbus.fields import CrashId, FileName, Fingerprint, Host, Time
 from crashbus.layout import Kind
-from crashbus.messages import (
-    CrashFile,
-    CrashId,
-    FileName,
-    Fingerprint,
-    Host,
-    Manifest,
-    Module,
-    Process,
-    Time,
-)
+from crashbus.messages import Manifest
+from crashbus.parts import CrashFile, Module, Process
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 

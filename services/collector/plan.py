@@ -4,7 +4,8 @@ import structlog
 
 from crashbus import destination as destinations
 from crashbus.layout import LARGE, Kind, parse_crash_file_name
-from crashbus.messages import CrashFile, DeadLetter, Receipt, WorkItem
+from crashbus.messages import DeadLetter, Receipt, WorkItem
+from crashbus.parts import CrashFile
 from services.collector import metrics
 from services.collector.ledger import Crash, Source
 

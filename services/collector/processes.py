@@ -7,7 +7,8 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 
 from crashbus import identity
-from crashbus.messages import Process, SignalEvent
+from crashbus.messages import SignalEvent
+from crashbus.parts import Process
 from services.common.process import read_process
 
 # AppScope takes the epoch of a set, in whole seconds, when its handler runs.

@@ -18,7 +18,7 @@ from crashbus.bus import Bus
 from crashbus.chunks import Encoder, chunk_size
 from crashbus.errors import CrashbusError
 from crashbus.layout import LARGE, Kind
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 from services.collector import metrics, spool
 from services.collector.growing import Growing, Unsteady
 from services.collector.ledger import Source

@@ -18,7 +18,8 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 
 from crashbus import layout
-from crashbus.messages import CrashFile, CrashId, FileName
+from crashbus.fields import CrashId, FileName
+from crashbus.parts import CrashFile
 from services.common import crash_directory
 
 FRAME = struct.Struct("!cQ")  # kind, length in bytes

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import structlog
 
-from crashbus.messages import Message
+from crashbus.message_base import Message
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from crashbus import identity, names
-from crashbus.messages import MAX_PATH, Container, Process
+from crashbus.fields import MAX_PATH
+from crashbus.parts import Container, Process
 from services.common import redact
 from services.common.proc import LIVE, Proc
 

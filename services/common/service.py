@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 import structlog
 from pydantic_core import PydanticUndefined
 
-from crashbus.bus import Bus, connect, without_secrets
+from crashbus.bus import Bus
+from crashbus.connecting import connect, without_secrets
 from crashbus.errors import BusFull, BusUnreachable
 from services.common import log as logs
 from services.common import redact

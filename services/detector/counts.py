@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from crashbus.messages import Process
+from crashbus.parts import Process
 from services.detector.events import shortened
 from services.detector.program import HANDLED_MAX, HandledKey
 

@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass
 
 from crashbus import identity, names, signals
-from crashbus.messages import Handler, Oom, Process, Sender, SignalEvent
+from crashbus.messages import SignalEvent
+from crashbus.parts import Handler, Oom, Process, Sender
 from services.common.process import container_of, split_arguments
 from services.detector.record import Kind, Record
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from crashbus import identity
-from crashbus.messages import Process
+from crashbus.parts import Process
 from services.common.process import read_process
 from services.detector.events import is_whole, joined, process_of
 from services.detector.record import Record

@@ -18,7 +18,7 @@ Address = Annotated[int, Field(ge=0, lt=1 << 64)]
 
 
 class Part(BaseModel):
-    """Base of the parts. Not the one of `crashbus.messages`: that would bring the whole bus into
+    """Base of the parts. Not the one of `crashbus.parts`: that would bring the whole bus into
     every worker, at twice its start-up time."""
 
     model_config = ConfigDict(frozen=True)

@@ -17,7 +17,7 @@ import structlog
 
 from crashbus import elf, layout
 from crashbus.layout import Kind
-from crashbus.messages import MAX_MODULES, Binary, Module
+from crashbus.parts import MAX_MODULES, Binary, Module
 from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
 from services.recorder import metrics

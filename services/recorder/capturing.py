@@ -6,7 +6,7 @@ is let go. What does not need it is for `finishing`.
 """
 
 from crashbus.identity import crash_id
-from crashbus.messages import Process
+from crashbus.parts import Process
 from services.recorder import arrival, core_head, facts, fault_address, metrics
 from services.recorder.conditions import Conditions
 from services.recorder.core_writing import write_core

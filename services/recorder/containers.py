@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from crashbus.messages import MAX_LABELS, Container
+from crashbus.parts import MAX_LABELS, Container
 from services.common import redact
 from services.recorder import metrics
 

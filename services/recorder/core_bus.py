@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 from services.common import core_stream
 from services.common.core_stream import Announced, Answer
 from services.recorder import core_reduced

@@ -14,7 +14,7 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Self
 
-from crashbus.messages import Process
+from crashbus.parts import Process
 
 LOOP_SECONDS = 60.0
 _MAX_PROGRAMS = 10_000  # remembered; the one that crashed longest ago is forgotten

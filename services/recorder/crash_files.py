@@ -14,7 +14,7 @@ from typing import Any
 
 from crashbus import signals
 from crashbus.fingerprint import frames
-from crashbus.messages import Container
+from crashbus.parts import Container
 from services.common import resources
 from services.recorder.backtrace import Backtrace, Frame, Instruction, LoadedModule, Thread
 from services.recorder.core_head import Cause

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from crashbus import names, signals
-from crashbus.messages import Process
+from crashbus.parts import Process
 from services.common import process as processes
 from services.common import redact, resources
 from services.common.proc import LIVE, Proc, Remembered

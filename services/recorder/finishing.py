@@ -9,7 +9,7 @@ import structlog
 
 from crashbus import elf, fingerprint
 from crashbus.layout import Kind
-from crashbus.messages import Module
+from crashbus.parts import Module
 from services.recorder import backtrace_json, crash_files, metrics, unwinder
 from services.recorder.backtrace import Backtrace
 from services.recorder.conditions import Conditions

@@ -21,8 +21,9 @@ from pathlib import Path
 import structlog
 
 from crashbus import identity, layout, names
+from crashbus.fields import MAX_PATH
 from crashbus.layout import Kind
-from crashbus.messages import MAX_PATH, Process
+from crashbus.parts import Process
 from services.common import crash_directory
 from services.common import process as processes
 from services.common.resources import Resources

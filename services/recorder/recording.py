@@ -14,7 +14,7 @@ import structlog
 from crashbus import capture, signals
 from crashbus.capture import CapturedFile, CaptureRecord
 from crashbus.layout import Kind, crash_file_name
-from crashbus.messages import Process
+from crashbus.parts import Process
 from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
 from services.recorder import containers, crash_files

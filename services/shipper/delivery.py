@@ -9,10 +9,11 @@ from typing import TypeVar, TypeVarTuple
 import structlog
 
 from crashbus.bus import Bus
-from crashbus.bus import Delivery as Taken
+from crashbus.consuming import Delivery as Taken
 from crashbus.errors import BusFull, BusUnreachable
 from crashbus.layout import SHARED
-from crashbus.messages import CrashFile, WorkItem
+from crashbus.messages import WorkItem
+from crashbus.parts import CrashFile
 from services.shipper import metrics, policy
 from services.shipper.destinations.base import Deliverer
 from services.shipper.failure import Failure, Final, Passing, Unfit, not_configured

@@ -1,7 +1,7 @@
 """Why a delivery did not succeed, and whether another try can."""
 
 from crashbus.errors import CrashbusError
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 
 
 class Failure(CrashbusError):

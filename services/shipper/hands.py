@@ -6,8 +6,10 @@ from contextlib import suppress
 
 import structlog
 
-from crashbus.bus import Bus, Delivery
-from crashbus.messages import WorkItem, place_token, work_item_filter
+from crashbus.bus import Bus
+from crashbus.consuming import Delivery
+from crashbus.messages import WorkItem
+from crashbus.subjects import place_token, work_item_filter
 from services.shipper.failure import Failure, Passing
 from services.shipper.place import Place
 from services.shipper.settings import ShipperSettings

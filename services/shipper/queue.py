@@ -7,7 +7,7 @@ import structlog
 
 from crashbus.bus import Bus
 from crashbus.errors import BusUnreachable
-from crashbus.messages import work_item_filter
+from crashbus.subjects import work_item_filter
 from crashbus.work_queue import WorkQueue
 from services.shipper import metrics
 

@@ -8,9 +8,11 @@ from typing import TypeVar, TypeVarTuple
 import structlog
 
 from crashbus import names
-from crashbus.bus import Bus, Delivery
+from crashbus.bus import Bus
+from crashbus.consuming import Delivery
 from crashbus.errors import BusFull, BusUnreachable, MessageTooLarge
-from crashbus.messages import CrashFile, DeadLetter, Postponed, Receipt, WorkItem
+from crashbus.messages import DeadLetter, Postponed, Receipt, WorkItem
+from crashbus.parts import CrashFile
 from services.shipper import policy
 from services.shipper.failure import Failure
 from services.shipper.place import Place

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import structlog
 
-from crashbus.bus import Bus, Delivery
+from crashbus.bus import Bus
+from crashbus.consuming import Delivery
 from crashbus.messages import WorkItem
 from crashbus.work_queue import WorkQueue
 from services.shipper import metrics, policy, queue

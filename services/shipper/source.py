@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from crashbus.bus import Bus
 from crashbus.chunks import Chunk, Unpacked, Verifier
 from crashbus.errors import ChunksMissing, DamagedFile
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 from services.shipper import metrics
 from services.shipper.failure import Unfit
 

@@ -4,8 +4,9 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from crashbus.bus import Delivery
-from crashbus.messages import Attempt, CrashFile, WorkItem
+from crashbus.consuming import Delivery
+from crashbus.messages import WorkItem
+from crashbus.parts import Attempt, CrashFile
 from services.shipper import policy
 from services.shipper.failure import Unfit
 from services.shipper.settings import ShipperSettings

@@ -12,7 +12,8 @@ from pathlib import Path
 from crashbus import Bus, DeadLetter, Manifest, Receipt, SignalEvent, crash_id
 from crashbus.chunks import Encoder
 from crashbus.layout import Kind, crash_file_name
-from crashbus.messages import CrashFile, Process, WorkItem
+from crashbus.messages import WorkItem
+from crashbus.parts import CrashFile, Process
 
 BOOT = "6b0f7d52-2b6c-4c0e-9d3b-6d3f6a2d5f10"
 EPOCH = 1795388839

@@ -9,6 +9,7 @@ import pytest
 
 from crashbus import messages
 from crashbus.cli.services import SERVICES
+from crashbus.message_base import Message
 from tests.cli.support import crashbus
 
 
@@ -43,7 +44,7 @@ async def test_a_wrong_setting_is_said_in_a_line() -> None:
 
 
 @pytest.mark.parametrize("kind", messages.ALL)
-async def test_schema_of_a_message(kind: type[messages.Message]) -> None:
+async def test_schema_of_a_message(kind: type[Message]) -> None:
     if kind is not messages.ALL[0]:  # one by the command, the others by what it calls
         assert messages.json_schema(kind)["title"] == kind.__name__
         return

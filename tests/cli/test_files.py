@@ -14,7 +14,7 @@ import zstandard
 
 from crashbus.cli.store import FileStore
 from crashbus.layout import BINARIES, Kind
-from crashbus.messages import Binary, Module
+from crashbus.parts import Binary, Module
 from tests.cli.support import MadeCrash, Result, crashbus, make
 from tests.support.nats import NatsServer
 from tests.support.requirements import need_program, need_root

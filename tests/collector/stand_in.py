@@ -14,7 +14,7 @@ from crashbus.capture import CapturedFile, CaptureRecord
 from crashbus.chunks import Verifier
 from crashbus.errors import DamagedFile
 from crashbus.layout import Kind, crash_file_name
-from crashbus.messages import Process
+from crashbus.parts import Process
 from tests.support.wait import until
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from crashbus import Bus, Manifest, Receipt, crash_id, streams
 from crashbus.chunks import Chunk
 from crashbus.layout import MANIFEST_NAME, Kind, crash_file_name
-from crashbus.messages import CrashFile, Process
+from crashbus.parts import CrashFile, Process
 from services.collector.late import Late, is_delivered
 from services.collector.ledger import Crash, Ledger
 

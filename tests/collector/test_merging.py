@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from crashbus import crash_id, layout
 from crashbus.layout import Kind, crash_file_name
-from crashbus.messages import CrashFile, Manifest, Process
+from crashbus.messages import Manifest
+from crashbus.parts import CrashFile, Process
 from services.collector.entering import Entering
 from services.collector.found import FoundSet
 from services.collector.judge import Verdict

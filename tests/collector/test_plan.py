@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crashbus.layout import LARGE, Kind, crash_file_name
-from crashbus.messages import CrashFile, DeadLetter, Process, Receipt, WorkItem
+from crashbus.messages import DeadLetter, Receipt, WorkItem
+from crashbus.parts import CrashFile, Process
 from services.collector.ledger import Crash, Source
 from services.collector.plan import (
     RENEWALS,

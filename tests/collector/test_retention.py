@@ -13,7 +13,7 @@ import pytest
 from crashbus import Bus, streams
 from crashbus.chunks import Chunk
 from crashbus.layout import BINARIES, Kind
-from crashbus.messages import Process
+from crashbus.parts import Process
 from services.collector import retention
 from services.collector.ledger import Crash, Ledger, Source
 from services.collector.retention import Retention

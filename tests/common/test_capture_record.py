@@ -9,7 +9,7 @@ import pytest
 
 from crashbus import capture
 from crashbus.capture import CapturedFile, CaptureRecord
-from crashbus.messages import Process
+from crashbus.parts import Process
 from tests.support.requirements import need_program, need_root
 
 EPOCH = 1795388839

@@ -8,7 +8,8 @@ import pytest
 import pytest_asyncio
 
 from crashbus import Bus, Receipt
-from crashbus.messages import DeadLetter, WorkItem, place_token
+from crashbus.messages import DeadLetter, WorkItem
+from crashbus.subjects import place_token
 from tests.compose.delivery import S3, WITHIN, check_contents, delivered, healthy
 from tests.compose.stack import Stack
 from tests.support.docker import IMAGE

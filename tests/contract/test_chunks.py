@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from crashbus.chunks import MAX_CHUNK_SIZE, Chunk, Encoder, Verifier, chunk_size
 from crashbus.errors import DamagedFile
-from crashbus.messages import Encoding
+from crashbus.fields import Encoding
 
 ENCODINGS = st.sampled_from(["zstd", "identity"])
 # Runs of zeros and repeats, as core dumps have them, beside noise.

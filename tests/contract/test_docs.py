@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crashbus import messages
-from crashbus.messages import VERSION
+from crashbus.message_base import VERSION
 from tests.cli.support import make
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -13,22 +13,9 @@ from pydantic import ValidationError
 
 from crashbus import Bus, DeadLetter, MalformedMessage, Manifest, Receipt, SignalEvent, WorkItem
 from crashbus.layout import Kind
-from crashbus.messages import (
-    ALL,
-    Attempt,
-    Container,
-    CrashFile,
-    EventsLost,
-    Handler,
-    Message,
-    Oom,
-    Postponed,
-    Process,
-    Replay,
-    Sender,
-    SignalCount,
-    json_schema,
-)
+from crashbus.message_base import Message
+from crashbus.messages import ALL, EventsLost, Postponed, Replay, SignalCount, json_schema
+from crashbus.parts import Attempt, Container, CrashFile, Handler, Oom, Process, Sender
 from tests.cli.support import make
 from tests.support.wait import until
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crashbus import SignalEvent
-from crashbus.messages import Process
+from crashbus.parts import Process
 from services.detector.counts import Counts
 from services.detector.events import Clock, is_whole, joined, process_of, signal_event
 from services.detector.proc import is_appscope

@@ -17,7 +17,7 @@ from random import Random
 from crashbus import capture, crash_id, identity, layout
 from crashbus.capture import CapturedFile, CaptureRecord
 from crashbus.layout import Kind
-from crashbus.messages import Process
+from crashbus.parts import Process
 from tests.support.crashers import crasher
 
 MIB = 1024 * 1024

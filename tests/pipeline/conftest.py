@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest_asyncio
 
 from crashbus import Bus, DeadLetter, Manifest, Receipt, SignalEvent, connect, layout
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 from tests.support.core_pattern import core_pattern_kept
 from tests.support.nats import SecuredNats
 from tests.support.requirements import need_btf, need_program, need_root

@@ -20,7 +20,7 @@ from asyncinotify import Inotify, Mask
 
 from crashbus import Bus, Manifest, connect, streams
 from crashbus.layout import CORES, Kind
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 from tests.pipeline.conftest import top_frames
 from tests.support.crashers import crasher
 from tests.support.disk import SmallDisk, small_disk

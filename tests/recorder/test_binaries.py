@@ -11,7 +11,7 @@ import pytest
 
 from crashbus import elf, layout
 from crashbus.layout import Kind
-from crashbus.messages import Module
+from crashbus.parts import Module
 from services.recorder.binaries import Binaries
 from services.recorder.facts import Module as MappedModule
 from tests.recorder.conftest import MakeRecorder

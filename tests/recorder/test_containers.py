@@ -15,7 +15,7 @@ import pytest_asyncio
 
 from crashbus.capture import CaptureRecord
 from crashbus.cli import engine as cli_engine
-from crashbus.messages import Container
+from crashbus.parts import Container
 from services.common.redact import REDACTED
 from services.recorder import containers
 from tests.support.core_pattern import core_pattern_kept

@@ -12,7 +12,7 @@ import pytest
 from crashbus import Bus, capture
 from crashbus.capture import CaptureRecord
 from crashbus.chunks import Verifier
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 from services.common import core_stream
 from services.common.core_stream import Announced
 from services.recorder import core_bus, core_copy

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from crashbus.messages import Container, Process
+from crashbus.parts import Container, Process
 from services.recorder import core_policy
 from services.recorder.core_policy import CorePolicy, Extent, Rule
 from tests.recorder.conftest import MakeRecorder

@@ -2,7 +2,7 @@
 
 import json
 
-from crashbus.messages import Process
+from crashbus.parts import Process
 from services.recorder import crash_files
 from services.recorder.backtrace import Backtrace, Frame, LoadedModule, Thread
 from services.recorder.core_head import Cause

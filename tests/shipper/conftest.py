@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 
 from crashbus import Bus, Receipt, WorkItem, crash_id, streams
-from crashbus.bus import Delivery
 from crashbus.chunks import Encoder, chunk_size
+from crashbus.consuming import Delivery
 from crashbus.destination import parse
+from crashbus.fields import Encoding
 from crashbus.layout import Kind
-from crashbus.messages import CrashFile, DeadLetter, Encoding, work_item_filter
+from crashbus.messages import DeadLetter
+from crashbus.parts import CrashFile
+from crashbus.subjects import work_item_filter
 from services.common.health import Health
 from services.shipper.delivery import Courier
 from services.shipper.hands import consumer

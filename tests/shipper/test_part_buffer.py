@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from crashbus.layout import Kind
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 from services.shipper.destinations.part_buffer import PartBuffer, PartBuffers
 from services.shipper.destinations.s3_upload import Place, Upload
 

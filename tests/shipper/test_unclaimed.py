@@ -2,7 +2,7 @@
 
 import pytest
 
-from crashbus.messages import work_item_filter
+from crashbus.subjects import work_item_filter
 from crashbus.work_queue import SERVED_WITHIN, QueueConsumer, QueuedMessage
 from services.shipper.unclaimed import is_unclaimed
 

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from crashbus.destination import Destination
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 from services.shipper.source import Source
 
 

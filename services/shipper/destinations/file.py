@@ -15,7 +15,7 @@ from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 
 from crashbus import names
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 from services.shipper.destinations.base import Deliverer
 from services.shipper.failure import Failure, Final, Passing, Unfit
 from services.shipper.source import Source

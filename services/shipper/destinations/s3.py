@@ -14,7 +14,7 @@ import structlog
 
 from crashbus import layout
 from crashbus.destination import Destination
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 from services.shipper.destinations.base import Deliverer
 from services.shipper.destinations.part_buffer import PartBuffers
 from services.shipper.destinations.s3_api import Begun, S3Api

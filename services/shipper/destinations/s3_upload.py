@@ -12,7 +12,7 @@ from typing import TypeVar, TypeVarTuple
 
 import structlog
 
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 from services.shipper import metrics
 from services.shipper.destinations.part_buffer import PartBuffer, PartBuffers
 from services.shipper.destinations.s3_api import S3Api, Stat

@@ -19,7 +19,7 @@ from typing import Any
 from crashbus import frames
 from crashbus.destination import Destination
 from crashbus.layout import Kind
-from crashbus.messages import CrashFile
+from crashbus.parts import CrashFile
 from services.common.settings import SettingsError
 from services.shipper.destinations import lines
 from services.shipper.destinations.base import Deliverer

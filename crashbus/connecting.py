@@ -1,0 +1,91 @@
+"""The way to the bus: found once or told what is in the way, and then kept up for ever."""
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import nats.errors
+
+from crashbus.bus import Bus
+from crashbus.client import Client
+from crashbus.errors import BusUnreachable
+
+log = logging.getLogger("crashbus.bus")
+
+CONNECT_TIMEOUT = 2.0  # seconds for one try; a server on the next host answers in milliseconds
+RECONNECT_WAIT = 0.5  # seconds between tries: short, so that little piles up meanwhile
+MOST_REFUSALS = 100  # told for one connection
+
+
+@asynccontextmanager
+async def connect(
+    url: str = "nats://127.0.0.1:4222", *, host: str = "consumer", **options: Any
+) -> AsyncIterator[Bus]:
+    """Connect to the bus.
+
+    Args:
+        url: one or more server addresses, separated by commas.
+        host: the name that dead letters of this connection carry.
+        options: further options of ``nats.connect``, such as ``nkeys_seed``,
+            ``user_credentials`` or ``tls``.
+
+    Raises:
+        BusUnreachable: no server answers; later losses are mended silently.
+    """
+
+    closing = False
+    shown = without_secrets(url)
+
+    async def on_disconnect() -> None:
+        if not closing:
+            log.warning("lost the bus at %s, reconnecting", shown)
+
+    async def on_reconnect() -> None:
+        log.info("the bus at %s is back", shown)
+
+    refused: set[str] = set()
+
+    async def on_error(error: Exception) -> None:
+        text = str(error)[:500]
+        if "permissions violation" not in text or text in refused or len(refused) >= MOST_REFUSALS:
+            log.debug("bus: %s", error)
+            return
+        refused.add(text)  # what is asked for again and again is told once
+        log.warning("the bus does not let us: %s; see its account's permissions", text)
+
+    settings: dict[str, Any] = {
+        "connect_timeout": CONNECT_TIMEOUT,
+        "reconnect_time_wait": RECONNECT_WAIT,
+        "max_reconnect_attempts": -1,
+        "disconnected_cb": on_disconnect,
+        "reconnected_cb": on_reconnect,
+        "error_cb": on_error,
+        **options,
+    }
+    client = Client()
+    try:
+        await _first_connection(client, url, settings)
+    except (TimeoutError, nats.errors.Error, OSError) as error:
+        cause = client.last_error or error  # each try's error is swallowed, the bound's is not
+        reason = f"{type(cause).__name__} {cause}".strip()
+        raise BusUnreachable(f"no NATS server answers at {shown} ({reason})") from error
+    bus = Bus(client, host)
+    try:
+        yield bus
+    finally:
+        closing = True
+        await bus.close()
+
+
+def without_secrets(url: str) -> str:
+    """Return server addresses as they may be shown: user, password and token left out."""
+    return re.sub(r"//[^/,]*@", "//…@", url)
+
+
+async def _first_connection(client: Client, url: str, settings: dict[str, Any]) -> None:
+    """Connect once or fail: without a bound here, the client would try for ever in silence."""
+    servers = [part.strip() for part in url.split(",")]
+    await asyncio.wait_for(client.connect(servers, **settings), CONNECT_TIMEOUT * len(servers) + 1)
