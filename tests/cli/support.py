@@ -1,6 +1,7 @@
 """Crashes as the services would leave them, and the command line as a process of its own."""
 
 import asyncio
+import hashlib
 import io
 import os
 import signal
@@ -13,11 +14,12 @@ from crashbus import Bus, DeadLetter, Manifest, Receipt, SignalEvent, crash_id
 from crashbus.chunks import Encoder
 from crashbus.layout import Kind, crash_file_name
 from crashbus.messages import WorkItem
-from crashbus.parts import CrashFile, Process
+from crashbus.parts import Binary, CrashFile, Process
 
 BOOT = "6b0f7d52-2b6c-4c0e-9d3b-6d3f6a2d5f10"
 EPOCH = 1795388839
 HOST = "web.1"
+NO_BUS = {"CRASHBUS_NATS_URL": "nats://127.0.0.1:1"}
 BACKTRACE = b"backtrace info: signal 11 errno 0 fault address 0x0, reason of fault:\n#0 main + 4\n"
 
 
@@ -227,3 +229,17 @@ async def crashbus(
     """Run a command to its end."""
     async with Command(*arguments, env=env, cwd=cwd) as command:
         return await command.result()
+
+
+def binary_of(content: bytes) -> Binary:
+    digest = hashlib.sha256(content).hexdigest()
+    return Binary(kind=Kind.EXECUTABLE, size=len(content), sha256=digest)
+
+
+async def get(directory: Path, *arguments: str, cwd: Path) -> Result:
+    """Run crashbus get on a directory that is a destination, without a bus."""
+    return await crashbus("get", *arguments, "--from", directory.as_uri(), env=NO_BUS, cwd=cwd)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())

@@ -1,28 +1,19 @@
-"""ls, show, get and debug on a destination, with no bus at all."""
+"""ls, show and get on a destination, with no bus at all."""
 
-import hashlib
 import json
-import os
-import shutil
 import stat
-import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import zstandard
 
 from crashbus.cli.store import FileStore
 from crashbus.layout import BINARIES, Kind
-from crashbus.parts import Binary, Module
-from tests.cli.support import MadeCrash, Result, crashbus, make
-from tests.support.nats import NatsServer
-from tests.support.requirements import need_program, need_root
+from crashbus.parts import Module
+from tests.cli.support import NO_BUS, MadeCrash, Result, binary_of, crashbus, get, make, names
 from tests.support.s3 import S3Server
 
 Deliver = Callable[[MadeCrash], None]
-Run = Callable[..., Awaitable[Result]]
-NO_BUS = {"CRASHBUS_NATS_URL": "nats://127.0.0.1:1"}
 
 
 class Place:
@@ -53,10 +44,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
             s3.client().fput_object(bucket, key, str(file))
 
     return Place(f"s3://{bucket}/eu/crashes", deliver, s3.settings())
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
 
 
 def void(_: object) -> None:
@@ -128,17 +115,6 @@ async def test_wrong_keys_and_missing_bucket_are_named(s3: S3Server) -> None:
     assert silent.err.count("\n") == 1
 
 
-@pytest.fixture
-def delivered(tmp_path: Path) -> Path:
-    directory = tmp_path / "delivered"
-    directory.mkdir()
-    return directory
-
-
-async def get(directory: Path, *arguments: str, cwd: Path) -> Result:
-    return await crashbus("get", *arguments, "--from", directory.as_uri(), env=NO_BUS, cwd=cwd)
-
-
 async def test_get_takes_names_and_kinds(delivered: Path, tmp_path: Path) -> None:
     made = make()
     made.deliver(delivered)
@@ -183,137 +159,6 @@ async def test_get_replaces_a_link_and_not_what_it_points_to(
     assert not link.is_symlink()
 
 
-def flip(folder: Path, made: MadeCrash) -> None:
-    core = folder / made.file(Kind.CORE).stored_name
-    data = bytearray(core.read_bytes())
-    data[len(data) // 2] ^= 1
-    core.write_bytes(data)
-
-
-def cut(folder: Path, made: MadeCrash) -> None:
-    core = folder / made.file(Kind.CORE).stored_name
-    core.write_bytes(core.read_bytes()[:-10])
-
-
-def other_core(folder: Path, made: MadeCrash) -> None:
-    other = bytearray(made.contents[made.file(Kind.CORE).name])
-    other[-1] ^= 1
-    stored = zstandard.compress(bytes(other))
-    (folder / made.file(Kind.CORE).stored_name).write_bytes(stored)
-
-
-def endless(folder: Path, made: MadeCrash) -> None:
-    """A few kilobytes that decompress to far more than was announced."""
-    frame = zstandard.compress(bytes(4_000_000))
-    (folder / made.file(Kind.CORE).stored_name).write_bytes(frame * 1000)
-
-
-def huge_window(folder: Path, made: MadeCrash) -> None:
-    parameters = zstandard.ZstdCompressionParameters(window_log=27)
-    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
-    data = made.contents[made.file(Kind.CORE).name]
-    stored = compressor.compress(data) + compressor.flush()
-    (folder / made.file(Kind.CORE).stored_name).write_bytes(stored)
-
-
-def link(folder: Path, made: MadeCrash) -> None:
-    core = folder / made.file(Kind.CORE).stored_name
-    core.unlink()
-    core.symlink_to("/etc/passwd")
-
-
-def pipe(folder: Path, made: MadeCrash) -> None:
-    core = folder / made.file(Kind.CORE).stored_name
-    core.unlink()
-    os.mkfifo(core)
-
-
-def gone(folder: Path, made: MadeCrash) -> None:
-    (folder / made.file(Kind.CORE).stored_name).unlink()
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (flip, "is not"),
-        (cut, "bytes, the manifest says 3000007"),
-        (other_core, "has SHA-256"),
-        (endless, "is larger than the 3000007 bytes announced"),
-        (huge_window, "is not valid zstd"),
-        (link, "cannot read"),
-        (pipe, "is no regular file"),
-        (gone, "has no web.1/"),
-    ],
-    ids=lambda given: getattr(given, "__name__", ""),
-)
-async def test_a_damaged_file_is_named_and_leaves_nothing(
-    damage: Callable[[Path, MadeCrash], None], said: str, delivered: Path, tmp_path: Path
-) -> None:
-    made = make()
-    damage(made.deliver(delivered), made)
-    got = await get(delivered, made.id, "core", cwd=tmp_path)
-    assert got.status == 1
-    assert said in got.err
-    assert got.err.count("\n") == 1
-    assert names(tmp_path / made.id) == []
-
-
-async def test_a_damaged_copy_is_passed_over_for_a_good_one(
-    nats_server: NatsServer, bus: object, tmp_path: Path
-) -> None:
-    bad, good = tmp_path / "bad", tmp_path / "good"
-    made = make(destinations=(bad.as_uri(), "tcp://127.0.0.1:9", good.as_uri()))
-    flip(made.deliver(bad), made)
-    made.deliver(good)
-    await made.publish(bus)  # type: ignore[arg-type]
-    env = {"CRASHBUS_NATS_URL": nats_server.url}
-    got = await crashbus("get", made.id, "core", env=env, cwd=tmp_path)
-    assert got.status == 0, got.err
-    core = made.file(Kind.CORE).name
-    assert (tmp_path / made.id / core).read_bytes() == made.contents[core]
-
-
-async def test_a_disk_that_fills_is_named_and_leaves_nothing(
-    delivered: Path, tmp_path: Path
-) -> None:
-    need_root()  # for mount
-    made = make(core=os.urandom(3_000_000))
-    made.deliver(delivered)
-    small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "small", str(small)], check=True)
-    try:
-        got = await get(delivered, made.id, "core", "-o", str(small), cwd=tmp_path)
-        assert got.status == 1
-        assert "No space left on device; take another directory with -o" in got.err
-        assert names(small) == []
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
-
-
-async def test_hostile_manifests_harm_nothing(delivered: Path, tmp_path: Path) -> None:
-    made = make()
-    folder = made.deliver(delivered)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][0]["name"] = "../../outside"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    got = await get(delivered, made.id, cwd=tmp_path)
-    assert got.status == 1
-    assert "is no manifest (1 faults)" in got.err
-    listed = await crashbus("ls", "--dest", delivered.as_uri(), env=NO_BUS)
-    assert listed.status == 0
-    assert "passed over: " in listed.err
-
-
-async def test_a_manifest_of_another_crash_is_refused(delivered: Path, tmp_path: Path) -> None:
-    made, other = make(1), make(2)
-    folder = made.deliver(delivered)
-    (folder / "manifest.json").write_text(other.manifest.model_dump_json())
-    got = await get(delivered, made.id, cwd=tmp_path)
-    assert got.status == 1
-    assert f"is of crash {other.id}" in got.err
-
-
 async def test_a_crash_on_its_way_is_listed_and_not_fetched(
     delivered: Path, tmp_path: Path
 ) -> None:
@@ -355,68 +200,6 @@ def test_listing_asks_for_no_more_days_than_it_shows(delivered: Path) -> None:
     assert len(asked) == 3  # hosts, days of the one host, crashes of the last day
 
 
-NULL_POINTER = """
-int depth(int *p) { return *p; }
-int main(void) { return depth(0); }
-"""
-
-
-@pytest.fixture(scope="session")
-def crashing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A program that reads a null pointer, and a core dump of it made by gdb."""
-    need_program("gcc")
-    need_program("gdb")
-    directory = tmp_path_factory.mktemp("crashing")
-    source, program, core = (directory / name for name in ("null.c", "null", "core"))
-    source.write_text(NULL_POINTER)
-    subprocess.run(["gcc", "-g", "-O0", "-o", program, source], check=True)
-    script = ("run", f"generate-core-file {core}", "kill")
-    arguments = [part for command in script for part in ("-ex", command)]
-    subprocess.run(["gdb", "-batch", "-nx", *arguments, program], check=True, capture_output=True)
-    assert core.exists()
-    return program, core
-
-
-async def test_debug_shows_the_crashing_line_in_gdb(
-    crashing: tuple[Path, Path], delivered: Path
-) -> None:
-    program, core = crashing
-    made = make(core=core.read_bytes(), executable=str(program))
-    made.deliver(delivered)
-    arguments = ("--from", delivered.as_uri(), "--", "-batch", "-nx", "-ex", "bt")
-    debugged = await crashbus("debug", made.id, *arguments, env=NO_BUS)
-    assert debugged.status == 0, debugged.err
-    assert "depth (p=0x0)" in debugged.out
-    assert "main () at" in debugged.out
-
-
-async def test_debug_without_the_executable_says_so_and_goes_on(
-    crashing: tuple[Path, Path], delivered: Path, tmp_path: Path
-) -> None:
-    made = make(core=crashing[1].read_bytes(), executable="/not/\x1b[31mhere")
-    made.deliver(delivered)
-    arguments = ("-o", "kept", "--from", delivered.as_uri(), "--", "-batch", "-nx")
-    debugged = await crashbus("debug", made.id, *arguments, env=NO_BUS, cwd=tmp_path)
-    assert debugged.status == 0, debugged.err
-    assert "the executable /not/\\x1b[31mhere is not on this host" in debugged.err
-    kept = tmp_path / "kept" / made.file(Kind.CORE).name
-    assert kept.read_bytes() == made.contents[kept.name]
-
-    (delivered / made.manifest.folder / made.file(Kind.CORE).stored_name).unlink()
-    again = await crashbus("debug", made.id, *arguments, env=NO_BUS, cwd=tmp_path)
-    assert again.status == 0  # what was kept is used again
-    kept.write_bytes(b"of another crash")
-    again = await crashbus("debug", made.id, *arguments, env=NO_BUS, cwd=tmp_path)
-    assert again.status == 1
-    assert " exists; " in again.err
-    assert kept.read_bytes() == b"of another crash"
-
-
-def binary_of(content: bytes) -> Binary:
-    digest = hashlib.sha256(content).hexdigest()
-    return Binary(kind=Kind.EXECUTABLE, size=len(content), sha256=digest)
-
-
 async def test_binaries_are_counted_apart_from_a_crash_s_own_files(delivered: Path) -> None:
     made = make()
     (binary,) = Module(path="/x", build_id="ab" * 20, kept=(binary_of(b"x"),)).files()
@@ -436,61 +219,3 @@ async def test_binaries_are_counted_apart_from_a_crash_s_own_files(delivered: Pa
     assert "and the first to bring 1 binaries, 1 B, below build-id/" in shown.out
     assert got.status == 0, got.err
     assert len(list((delivered / "got").iterdir())) == 3
-
-
-async def test_debug_takes_the_binary_that_was_mapped_and_nothing_out_of_its_place(
-    crashing: tuple[Path, Path], delivered: Path, tmp_path: Path
-) -> None:
-    program, core = crashing
-    content, build_id = program.read_bytes(), "ab" * 20
-    away, kept = tmp_path / "away", (binary_of(content),)
-    made = make(core=core.read_bytes(), executable="/gone/program")
-    modules = (
-        Module(path="/gone/program", build_id=build_id, kept=kept),
-        Module(path="/../../escaped", build_id=build_id, kept=kept),
-        Module(path=f"/x/../../../{away}", build_id=build_id, kept=kept),
-        Module(path="relative", build_id=build_id, kept=kept),
-        Module(path="/gone/program/below-a-file", build_id=build_id, kept=kept),
-        Module(path="/not/kept", build_id="cd" * 20),
-    )
-    manifest = made.manifest.model_copy(update={"modules": modules})
-    folder = made.deliver(delivered)
-    (folder / "manifest.json").write_text(manifest.model_dump_json())
-    place = delivered / BINARIES / "ab" / ("ab" * 19)
-    place.mkdir(parents=True)
-    (place / "executable").write_bytes(b"a forged one, of the same build ID")
-    (place / f"executable-{kept[0].sha256[:16]}").write_bytes(content)
-    arguments = ("-o", str(tmp_path / "out"), "--from", delivered.as_uri())
-
-    debugged = await crashbus(
-        "debug", made.id, *arguments, "--", "-batch", "-nx", "-ex", "bt", env=NO_BUS
-    )
-
-    assert debugged.status == 0, debugged.err
-    assert "depth (p=0x0)" in debugged.out
-    assert (tmp_path / "out" / "sysroot" / "gone" / "program").read_bytes() == content
-    assert not away.exists()
-    assert not list(tmp_path.rglob("*escaped*"))
-    for path in ("/../../escaped", "relative", "/gone/program/below-a-file", "/not/kept"):
-        assert f"{path} is missing: " in debugged.err
-
-
-async def test_debug_of_a_crash_without_core(delivered: Path) -> None:
-    made = make()
-    files = tuple(file for file in made.manifest.files if file.kind is not Kind.CORE)
-    folder = made.deliver(delivered)
-    coreless = made.manifest.model_copy(update={"files": files})
-    (folder / "manifest.json").write_text(coreless.model_dump_json())
-    debugged = await crashbus("debug", made.id, "--from", delivered.as_uri(), env=NO_BUS)
-    assert debugged.status == 1
-    assert "has no file 'core'; it has info_" in debugged.err
-
-
-async def test_debug_without_gdb_says_so(delivered: Path) -> None:
-    made = make()
-    made.deliver(delivered)
-    env = {**NO_BUS, "PATH": str(delivered)}
-    debugged = await crashbus("debug", made.id, "--from", delivered.as_uri(), env=env)
-    assert debugged.status == 1
-    assert debugged.err == "crashbus: gdb is not installed here; apt-get install gdb\n"
-    assert shutil.which("gdb")

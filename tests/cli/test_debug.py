@@ -1,0 +1,126 @@
+"""crashbus debug: gdb on a core, with the binaries that lie beside it."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from crashbus.layout import BINARIES, Kind
+from crashbus.parts import Module
+from tests.cli.support import NO_BUS, binary_of, crashbus, make
+from tests.support.requirements import need_program
+
+NULL_POINTER = """
+int depth(int *p) { return *p; }
+int main(void) { return depth(0); }
+"""
+
+
+@pytest.fixture(scope="session")
+def crashing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A program that reads a null pointer, and a core dump of it made by gdb."""
+    need_program("gcc")
+    need_program("gdb")
+    directory = tmp_path_factory.mktemp("crashing")
+    source, program, core = (directory / name for name in ("null.c", "null", "core"))
+    source.write_text(NULL_POINTER)
+    subprocess.run(["gcc", "-g", "-O0", "-o", program, source], check=True)
+    script = ("run", f"generate-core-file {core}", "kill")
+    arguments = [part for command in script for part in ("-ex", command)]
+    subprocess.run(["gdb", "-batch", "-nx", *arguments, program], check=True, capture_output=True)
+    assert core.exists()
+    return program, core
+
+
+async def test_debug_shows_the_crashing_line_in_gdb(
+    crashing: tuple[Path, Path], delivered: Path
+) -> None:
+    program, core = crashing
+    made = make(core=core.read_bytes(), executable=str(program))
+    made.deliver(delivered)
+    arguments = ("--from", delivered.as_uri(), "--", "-batch", "-nx", "-ex", "bt")
+    debugged = await crashbus("debug", made.id, *arguments, env=NO_BUS)
+    assert debugged.status == 0, debugged.err
+    assert "depth (p=0x0)" in debugged.out
+    assert "main () at" in debugged.out
+
+
+async def test_debug_without_the_executable_says_so_and_goes_on(
+    crashing: tuple[Path, Path], delivered: Path, tmp_path: Path
+) -> None:
+    made = make(core=crashing[1].read_bytes(), executable="/not/\x1b[31mhere")
+    made.deliver(delivered)
+    arguments = ("-o", "kept", "--from", delivered.as_uri(), "--", "-batch", "-nx")
+    debugged = await crashbus("debug", made.id, *arguments, env=NO_BUS, cwd=tmp_path)
+    assert debugged.status == 0, debugged.err
+    assert "the executable /not/\\x1b[31mhere is not on this host" in debugged.err
+    kept = tmp_path / "kept" / made.file(Kind.CORE).name
+    assert kept.read_bytes() == made.contents[kept.name]
+
+    (delivered / made.manifest.folder / made.file(Kind.CORE).stored_name).unlink()
+    again = await crashbus("debug", made.id, *arguments, env=NO_BUS, cwd=tmp_path)
+    assert again.status == 0  # what was kept is used again
+    kept.write_bytes(b"of another crash")
+    again = await crashbus("debug", made.id, *arguments, env=NO_BUS, cwd=tmp_path)
+    assert again.status == 1
+    assert " exists; " in again.err
+    assert kept.read_bytes() == b"of another crash"
+
+
+async def test_debug_takes_the_binary_that_was_mapped_and_nothing_out_of_its_place(
+    crashing: tuple[Path, Path], delivered: Path, tmp_path: Path
+) -> None:
+    program, core = crashing
+    content, build_id = program.read_bytes(), "ab" * 20
+    away, kept = tmp_path / "away", (binary_of(content),)
+    made = make(core=core.read_bytes(), executable="/gone/program")
+    modules = (
+        Module(path="/gone/program", build_id=build_id, kept=kept),
+        Module(path="/../../escaped", build_id=build_id, kept=kept),
+        Module(path=f"/x/../../../{away}", build_id=build_id, kept=kept),
+        Module(path="relative", build_id=build_id, kept=kept),
+        Module(path="/gone/program/below-a-file", build_id=build_id, kept=kept),
+        Module(path="/not/kept", build_id="cd" * 20),
+    )
+    manifest = made.manifest.model_copy(update={"modules": modules})
+    folder = made.deliver(delivered)
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    place = delivered / BINARIES / "ab" / ("ab" * 19)
+    place.mkdir(parents=True)
+    (place / "executable").write_bytes(b"a forged one, of the same build ID")
+    (place / f"executable-{kept[0].sha256[:16]}").write_bytes(content)
+    arguments = ("-o", str(tmp_path / "out"), "--from", delivered.as_uri())
+
+    debugged = await crashbus(
+        "debug", made.id, *arguments, "--", "-batch", "-nx", "-ex", "bt", env=NO_BUS
+    )
+
+    assert debugged.status == 0, debugged.err
+    assert "depth (p=0x0)" in debugged.out
+    assert (tmp_path / "out" / "sysroot" / "gone" / "program").read_bytes() == content
+    assert not away.exists()
+    assert not list(tmp_path.rglob("*escaped*"))
+    for path in ("/../../escaped", "relative", "/gone/program/below-a-file", "/not/kept"):
+        assert f"{path} is missing: " in debugged.err
+
+
+async def test_debug_of_a_crash_without_core(delivered: Path) -> None:
+    made = make()
+    files = tuple(file for file in made.manifest.files if file.kind is not Kind.CORE)
+    folder = made.deliver(delivered)
+    coreless = made.manifest.model_copy(update={"files": files})
+    (folder / "manifest.json").write_text(coreless.model_dump_json())
+    debugged = await crashbus("debug", made.id, "--from", delivered.as_uri(), env=NO_BUS)
+    assert debugged.status == 1
+    assert "has no file 'core'; it has info_" in debugged.err
+
+
+async def test_debug_without_gdb_says_so(delivered: Path) -> None:
+    made = make()
+    made.deliver(delivered)
+    env = {**NO_BUS, "PATH": str(delivered)}
+    debugged = await crashbus("debug", made.id, "--from", delivered.as_uri(), env=env)
+    assert debugged.status == 1
+    assert debugged.err == "crashbus: gdb is not installed here; apt-get install gdb\n"
+    assert shutil.which("gdb")
