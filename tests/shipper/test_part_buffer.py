@@ -1,13 +1,17 @@
 """Memory for parts: bounded, and used again."""
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from crashbus.layout import Kind
 from crashbus.parts import CrashFile
 from services.shipper.destinations.part_buffer import PartBuffer, PartBuffers
 from services.shipper.destinations.s3_upload import Place, Upload
+from services.shipper.failure import Passing
 
 
 def test_buffer_holds_what_was_appended_since_it_was_cleared() -> None:
@@ -57,9 +61,9 @@ async def test_no_memory_is_kept_when_all_are_given_back() -> None:
     assert await buffers.take() is not only
 
 
-async def test_upload_that_ends_before_its_request_began_gives_its_buffer_back() -> None:
-    buffers = PartBuffers(1, 8)
-    server: Any = SimpleNamespace(begin=lambda *_: "upload", unfinished=lambda *_: [])
+def upload(buffers: PartBuffers, **calls: Callable[..., object]) -> Upload:
+    """Return one of a file of two parts, to a server that answers as given."""
+    server: Any = SimpleNamespace(begin=lambda *_: "upload", unfinished=lambda *_: [], **calls)
     file = CrashFile(
         name="core_1",
         kind=Kind.CORE,
@@ -69,9 +73,33 @@ async def test_upload_that_ends_before_its_request_began_gives_its_buffer_back()
         encoding="zstd",
         chunks=2,
     )
-    upload = Upload(Place(server, "bucket", "key", 8, buffers), file, lambda: None)
-    await upload.write(b"a whole part")
+    return Upload(Place(server, "bucket", "key", 8, buffers), file, lambda: None)
 
-    await upload.leave(for_good=False)
+
+async def test_upload_that_ends_before_its_request_began_gives_its_buffer_back() -> None:
+    buffers = PartBuffers(1, 8)
+    one = upload(buffers)
+    await one.write(b"a whole part")
+
+    await one.leave(for_good=False)
 
     await asyncio.wait_for(buffers.take(), 60)
+
+
+async def test_memory_of_a_request_that_failed_is_used_again() -> None:
+    """Else it stays until Python looks for cycles: hundreds of megabytes at a bad server."""
+
+    def refuse(*_: object) -> str:
+        raise ConnectionResetError
+
+    buffers = PartBuffers(2, 8)
+    _, other = await buffers.take(), await buffers.take()
+    buffers.give_back(other)
+    one = upload(buffers, put_part=refuse)
+    await one.write(b"a whole part")
+
+    with pytest.raises(Passing):
+        await one.complete()
+    await one.leave(for_good=False)
+
+    assert await asyncio.wait_for(buffers.take(), 60) is other

@@ -137,9 +137,10 @@ class Upload:
         await self._until_sending(AT_ONCE - 1)
         task = asyncio.create_task(self._put_part(part, full, digest), name="part")
         task.add_done_callback(seen)  # of several that fail one is told
-        # Not in the task: one that is cancelled before it begins would keep it for ever.
+        # Not in the task: one that is cancelled before it begins would keep it for ever. A request
+        # that failed has ended; only one that was left alone may still read the buffer.
         task.add_done_callback(
-            lambda done: self._place.buffers.give_back(full, in_use=not _is_sent(done))
+            lambda done: self._place.buffers.give_back(full, in_use=done.cancelled())
         )
         self._sending.add(task)
         self._buffer = None
@@ -272,10 +273,6 @@ def _is_md5(stat: Stat) -> bool:
     digits, _, parts = stat.etag.partition("-")
     looks_like = len(digits) == 32 and (not parts or parts.isdigit())
     return looks_like and not encryption.startswith("aws:kms") and not customer
-
-
-def _is_sent(request: asyncio.Task[None]) -> bool:
-    return not request.cancelled() and request.exception() is None
 
 
 def _md5(data: bytes | memoryview) -> bytes:
