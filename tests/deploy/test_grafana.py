@@ -4,10 +4,15 @@ https://grafana.com/docs/grafana/latest/administration/provisioning/
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
 
+import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tests.support.prometheus import DEPLOY
 
@@ -29,6 +34,39 @@ def provisioned(kind: str) -> dict[str, Any]:
 def dashboard() -> dict[str, Any]:
     found = json.loads((DEPLOY / "grafana" / "dashboards" / "crashbus.json").read_text())
     return dict(found)
+
+
+def unknown(given: Any, known: Any, place: str = "") -> Iterator[str]:
+    """Give the places of what is not the same in what Grafana's own models made of it."""
+    if isinstance(given, dict) and isinstance(known, dict):
+        for key, value in given.items():
+            yield from unknown(value, known.get(key), f"{place}/{key}")
+    elif isinstance(given, list) and isinstance(known, list) and len(given) == len(known):
+        for number, (one, other) in enumerate(zip(given, known, strict=True)):
+            yield from unknown(one, other, f"{place}/{number}")
+    elif given != known:
+        yield place
+
+
+def unknown_to_grafana(found: dict[str, Any]) -> list[str]:
+    register_default_plugins()  # panels and queries of each kind
+    return list(unknown(found, json.loads(JSONEncoder().encode(Dashboard.from_json(found)))))
+
+
+def test_grafana_knows_all_that_stands_in_the_dashboard() -> None:
+    assert unknown_to_grafana(dashboard()) == []
+
+
+@pytest.mark.parametrize(
+    "place", [(), ("panels", 0), ("panels", 0, "targets", 0), ("panels", 0, "fieldConfig")]
+)
+def test_what_grafana_does_not_know_is_seen(place: tuple[str | int, ...]) -> None:
+    found = part = dashboard()
+    for key in place:
+        part = part[key]  # type: ignore[index]
+    part["misspelled"] = True
+
+    assert unknown_to_grafana(found) == ["/".join(map(str, ("", *place, "misspelled")))]
 
 
 def test_datasource_is_the_prometheus_of_the_compose_file() -> None:
