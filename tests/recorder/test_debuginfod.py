@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from tests.support.nats import free_port
 from tests.support.recorder import RecorderService, crash
 from tests.support.requirements import need_program
 from tests.support.s3 import S3Server
+from tests.support.tcp import make_certificates
 from tests.support.wait import until
 
 WITHIN = 30.0  # seconds
@@ -112,7 +114,13 @@ async def test_lines_come_from_a_server_that_is_asked_once(
 class Bad:
     """A server that answers any request with these bytes, said to be so many."""
 
-    def __init__(self, body: bytes, length: int | None = None, status: int = 200) -> None:
+    def __init__(
+        self,
+        body: bytes,
+        length: int | None = None,
+        status: int = 200,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.asked = 0
         outer, self.silent = self, threading.Event()
 
@@ -132,7 +140,10 @@ class Bad:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        scheme = "https" if tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def stop(self) -> None:
@@ -150,6 +161,13 @@ def bad(request: pytest.FixtureRequest) -> Iterator[Bad]:
 
 ANOTHER = Path("/bin/sleep").read_bytes()
 BUILD_ID = "00" * 20
+
+
+def build_id_of(program: Path) -> str:
+    with program.open("rb") as file:
+        build_id = elf.build_id(file.fileno())
+    assert build_id is not None
+    return build_id
 
 
 def fetcher(url: str, cache: Path, within: float = WITHIN, cache_bytes: int = MIB) -> Debuginfod:
@@ -176,6 +194,27 @@ def test_what_is_not_right_is_not_kept(bad: Bad, tmp_path: Path) -> None:
 
     assert bad.asked == 1
     assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_server_is_asked_over_tls_if_its_ca_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    need_program("openssl")
+    made = make_certificates(tmp_path)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(made.certificate, made.key)
+    monkeypatch.setenv("SSL_CERT_FILE", str(made.ca if trusted else "/dev/null"))
+    for parent in (tmp_path, *tmp_path.parents[:3]):
+        parent.chmod(parent.stat().st_mode | 0o055)  # who fetches is nobody
+    server = Bad(ANOTHER, len(ANOTHER), tls=tls)
+    build_id = build_id_of(Path("/bin/sleep"))
+    try:
+        fetcher(server.url, tmp_path / "cache").fetch([build_id], WITHIN)
+    finally:
+        server.stop()
+
+    assert [one.read_bytes() for one in files(tmp_path / "cache")] == [ANOTHER] * trusted
 
 
 @pytest.mark.parametrize("bad", [(b"\x7fELF", 1000)], indirect=True)
@@ -212,9 +251,7 @@ def failed() -> float:
 
 @pytest.mark.parametrize("bad", [(ANOTHER, len(ANOTHER))], indirect=True)
 def test_server_that_speaks_no_http_leaves_it_to_the_next(bad: Bad, tmp_path: Path) -> None:
-    with Path("/bin/sleep").open("rb") as file:
-        build_id = elf.build_id(file.fileno())
-    assert build_id is not None
+    build_id = build_id_of(Path("/bin/sleep"))
     with socket.create_server(("127.0.0.1", 0)) as odd:
         threading.Thread(target=_answer_oddly, args=(odd,), daemon=True).start()
         places = (f"http://127.0.0.1:{odd.getsockname()[1]}", bad.url)
