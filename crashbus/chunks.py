@@ -1,14 +1,14 @@
 """Chunk = frame = range: how a crash file travels.
 
-A file is cut into fixed ranges of its own bytes. Each range becomes one chunk: with the
-encoding ``zstd`` one zstd frame by itself (RFC 8878), with ``identity`` the bytes as they
-are. Chunks laid end to end are what a destination stores: a valid ``.zst`` file, or the file
-itself. Any chunk can be made again from the source alone.
+A file is cut into ranges of its own bytes. Each range becomes one chunk: with the encoding
+``zstd`` one zstd frame by itself (RFC 8878), with ``identity`` the bytes as they are. Chunks laid
+end to end are what a destination stores: a valid ``.zst`` file, or the file itself. Any chunk can
+be made again from the source alone: where ranges begin and end follows from the content.
 """
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -92,37 +92,61 @@ def chunk_size(max_payload: int) -> int:
     return size
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A chunk that has no number yet."""
+
+    size: int
+    body: bytes
+    sha256: str
+
+
 class Packer:
     """Makes chunks of ranges, in any order and in any number of threads.
 
+    What is to be compressed comes in ranges of twice the bytes that fit a message, for it costs
+    bus and services nearly as much to pass on a small message as a large one. Where the frame
+    does not fit, each half has one.
+
     Args:
-        size: bytes of a whole range; what such ranges of zeros become is made only once, for a
-            core may have terabytes of them.
+        size: bytes that fit one message, even if they do not compress.
+
+    Attributes:
+        range_size: bytes of a whole range.
     """
 
     def __init__(self, size: int, encoding: Encoding, level: int = 1) -> None:
+        self._size = size
         self._encoding = encoding
         self._level = level
+        is_doubled = encoding == "zstd" and 2 * size <= MAX_CHUNK_SIZE
+        self.range_size = 2 * size if is_doubled else size
         self._own = threading.local()  # a compressor serves one thread at a time
-        self._zeros = bytes(size)
-        self._packed_zeros: tuple[bytes, str] | None = None
+        self._zeros = bytes(self.range_size)
+        # Made only once, for a core may have terabytes of them.
+        self._packed_zeros: list[Packed] | None = None
 
     @property
     def zeros(self) -> bytes:
         """A whole range of zeros, for those who know that there is nothing else."""
         return self._zeros
 
-    def pack(self, index: int, data: bytes | bytearray) -> Chunk:
-        """Return the chunk of a range, which the caller may overwrite afterwards."""
+    def pack(self, data: bytes | bytearray) -> list[Packed]:
+        """Return the chunks of a range, which the caller may overwrite afterwards."""
         if data == self._zeros:
             if self._packed_zeros is None:
                 self._packed_zeros = self._pack(data)
-            return Chunk(index, len(data), *self._packed_zeros)
-        return Chunk(index, len(data), *self._pack(data))
+            return self._packed_zeros
+        return self._pack(data)
 
-    def _pack(self, data: bytes | bytearray) -> tuple[bytes, str]:
-        body = bytes(data) if self._encoding == "identity" else self._compressor.compress(data)
-        return body, hashlib.sha256(body).hexdigest()
+    def _pack(self, data: bytes | bytearray) -> list[Packed]:
+        if self._encoding == "identity":
+            return [_packed(data, bytes(data))]
+        body = self._compressor.compress(data)
+        if len(data) <= self._size or len(body) <= self._size:
+            return [_packed(data, body)]
+        halves = memoryview(data)[: self._size], memoryview(data)[self._size :]
+        return [_packed(half, self._compressor.compress(half)) for half in halves]
 
     @property
     def _compressor(self) -> zstandard.ZstdCompressor:
@@ -133,11 +157,18 @@ class Packer:
         return found
 
 
+def _packed(data: bytes | bytearray | memoryview, body: bytes) -> Packed:
+    return Packed(len(data), body, hashlib.sha256(body).hexdigest())
+
+
 class Encoder:
-    """Cuts a file into chunks; knows its size and hash when all chunks are made."""
+    """Cuts a file into chunks; knows its size and hash when all chunks are made.
+
+    Args:
+        size: bytes that fit one message, even if they do not compress.
+    """
 
     def __init__(self, size: int, encoding: Encoding, level: int = 1) -> None:
-        self.chunk_size = size
         self.encoding = encoding
         self.packer = Packer(size, encoding, level)
         self._hash = hashlib.sha256()
@@ -145,23 +176,29 @@ class Encoder:
         self.stored_size = 0
         self.count = 0
 
+    @property
+    def range_size(self) -> int:
+        """Bytes of a whole range."""
+        return self.packer.range_size
+
     def chunks(self, source: BinaryIO) -> Iterator[Chunk]:
         """Yield the chunks of `source` from its current position to its end."""
-        while data := source.read(self.chunk_size):
-            yield self.encode(data)
+        while data := source.read(self.range_size):
+            self.cut(data)
+            yield from self.number(self.packer.pack(data))
 
-    def encode(self, data: bytes) -> Chunk:
-        """Return the next chunk of the file, made of `data`."""
-        chunk = self.packer.pack(self.cut(data), data)
-        self.stored_size += len(chunk.body)
-        return chunk
-
-    def cut(self, data: bytes | bytearray) -> int:
-        """Take the next range of the file and return its index; `packer` makes its chunk."""
+    def cut(self, data: bytes | bytearray) -> None:
+        """Take the next range of the file; `packer` makes its chunks."""
         self._hash.update(data)
         self.size += len(data)
-        self.count += 1
-        return self.count - 1
+
+    def number(self, packed: Iterable[Packed]) -> Iterator[Chunk]:
+        """Yield the next chunks of the file."""
+        for one in packed:
+            chunk = Chunk(self.count, one.size, one.body, one.sha256)
+            self.count += 1
+            self.stored_size += len(one.body)
+            yield chunk
 
     @property
     def sha256(self) -> str:

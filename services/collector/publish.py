@@ -126,7 +126,7 @@ class Publisher:
         encoder, run = packing.encoder, asyncio.get_running_loop().run_in_executor
 
         async def next_range() -> bytes:
-            data = await read(encoder.chunk_size)
+            data = await read(encoder.range_size)
             if encoder.size + len(data) > self.limit:
                 text = f"{source.name} is larger than {self.limit} bytes"
                 raise SourceLost("too_large", f"{text}, see CRASHBUS_COLLECTOR_MAX_FILE_BYTES")
@@ -210,7 +210,6 @@ class Publisher:
         room, encoder = None, packing.encoder
         async with aclosing(packing.chunks(next_range)) as chunks:
             async for chunk in chunks:
-                encoder.stored_size += len(chunk.body)
                 # Most small files have one chunk, for which there is room.
                 if room is None and (chunk.index or source.kind in LARGE):
                     room = await self.bus.chunk_store_bytes(source.name)

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
-from crashbus.chunks import Chunk, Encoder
+from crashbus.chunks import Chunk, Encoder, Packed
 from crashbus.errors import CrashbusError
 from services.collector import metrics
 
@@ -57,19 +57,22 @@ class Packing:
 
     async def chunks(self, next_range: NextRange) -> AsyncGenerator[Chunk, None]:
         """Yield the chunks of all ranges, in order."""
-        run, packing = asyncio.get_running_loop().run_in_executor, deque[asyncio.Future[Chunk]]()
+        run, encoder = asyncio.get_running_loop().run_in_executor, self.encoder
+        packing = deque[asyncio.Future[list[Packed]]]()
         while data := await next_range():
-            packing.append(run(self.threads, self._pack, self.encoder.count - 1, data))
-            if len(packing) > min(AT_ONCE, BYTES_AT_ONCE // self.encoder.chunk_size):
-                yield await packing.popleft()
+            packing.append(run(self.threads, self._pack, data))
+            if len(packing) > min(AT_ONCE, BYTES_AT_ONCE // encoder.range_size):
+                for chunk in encoder.number(await packing.popleft()):
+                    yield chunk
         while packing:
-            yield await packing.popleft()
+            for chunk in encoder.number(await packing.popleft()):
+                yield chunk
 
-    def _pack(self, index: int, data: Range) -> Chunk:
-        chunk = self.encoder.packer.pack(index, data)
-        if isinstance(data, bytearray) and len(data) == self.encoder.chunk_size:
+    def _pack(self, data: Range) -> list[Packed]:
+        packed = self.encoder.packer.pack(data)
+        if isinstance(data, bytearray) and len(data) == self.encoder.range_size:
             self.spare.append(data)
-        return chunk
+        return packed
 
 
 class FileRanges:
@@ -97,7 +100,7 @@ class FileRanges:
             Unreadable: no more of it can be read.
         """
         encoder = self._encoder
-        self.file_size = await self._reach(encoder.size + encoder.chunk_size)
+        self.file_size = await self._reach(encoder.size + encoder.range_size)
         end = min(self.file_size, self._limit)
         if encoder.size >= end:
             return b""
@@ -107,7 +110,7 @@ class FileRanges:
     def _next(self, end: int) -> Range:
         encoder = self._encoder
         try:
-            data = self._read(encoder.size, min(encoder.chunk_size, end - encoder.size))
+            data = self._read(encoder.size, min(encoder.range_size, end - encoder.size))
         except OSError as error:
             raise Unreadable(str(error)) from error
         metrics.BYTES_READ.inc(len(data))
@@ -117,7 +120,7 @@ class FileRanges:
 
     def _read(self, at: int, size: int) -> Range:
         """Read `size` bytes at a place, fewer only at the end of the file."""
-        is_whole, spare = size == self._encoder.chunk_size, self._packing.spare
+        is_whole, spare = size == self._encoder.range_size, self._packing.spare
         if _is_hole(self._file, at, size):
             return self._encoder.packer.zeros if is_whole else bytes(size)
         buffer = spare.pop() if is_whole and spare else bytearray(size)

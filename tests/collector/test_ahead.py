@@ -85,12 +85,13 @@ async def begun(setup: Setup, pause: float = 0.0) -> Writer:
     await asyncio.sleep(pause)
     writer.begin_core()
     writer.write(SIZE // 2)
-    half = SIZE // 2 // MIB  # chunks are a little smaller than a MiB
+    # Of text a chunk holds nearly 2 MiB; the last few wait for what comes next.
+    most = SIZE // 2 // (2 * MIB) - 6
 
-    async def half_is_there() -> bool:
-        return await sent(setup, writer) >= half
+    async def most_of_it_is_there() -> bool:
+        return await sent(setup, writer) >= most
 
-    await until(half_is_there)
+    await until(most_of_it_is_there)
     assert await setup.bus.stored(Manifest) == []
     return writer
 

@@ -43,7 +43,9 @@ def test_any_file_survives_any_cut(content: bytes, size: int, encoding: Encoding
 
     assert encoder.size == len(content)
     assert encoder.sha256 == hashlib.sha256(content).hexdigest()
-    assert encoder.count == len(chunks) == -(-len(content) // size)
+    assert encoder.count == len(chunks)
+    least = -(-len(content) // encoder.range_size)
+    assert least <= len(chunks) <= -(-len(content) // size)
     assert encoder.stored_size == sum(len(chunk.body) for chunk in chunks)
     assert verify(chunks, encoding, encoder.size, encoder.sha256) == content
 
@@ -68,24 +70,44 @@ def test_any_chunk_can_be_made_again_from_its_range_alone(
     if not chunks:
         return
     chunk = data.draw(st.sampled_from(chunks))
-    again = Encoder(size, encoding).encode(content[chunk.index * size :][:size])
+    before = sum(one.size for one in chunks[: chunk.index])
+    (again,) = Encoder(size, encoding).packer.pack(content[before:][: chunk.size])
 
     assert (again.body, again.sha256, again.size) == (chunk.body, chunk.sha256, chunk.size)
 
 
 @given(FILES, SIZES, ENCODINGS, st.randoms(use_true_random=False))
-def test_chunks_may_be_packed_in_any_order_by_any_thread(
+def test_ranges_may_be_packed_in_any_order_by_any_thread(
     content: bytes, size: int, encoding: Encoding, chance: random.Random
 ) -> None:
     encoder, chunks = encode(content, size, encoding)
-    order = list(range(len(chunks)))
-    chance.shuffle(order)
+    starts = list(range(0, len(content), encoder.range_size))
+    order = chance.sample(starts, len(starts))
 
     with ThreadPoolExecutor(3) as threads:
         packed = threads.map(
-            lambda index: encoder.packer.pack(index, content[index * size :][:size]), order
+            lambda start: encoder.packer.pack(content[start:][: encoder.range_size]), order
         )
-        assert sorted(packed, key=lambda chunk: chunk.index) == chunks
+        packed_of = dict(zip(order, packed, strict=True))
+
+    again = Encoder(size, encoding).number(one for start in starts for one in packed_of[start])
+    assert list(again) == chunks
+
+
+def test_what_compresses_travels_in_fewer_messages_and_what_does_not_fits_them_still() -> None:
+    size = chunk_size(1024 * 1024)
+    text, noise = b"a core dump of small objects " * (size // 5), os.urandom(5 * size)
+
+    _, of_text = encode(text, size, "zstd")
+    _, of_noise = encode(noise, size, "zstd")
+    _, of_both = encode(noise[: 2 * size] + text[: 2 * size], size, "zstd")
+
+    assert [chunk.size for chunk in of_text] == [2 * size, 2 * size, len(text) - 4 * size]
+    assert [chunk.size for chunk in of_noise] == 5 * [size]
+    assert [chunk.size for chunk in of_both] == [size, size, 2 * size]
+    for chunk in of_text + of_noise + of_both:
+        headers = sum(len(name) + len(value) for name, value in chunk.headers().items())
+        assert len(chunk.body) + headers + 100 < 1024 * 1024
 
 
 @given(FILES, SIZES, ENCODINGS)
@@ -99,7 +121,7 @@ def test_headers_carry_a_chunk(content: bytes, size: int, encoding: Encoding) ->
 def test_any_change_of_order_or_number_is_noticed(
     content: bytes, encoding: Encoding, data: st.DataObject
 ) -> None:
-    encoder, chunks = encode(content, max(1, len(content) // 5), encoding)
+    encoder, chunks = encode(content, max(1, len(content) // 10), encoding)
     others = data.draw(st.lists(st.sampled_from(chunks), max_size=8).filter(lambda o: o != chunks))
 
     with pytest.raises(DamagedFile):
@@ -208,7 +230,7 @@ def test_what_is_not_exactly_one_frame_is_refused(body: bytes) -> None:
 
 
 def test_chunks_are_unpacked_in_any_order_into_memory_that_is_used_again() -> None:
-    content = os.urandom(300)
+    content = os.urandom(300)  # which does not compress
     encoder, chunks = encode(content, 100, "zstd")
     verifier, buffer = Verifier("zstd"), bytearray(200)
     assert bytes(verifier.unpack(chunks[2], buffer)) == content[200:]
@@ -232,7 +254,7 @@ def test_chunks_are_unpacked_in_any_order_into_memory_that_is_used_again() -> No
     ids=str,
 )
 def test_bad_header_is_damage(changes: dict[str, str]) -> None:
-    chunk = Encoder(100, "zstd").encode(b"content")
+    (chunk,) = encode(b"content", 100, "zstd")[1]
 
     with pytest.raises(DamagedFile):
         Chunk.received(chunk.headers() | changes, chunk.body)
