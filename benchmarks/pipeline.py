@@ -1,10 +1,11 @@
 """What the benchmarks of the delivery measure: the services as they are by default."""
 
 import asyncio
+import os
 import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class Pipeline:
     Attributes:
         scratch: a directory on the spool's disk.
         shipper_way: the shippers' way to the bus.
+        processes: the processes at work in each part.
     """
 
     bus: Bus
@@ -44,6 +46,7 @@ class Pipeline:
     shippers: list[ServiceProcess]
     shipper_way: Proxy
     capture: list[ServiceProcess]
+    processes: Callable[[], dict[str, list[int]]]
 
     async def receipts(self, crash: CrashSet, *kinds: str) -> list[Receipt]:
         """Return the receipts of a crash's files once there is one for each kind."""
@@ -73,11 +76,16 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 @contextmanager
-def s3_server() -> Iterator[S3Server]:
-    """Start the real S3 server of the tests, and end it, also when we are told to end."""
+def s3_server(address: str = "127.0.0.1", there: Sequence[str] = ()) -> Iterator[S3Server]:
+    """Start the real S3 server of the tests, and end it, also when we are told to end.
+
+    Args:
+        address: where it listens.
+        there: a command that runs a command where it is to be.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="bench-s3-") as place:
-        server = S3Server(Path(place))
+        server = S3Server(Path(place), address, there)
         try:
             server.start()
             yield server
@@ -126,7 +134,7 @@ async def running(
             "CRASHBUS_DESTINATIONS": f"s3://{bucket}/crashes",
             "CRASHBUS_RECORDER_SOCKET": str(scratch / "run" / "s"),
             **s3.settings(),
-            "CRASHBUS_SHIPPER_S3_ENDPOINT": f"http://127.0.0.1:{s3_port or s3.port}",
+            **({"CRASHBUS_SHIPPER_S3_ENDPOINT": f"http://127.0.0.1:{s3_port}"} if s3_port else {}),
             **{f"CRASHBUS_{name.upper()}": value for name, value in settings.items()},
         }
         through = {"CRASHBUS_NATS_URL": f"nats://127.0.0.1:{way.port}"} if proxied else {}
@@ -147,6 +155,13 @@ async def running(
                 for name in ("recorder", "detector")
                 if real
             ],
+            processes=lambda: {
+                "collector": [made.collector.pid],
+                "shipper": [shipper.pid for shipper in made.shippers],
+                "nats-server": [server.pid],
+                "S3 server": s3.pids,
+                "client": [os.getpid()],
+            },
         )
         services = [made.collector, *made.shippers, *made.capture]
         try:
@@ -167,6 +182,39 @@ def peak_of(service: ServiceProcess) -> int:
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     Path(f"/proc/{service.pid}/clear_refs").write_text("5")  # proc(5): starts VmHWM anew
     return int(line.split()[1]) * 1024
+
+
+class Processors:
+    """What processes use of the processors from now on."""
+
+    def __init__(self, processes: dict[str, list[int]]) -> None:
+        self._processes = processes
+        self._before, self._idle_before = self._used(), _idle_and_all()
+
+    def seconds(self) -> dict[str, float]:
+        """Return the processor seconds of each part."""
+        return {name: used - self._before[name] for name, used in self._used().items()}
+
+    def idle(self) -> float:
+        """Return the share of all processors' time that nobody used, others on the host neither."""
+        idle, everything = _idle_and_all()
+        return (idle - self._idle_before[0]) / max(1, everything - self._idle_before[1])
+
+    def _used(self) -> dict[str, float]:
+        return {
+            name: sum(_processor_seconds(pid) for pid in pids)
+            for name, pids in self._processes.items()
+        }
+
+
+def _processor_seconds(pid: int) -> float:
+    # clock_getcpuclockid(3): the clock of another process, exact where proc(5) counts ticks.
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def _idle_and_all() -> tuple[int, int]:
+    fields = [int(one) for one in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return fields[3] + fields[4], sum(fields)  # proc_stat(5): idle and iowait
 
 
 def table(headings: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:

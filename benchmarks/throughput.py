@@ -1,9 +1,10 @@
 """How fast a core that lies on disk becomes a complete, verified object at an S3 server.
 
 By turns with minio's own ``fput_object`` of the same file, raw, and with zipping it with deflate
-and sending that, as a crash handler for containers does. The least time of each counts::
+and sending that, as a crash handler for containers does. The least time of each counts. First with
+the S3 server on loopback, then over a link, as buckets are::
 
-    .venv/bin/python -m benchmarks.throughput [MiB]
+    .venv/bin/python -m benchmarks.throughput [MiB] [Mbit/s of the link; 0: without that part]
 """
 
 import asyncio
@@ -12,10 +13,17 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import pipeline
-from benchmarks.pipeline import MIB, Pipeline, plot, seconds, table
+from benchmarks.link import link
+from benchmarks.pipeline import MIB, Pipeline, Processors, plot, seconds, table
+from crashbus import Receipt
+from crashbus.layout import Kind
+from tests.support.wait import until
 
 ROUNDS = 3
 # What a program has in its memory: many small objects.
@@ -25,9 +33,14 @@ _OBJECTS_IN_A_MIB = 4240
 
 def main() -> None:
     mib = int(sys.argv[1]) if len(sys.argv) > 1 else 1024
-    with tempfile.TemporaryDirectory(prefix="bench-core-") as place, pipeline.s3_server() as s3:
+    mbit = int(sys.argv[2]) if len(sys.argv) > 2 else 1000
+    with tempfile.TemporaryDirectory(prefix="bench-core-") as place:
         core = real_core(Path(place), mib)
-        asyncio.run(measure(core, s3))
+        with pipeline.s3_server() as s3:
+            asyncio.run(measure(core, s3, "on loopback"))
+        if mbit:
+            with link(mbit) as way, pipeline.s3_server(way.address, way.there) as s3:
+                asyncio.run(measure(core, s3, f"over a link of {mbit} Mbit/s"))
 
 
 def real_core(place: Path, mib: int) -> Path:
@@ -45,56 +58,106 @@ def real_core(place: Path, mib: int) -> Path:
     return place / f"core.{process.pid}"
 
 
-async def measure(core: Path, s3: pipeline.S3Server) -> None:
+@dataclass(frozen=True)
+class Run:
+    """One way, once.
+
+    Attributes:
+        idle: share of all processors' time that was left over.
+        used: processor seconds of each part.
+    """
+
+    took: float
+    idle: float
+    used: dict[str, float]
+
+
+async def measure(core: Path, s3: pipeline.S3Server, where: str) -> None:
     size = core.stat().st_size
     ours, raw, zipped, stored = [], [], [], 0
     async with pipeline.running(s3) as running:
         for number in range(ROUNDS):
-            took, stored = await crashbus(running, core, number)
-            ours.append(took)
-            raw.append(await asyncio.to_thread(fput, running, core))
+            run, stored = await crashbus(running, core, number)
+            ours.append(run)
+            raw.append(await asyncio.to_thread(timed, running, core, fput))
             if number == 0:
-                zipped.append(await asyncio.to_thread(zip_and_put, running, core))
-    best = min(ours)
-    print(f"\na core of {size / MIB:.0f} MiB, {stored / MIB:.0f} MiB as it is stored\n")
-    rates = [
-        ("Crashbus", best),
-        ("fput_object of the raw file", min(raw)),
-        ("zip, then fput_object", min(zipped)),
-    ]
+                zipped.append(await asyncio.to_thread(timed, running, core, zip_and_put))
+    best = {
+        "Crashbus": least(ours),
+        "fput_object of the raw file": least(raw),
+        "zip, then fput_object": least(zipped),
+    }
+    print(f"\n{where}: a core of {size / MIB:.0f} MiB, {stored / MIB:.0f} MiB as it is stored\n")
+    first = best["Crashbus"].took
     table(
         ("way", "s", "MiB of core a second", "Crashbus is faster by"),
         [
-            (name, f"{took:.1f}", f"{size / MIB / took:.0f}", f"{took / best:.1f}")
-            for name, took in rates
+            (name, f"{run.took:.1f}", f"{size / MIB / run.took:.0f}", f"{run.took / first:.1f}")
+            for name, run in best.items()
         ],
     )
-    plot([(name, size / MIB / took) for name, took in rates], "MiB/s")
+    plot([(name, size / MIB / run.took) for name, run in best.items()], "MiB/s")
+    print("\nprocessor seconds of the same rounds, and what was left over of all processors\n")
+    table(
+        ("way", "all", *best["Crashbus"].used, "idle"),
+        [
+            (
+                name,
+                f"{sum(run.used.values()):.1f}",
+                *(f"{one:.1f}" for one in run.used.values()),
+                f"{run.idle:.0%}",
+            )
+            for name, run in best.items()
+        ],
+    )
 
 
-async def crashbus(running: Pipeline, core: Path, seed: int) -> tuple[float, int]:
-    """Return the seconds from a set's appearance to its core's receipt, and the size stored."""
-    writing = asyncio.to_thread(running.hand_over, core, seed)
-    crash = await writing
+def least(runs: list[Run]) -> Run:
+    return min(runs, key=lambda run: run.took)
+
+
+async def crashbus(running: Pipeline, core: Path, seed: int) -> tuple[Run, int]:
+    """Return what it took from a set's appearance to its core's receipt, and the size stored."""
+    awaited = asyncio.create_task(_receipt_of_a_core(running))
+    await asyncio.to_thread(running.hand_over, core, seed)
+    processors = Processors(running.processes())
     appeared = max(path.stat().st_ctime for path in running.spool.iterdir())
-    (receipt,) = await running.receipts(crash, "core")
-    return receipt.time - appeared, receipt.file.stored_size
+    receipt = await asyncio.wait_for(awaited, pipeline.WITHIN)
+    run = Run(receipt.time - appeared, processors.idle(), processors.seconds())
+    await until(lambda: _is_tidy(running), pipeline.WITHIN)
+    return run, receipt.file.stored_size
 
 
-def fput(running: Pipeline, core: Path) -> float:
-    started = time.monotonic()
+async def _receipt_of_a_core(running: Pipeline) -> Receipt:
+    """Wait for the next one; asking for it again and again would cost time that is measured."""
+    async with aclosing(running.bus.subscribe(Receipt)) as receipts:  # type: ignore[type-var]
+        async for receipt in receipts:
+            if receipt.file.kind is Kind.CORE:
+                return receipt
+    raise RuntimeError("the bus is closed")
+
+
+async def _is_tidy(running: Pipeline) -> bool:
+    """Tell whether nothing is left on the bus, so that the next measurement begins undisturbed."""
+    return not await running.bus.crashes_on_the_way(pipeline.HOST)
+
+
+def timed(running: Pipeline, core: Path, way: Callable[[Pipeline, Path], None]) -> Run:
+    started, processors = time.monotonic(), Processors(running.processes())
+    way(running, core)
+    return Run(seconds(started), processors.idle(), processors.seconds())
+
+
+def fput(running: Pipeline, core: Path) -> None:
     running.s3.fput_object(running.bucket, "raw", str(core))
-    return seconds(started)
 
 
-def zip_and_put(running: Pipeline, core: Path) -> float:
-    started, archive = time.monotonic(), running.scratch / "core.zip"
+def zip_and_put(running: Pipeline, core: Path) -> None:
+    archive = running.scratch / "core.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipping:
         zipping.write(core)
     running.s3.fput_object(running.bucket, "zipped", str(archive))
-    took = seconds(started)
     archive.unlink()
-    return took
 
 
 if __name__ == "__main__":

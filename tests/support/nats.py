@@ -89,6 +89,11 @@ class NatsServer:
     def stop(self) -> None:
         self._end(signal.SIGTERM)
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def pause(self) -> None:
         """Let it hang: it is there and does not answer."""
         assert self._process is not None

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,7 +66,7 @@ osd_client_watch_timeout = 2
 osd_default_notify_timeout = 2
 
 [client.rgw]
-rgw_frontends = beast endpoint=127.0.0.1:{port}
+rgw_frontends = beast endpoint={address}:{port}
 rgw_rados_pool_pg_num_min = 4
 rgw_enable_usage_log = false
 rgw_dynamic_resharding = false
@@ -77,6 +77,10 @@ rgw_override_bucket_index_max_shards = 1
 class S3Server:
     """One server of its own directory.
 
+    Args:
+        address: where the gateway listens.
+        there: a command that runs a command where the server is to be.
+
     Attributes:
         endpoint: the same after a restart of the gateway.
     """
@@ -84,12 +88,16 @@ class S3Server:
     access_key = "crashbus-test"
     secret_key = "crashbus-test-secret"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, address: str = "127.0.0.1", there: Sequence[str] = ()
+    ) -> None:
         self._directory = directory
+        self._address = address
+        self._there = there
         self._config = directory / "ceph.conf"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.port = free_port()
-        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self.endpoint = f"http://{address}:{self.port}"
 
     def start(self) -> None:
         """Make the cluster and start it; the gateway answers when this returns."""
@@ -118,6 +126,7 @@ class S3Server:
                 mon2=self._mon2,
                 first=first,
                 last=first + 60,
+                address=self._address,
                 port=self.port,
                 size=STORE_SIZE,
             )
@@ -135,7 +144,7 @@ class S3Server:
         return self._call("radosgw-admin", *arguments)
 
     def _call(self, program: str, *arguments: str) -> str:
-        command = [program, "-c", str(self._config), *arguments]
+        command = [*self._there, program, "-c", str(self._config), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=90)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
@@ -144,7 +153,7 @@ class S3Server:
     def _spawn(self, name: str, *command: str) -> None:
         with (self._directory / f"{name}.out").open("ab") as out:
             self._daemons[name] = subprocess.Popen(
-                [*command, "-f", "-c", str(self._config)],
+                [*self._there, *command, "-f", "-c", str(self._config)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -157,10 +166,15 @@ class S3Server:
         end = time.monotonic() + 60
         while time.monotonic() < end and self._daemons["rgw"].poll() is None:
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                if probe.connect_ex((self._address, self.port)) == 0:
                     return
             time.sleep(0.05)
         raise RuntimeError((self._directory / "rgw.out").read_text()[-2000:])
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that it consists of."""
+        return [daemon.pid for daemon in self._daemons.values()]
 
     def kill_gateway(self) -> None:
         """End the gateway as a power cut would."""
