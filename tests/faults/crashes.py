@@ -68,9 +68,9 @@ async def crash(mib: int) -> RealCrash:
     return RealCrash(name, process.pid, mib * MIB, at)
 
 
-def core_size(random: Random, largest: int) -> int:
-    """Return a size from 1 MiB to `largest` MiB, small ones as likely as large ones, in bytes."""
-    return int(MIB * largest ** random.random()) + random.randrange(4096)
+def core_size(random: Random, least: int, largest: int) -> int:
+    """Return a size between these MiB, small ones as likely as large ones, in bytes."""
+    return int(MIB * least * (largest / least) ** random.random()) + random.randrange(4096)
 
 
 def write_set(spool: Path, host: str, core: Iterable[bytes], random: Random) -> CrashSet:

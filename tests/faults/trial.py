@@ -11,6 +11,7 @@ from tests.faults.rig import HOST, Rig
 from tests.faults.scenarios import Scenario
 
 CRASHES = int(os.environ.get("FAULT_CRASHES", "3"))  # of each scenario, at least
+LEAST_NOISY = 8  # MiB
 FAULT_EACH = 10  # crashes: with many of them, the fault comes several times
 
 
@@ -73,7 +74,7 @@ class Trial:
 
     async def _one(self) -> None:
         noisy, largest = self._scenario.noisy, self._rig.largest
-        size = largest * MIB if noisy else core_size(self._more, largest)
+        size = core_size(self._more, min(LEAST_NOISY, largest) if noisy else 1, largest)
         if self._rig.capture:
             self.crashes.append(await self._rig.crash(size // MIB))
             return
