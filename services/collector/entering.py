@@ -1,13 +1,13 @@
 """Entering sets of crash files in the ledger, each under the crash it belongs to."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import structlog
 
-from crashbus import signals
+from crashbus import layout, signals
 from crashbus.capture import CaptureRecord
 from crashbus.identity import crash_id, unknown_crash_id
 from crashbus.layout import BINARIES, Kind
@@ -49,8 +49,16 @@ class Entering:
         self._on_crash = on_crash
         self._refused: set[tuple[str, str]] = set()  # said once
 
-    def is_entered(self, directory: str, entry: Entry) -> bool:
-        """Tell whether there is nothing left to do with a file."""
+    def has_new(self, directory: str, entries: Mapping[Kind, Entry]) -> bool:
+        """Tell whether there is something left to do with a set."""
+        record = entries.get(Kind.CAPTURE)
+        if record is not None and len(entries) == 1:
+            # It may name a core that is on the bus and nowhere else.
+            core = layout.crash_file_name(Kind.CORE, record.epoch)
+            return record.uid == 0 and not self._ledger.knows_file(directory, core)
+        return any(not self._is_entered(directory, entry) for entry in entries.values())
+
+    def _is_entered(self, directory: str, entry: Entry) -> bool:
         return entry.kind is Kind.CAPTURE or self._ledger.knows_file(directory, entry.name)
 
     def refuse(self, directory: str, refused: Refused) -> None:
@@ -69,16 +77,17 @@ class Entering:
         Args:
             process: who made it, where that is known and no record says so.
         """
+        sent = sent_sources(found)
+        if not found.entries and not sent:
+            return
         crash = self._crash_of(found, process)
         sources = [
             source_of(found, e)
             for e in found.entries.values()
-            if self._belongs(found, e, crash) and not self.is_entered(found.directory, e)
+            if self._belongs(found, e, crash) and not self._is_entered(found.directory, e)
         ]
         sources += [
-            source
-            for source in sent_sources(found)
-            if not self._ledger.knows_file(found.directory, source.name)
+            source for source in sent if not self._ledger.knows_file(found.directory, source.name)
         ]
         if not sources:
             return

@@ -8,7 +8,7 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 import asyncinotify
@@ -185,15 +185,17 @@ class Gatherer:
                 log.exception("cannot gather from a directory", directory=directory)
         return True
 
-    def _forget(self, directory: str) -> None:
-        """Drop what is known of a directory that is gone."""
+    def _forget(self, directory: str, but: Set[int] = frozenset()) -> None:
+        """Drop what is known of sets that are gone: all of a directory but those of some epochs."""
         for key in [key for key in self._being_captured if key[0] == directory]:
-            del self._being_captured[key]
+            if key[1] not in but:
+                del self._being_captured[key]
 
     async def _look(self, directory: str) -> None:
         changed, found = await asyncio.to_thread(self._examine, directory)
         settled = True
         self._settled[directory] = changed  # also when a fault of our own ends this look
+        self._forget(directory, but={one.epoch for one in found})
         for one in found:
             judged, process = await self._identified(one)
             before = self._being_captured.pop((directory, one.epoch), None)
@@ -267,7 +269,7 @@ class Gatherer:
         return [
             look_at(directory, descriptor, epoch, entries, self._boot_id)
             for epoch, entries in listing.sets.items()
-            if any(not self._entering.is_entered(directory, e) for e in entries.values())
+            if self._entering.has_new(directory, entries)
         ]
 
     async def _seen_by_detector(self, found: FoundSet) -> Process | None:

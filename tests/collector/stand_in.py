@@ -5,16 +5,16 @@ on the bus and how it takes receipts.
 """
 
 import asyncio
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crashbus import Bus, DeadLetter, Receipt, SignalEvent, WorkItem, capture, crash_id, identity
-from crashbus.capture import CapturedFile, CaptureRecord
+from crashbus import Bus, DeadLetter, Receipt, SignalEvent, WorkItem, crash_id, identity
+from crashbus.capture import CapturedFile
 from crashbus.chunks import Verifier
 from crashbus.errors import DamagedFile
 from crashbus.layout import Kind, crash_file_name
 from crashbus.parts import Process
+from tests.support.records import EPOCH, Writing, process
 from tests.support.wait import until
 
 
@@ -108,26 +108,11 @@ def signal_event(pid: int, disposition: str = "default") -> SignalEvent:
     )
 
 
-def write_set(spool: Path, pid: int, files: dict[Kind, bytes], epoch: int = 1795388839) -> str:
+def write_set(spool: Path, pid: int, files: dict[Kind, bytes], epoch: int = EPOCH) -> str:
     """Write a set of crash files as the recorder leaves it; return its crash ID."""
-    process = Process(boot_id="boot", pid=pid, ns_pid=pid, start_ticks=1, uid=0, gid=0, comm="x")
+    writing = Writing(spool, process(pid), epoch)
     names = {crash_file_name(kind, epoch): content for kind, content in files.items()}
-    record = CaptureRecord(
-        state="writing",
-        crash_id=crash_id("boot", pid, 1),
-        host="test-host",
-        crashed_at=float(epoch),
-        process=process,
-        signal=11,
-        signal_name="SIGSEGV",
-    )
-    (spool / str(pid)).mkdir()
-    directory = os.open(spool / str(pid), os.O_RDONLY | os.O_DIRECTORY)
-    lock = capture.create(directory, epoch, record)
     for name, content in names.items():
-        (spool / str(pid) / name).write_bytes(content)
-    captured = {name: CapturedFile(size=len(content)) for name, content in names.items()}
-    capture.write(lock, record.model_copy(update={"state": "complete", "files": captured}))
-    os.close(lock)
-    os.close(directory)
-    return record.crash_id
+        (writing.place / name).write_bytes(content)
+    writing.complete({name: CapturedFile(size=len(content)) for name, content in names.items()})
+    return writing.crash_id

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from crashbus import Manifest, capture, streams, unfinished
-from crashbus.capture import CapturedFile, CaptureRecord
+from crashbus import Manifest, streams, unfinished
+from crashbus.capture import CapturedFile
 from services.collector import ahead, gather
 from tests.collector.conftest import FILE, Setup
 from tests.collector.stand_in import signal_event
+from tests.support.records import EPOCH, Writing
 from tests.support.wait import until
 
 MIB = 1024 * 1024
 SIZE = ahead.LEAST + 3 * MIB + 5
-EPOCH = 1795388839
 CORE = f"core_{EPOCH}"
 
 
@@ -25,23 +25,10 @@ class Writer:
     """Writes a set of crash files as the recorder does, as slowly as the test wants."""
 
     def __init__(self, spool: Path) -> None:
-        event = signal_event(os.getpid())
-        self.path = spool / str(os.getpid())
-        self.path.mkdir()
-        self._directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        self._record = CaptureRecord(
-            state="writing",
-            crash_id=event.crash_id,
-            host="test-host",
-            crashed_at=float(EPOCH),
-            process=event.process,
-            signal=11,
-            signal_name="SIGSEGV",
-        )
-        self.crash_id = event.crash_id
+        self._writing = Writing(spool, signal_event(os.getpid()).process)
+        self.path, self.crash_id = self._writing.place, self._writing.crash_id
         # Text is what compresses; noise would fill the bus.
         self.content = bytearray(b"%016x" % 7 * (SIZE // 16 + 1))[:SIZE]
-        self._lock = capture.create(self._directory, EPOCH, self._record)
 
     def begin_core(self) -> None:
         self._core = os.open(self.path / CORE, os.O_RDWR | os.O_CREAT, 0o600)
@@ -54,15 +41,13 @@ class Writer:
         unfinished.finished(self._core, end)
 
     def complete(self, in_order: bool = True) -> None:
-        files = {CORE: CapturedFile(size=SIZE, in_order=in_order)}
-        update = {"state": "complete", "files": files}
-        capture.write(self._lock, self._record.model_copy(update=update))
-        self.end()
+        os.close(self._core)
+        self._writing.complete({CORE: CapturedFile(size=SIZE, in_order=in_order)})
 
     def end(self) -> None:
         """Give up all descriptors, as the kernel does for one that was killed."""
-        for descriptor in (self._core, self._directory, self._lock):
-            os.close(descriptor)
+        os.close(self._core)
+        self._writing.end()
 
 
 @pytest.fixture

@@ -4,25 +4,27 @@ import asyncio
 import os
 import resource
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from crashbus import capture, layout
-from crashbus.capture import CaptureRecord
+from crashbus import crash_id, layout
+from crashbus.capture import CapturedFile
+from crashbus.layout import Kind
+from crashbus.parts import CrashFile
 from services.collector import core_streams
 from services.collector.core_streams import AT_ONCE
 from services.common import core_stream
 from services.common.core_stream import ANNOUNCED, DATA, END, FRAME, ZEROS, Announced, Answer
-from tests.collector.conftest import Setup
-from tests.collector.stand_in import signal_event
+from tests.collector.conftest import FILE, Setup, reports
+from tests.collector.stand_in import write_set
+from tests.support.records import EPOCH, Writing, process
 from tests.support.wait import until
 
-CRASH_ID = "0123456789abcdef"
-DIRECTORY, EPOCH = "4000001", 1795388839
-NAME = f"core_{EPOCH}"
+PID = 4_000_001
+DIRECTORY, NAME = str(PID), f"core_{EPOCH}"
+CRASH_ID = crash_id("boot", PID, 1)
 HELLO = Announced(crash_id=CRASH_ID, directory=DIRECTORY, name=NAME).model_dump_json().encode()
 
 
@@ -31,24 +33,6 @@ def frame(kind: bytes, content: bytes) -> bytes:
 
 
 WHOLE = frame(ANNOUNCED, HELLO) + frame(DATA, b"core") + FRAME.pack(ZEROS, 3 << 20)
-
-
-def record(spool: Path) -> Callable[[], None]:
-    """Make a record that is being written; return what ends its writer."""
-    made = CaptureRecord(
-        state="writing",
-        crash_id=CRASH_ID,
-        host="test-host",
-        crashed_at=float(EPOCH),
-        process=signal_event(os.getpid()).process,
-        signal=11,
-        signal_name="SIGSEGV",
-    )
-    (spool / DIRECTORY).mkdir()
-    directory = os.open(spool / DIRECTORY, os.O_RDONLY | os.O_DIRECTORY)
-    lock = capture.create(directory, EPOCH, made)
-    os.close(directory)
-    return lambda: os.close(lock)
 
 
 async def begun(setup: Setup) -> socket.socket:
@@ -86,7 +70,7 @@ async def nothing_left(setup: Setup) -> bool:
 
 
 async def test_core_stays_on_the_bus_as_long_as_its_record_may_name_it(setup: Setup) -> None:
-    end = record(setup.spool)
+    writing = Writing(setup.spool, process(PID))
     with await begun(setup) as connection:
         connection.sendall(WHOLE + FRAME.pack(END, 0))
         found = await answer(connection)
@@ -98,9 +82,54 @@ async def test_core_stays_on_the_bus_as_long_as_its_record_may_name_it(setup: Se
     # A collector that was started anew has looked at what there is when it listens.
     with await begun(setup):
         assert await chunks(setup) == found.file.chunks
-    end()  # the recorder was killed
+    writing.end()
 
     await until(lambda: nothing_left(setup))
+
+
+@pytest.mark.parametrize("ends", ["complete", "killed"])
+async def test_core_on_the_bus_is_delivered_where_no_other_file_could_be_made(
+    setup: Setup, shipper: asyncio.Task[None], ends: str
+) -> None:
+    writing = Writing(setup.spool, process(PID))
+    with await begun(setup) as connection:
+        connection.sendall(WHOLE + FRAME.pack(END, 0))
+        found = await answer(connection)
+    assert found is not None and found.file is not None
+    note = f"info_{EPOCH} could not be made: No space left on device"
+    writing.note(note, **{NAME: CapturedFile(size=found.file.size, sent=found.file)})
+
+    if ends == "complete":
+        writing.complete({})
+    else:
+        writing.end()
+
+    await setup.shipper.has(FILE, NAME, "manifest.json")
+    (manifest,) = await reports(setup)
+    assert [(file.name, file.sha256) for file in manifest.files] == [(NAME, found.file.sha256)]
+    assert note in manifest.notes
+    assert any("cut short" in one for one in manifest.notes) is (ends == "killed")
+    await until(lambda: nothing_left(setup))
+
+
+async def test_record_alone_is_no_crash_unless_it_is_roots_and_names_a_core(setup: Setup) -> None:
+    forged = Writing(setup.spool, process(PID + 1))
+    sent = CrashFile(
+        name=NAME, kind=Kind.CORE, size=4, sha256="0" * 64, encoding="zstd", stored_size=4, chunks=1
+    )
+    forged.complete({NAME: CapturedFile(size=4, sent=sent)})
+    os.chown(forged.place / f"capture_{EPOCH}", 1, 1)
+    unreadable = Writing(setup.spool, process(PID + 2))
+    unreadable.end()
+    (unreadable.place / f"capture_{EPOCH}").write_text("{")
+    await setup.collector.start()
+    await setup.collector.healthy()
+    known = write_set(setup.spool, PID + 3, {Kind.INFO: b"x"})
+
+    (manifest,) = await reports(setup)
+
+    assert manifest.crash_id == known
+    assert "cannot gather" not in setup.collector.log
 
 
 BROKEN = (

@@ -6,7 +6,6 @@ The latter let a fault of the delivery be tried without touching the host's core
 import asyncio
 import hashlib
 import itertools
-import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -14,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from crashbus import capture, crash_id, identity, layout
-from crashbus.capture import CapturedFile, CaptureRecord
+from crashbus import crash_id, identity, layout
+from crashbus.capture import CapturedFile
 from crashbus.layout import Kind
-from crashbus.parts import Process
 from tests.support.crashers import crasher
+from tests.support.records import Writing, process
 
 MIB = 1024 * 1024
 # Above any PID that the kernel gives (PID_MAX_LIMIT, 4 Mi), so none of them is alive.
@@ -79,44 +78,17 @@ def write_set(spool: Path, host: str, core: Iterable[bytes], random: Random) -> 
     It is seen from its first file on, as on a host.
     """
     pid, epoch = next(_pids), int(time.time())
-    process = Process(
-        boot_id=identity.boot_id(),
-        pid=pid,
-        ns_pid=pid,
-        start_ticks=random.getrandbits(40),
-        uid=0,
-        gid=0,
-        comm="fault",
-    )
-    record = CaptureRecord(
-        state="writing",
-        crash_id=crash_id(process.boot_id, pid, process.start_ticks),
-        host=host,
-        crashed_at=float(epoch),
-        process=process,
-        signal=11,
-        signal_name="SIGSEGV",
-    )
-    place = spool / str(pid)
-    place.mkdir(mode=0o755)
-    directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        descriptor = capture.create(directory, epoch, record)
-    finally:
-        os.close(directory)
-    try:
-        sizes, hashes = {}, {}
-        for kind in layout.SHIPPING_ORDER:
-            if kind in layout.SHARED:
-                continue
-            name = layout.crash_file_name(kind, epoch)
-            pieces = core if kind is Kind.CORE else _text(kind, random)
-            sizes[name], hashes[name] = _write(place / name, pieces)
-        files = {name: CapturedFile(size=size) for name, size in sizes.items()}
-        capture.write(descriptor, record.model_copy(update={"state": "complete", "files": files}))
-    finally:
-        os.close(descriptor)
-    return CrashSet(record.crash_id, sizes[layout.crash_file_name(Kind.CORE, epoch)], hashes)
+    of = process(pid, identity.boot_id(), random.getrandbits(40), "fault")
+    writing = Writing(spool, of, epoch, host)
+    sizes, hashes = {}, {}
+    for kind in layout.SHIPPING_ORDER:
+        if kind in layout.SHARED:
+            continue
+        name = layout.crash_file_name(kind, epoch)
+        pieces = core if kind is Kind.CORE else _text(kind, random)
+        sizes[name], hashes[name] = _write(writing.place / name, pieces)
+    writing.complete({name: CapturedFile(size=size) for name, size in sizes.items()})
+    return CrashSet(writing.crash_id, sizes[layout.crash_file_name(Kind.CORE, epoch)], hashes)
 
 
 def _write(path: Path, pieces: Iterable[bytes]) -> tuple[int, str]:

@@ -4,13 +4,11 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from crashbus import Bus, capture
-from crashbus.capture import CaptureRecord
+from crashbus import Bus, crash_id
 from crashbus.chunks import Verifier
 from crashbus.parts import CrashFile
 from services.common import core_stream
@@ -20,19 +18,18 @@ from services.recorder.core_bus import BusWay, NotSent
 from services.recorder.core_memory import LiveMemory
 from services.recorder.core_pages import Pages
 from services.recorder.core_writing import _with_notes
-from tests.collector.stand_in import signal_event
 from tests.pipeline.conftest import top_frames
 from tests.recorder.test_core_pages import SMALL_PYTHON, Crash, same
 from tests.support import core_pattern
 from tests.support.crashers import crasher
 from tests.support.nats import NatsServer
+from tests.support.records import EPOCH, Writing, process
 from tests.support.service import ServiceProcess
 
 MIB = 1024 * 1024
-CRASH_ID = "0123456789abcdef"
-DIRECTORY = "4000001"  # in the spool
-EPOCH = 1795388839
-NAME = f"core_{EPOCH}"
+PID = 4_000_001
+DIRECTORY, NAME = str(PID), f"core_{EPOCH}"  # in the spool
+CRASH_ID = crash_id("boot", PID, 1)
 
 
 class Collector:
@@ -67,29 +64,11 @@ async def collector(tmp_path: Path, nats_server: NatsServer, bus: Bus) -> AsyncI
     made = Collector(bus, tmp_path, nats_server)
     await made.service.start()
     await made.service.healthy()
-    with recorded(made.spool):
-        yield made
+    # Without a record that is being written, the collector takes the core back.
+    writing = Writing(made.spool, process(PID))
+    yield made
+    writing.end()
     await made.service.stop()
-
-
-@contextmanager
-def recorded(spool: Path) -> Iterator[None]:
-    """Have a record that is being written: without one, the collector takes the core back."""
-    record = CaptureRecord(
-        state="writing",
-        crash_id=CRASH_ID,
-        host="test-host",
-        crashed_at=float(EPOCH),
-        process=signal_event(os.getpid()).process,
-        signal=11,
-        signal_name="SIGSEGV",
-    )
-    (spool / DIRECTORY).mkdir()
-    directory = os.open(spool / DIRECTORY, os.O_RDONLY | os.O_DIRECTORY)
-    lock = capture.create(directory, EPOCH, record)
-    yield
-    os.close(lock)
-    os.close(directory)
 
 
 @pytest.fixture
