@@ -133,7 +133,7 @@ def _s3(text: str, parts: SplitResult) -> Destination:
 def _stream(text: str, parts: SplitResult, port: int) -> Destination:
     scheme: Scheme = "tls" if parts.scheme == "tls" else "tcp"
     host = parts.hostname or ""
-    if not _HOST.fullmatch(host) or not port:
+    if not _is_host(host) or not port:
         raise _wrong(text, f"host and port are needed, such as {scheme}://collector.example:10060")
     if parts.path not in ("", "/"):
         raise _wrong(text, f"nothing may follow the port but ?core=true: {parts.path!r}")
@@ -146,6 +146,12 @@ def _stream(text: str, parts: SplitResult, port: int) -> Destination:
     return Destination(
         f"{scheme}://{place}:{port}{query}", scheme, host=host, port=port, options=options
     )
+
+
+def _is_host(host: str) -> bool:
+    """Tell whether it is an address or a name whose parts have a length, RFC 1035, 2.3.4."""
+    parts = host.removesuffix(".").split(".")
+    return bool(_HOST.fullmatch(host)) and (":" in host or all(0 < len(p) < 64 for p in parts))
 
 
 def _file(text: str, parts: SplitResult) -> Destination:

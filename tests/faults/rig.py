@@ -1,9 +1,6 @@
 """The pipeline that faults are done to, with a way of its own to each server."""
 
 import asyncio
-import json
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -196,10 +193,7 @@ class Rig:
     def _works(self, service: ServiceProcess) -> Callable[[], Awaitable[bool]]:
         def look() -> bool:
             try:
-                with urllib.request.urlopen(f"http://{service.http}/healthz", timeout=5) as answer:
-                    return bool(answer.status == 200)
-            except urllib.error.HTTPError as error:
-                return all(fault.startswith("destination ") for fault in json.load(error)["faults"])
+                return all(fault.startswith("destination ") for fault in service.faults())
             except (OSError, HTTPException):
                 return False
 

@@ -88,6 +88,39 @@ async def test_items_of_a_dead_destination_stay_on_the_bus_and_stop_no_other(
         assert info.num_pending >= 1000
 
 
+NOWHERE = "nowhere.invalid"  # RFC 2606
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "tls", "s3"])
+@pytest.mark.parametrize(
+    ("address", "reason"), [("127.0.0.1:{closed}", "refused"), (f"{NOWHERE}:1", "unknown_host")]
+)
+async def test_destination_that_is_not_there_at_the_start_keeps_its_items_and_shows(
+    bus: Bus, shipper_process: Start, scheme: str, address: str, reason: str
+) -> None:
+    gone = Receiver()
+    gone.close()
+    address = address.format(closed=gone.port)
+    url = "s3://bucket" if scheme == "s3" else f"{scheme}://{address}"
+    sent = await send(bus, {"info_1": b"x"})
+    await bus.publish(sent.item(url))
+
+    shipper = await shipper_process(
+        [url],
+        CRASHBUS_SHIPPER_RETRY_IN_HAND="0",
+        CRASHBUS_SHIPPER_S3_ENDPOINT=f"http://{address}",
+        CRASHBUS_SHIPPER_S3_ACCESS_KEY="key",
+        CRASHBUS_SHIPPER_S3_SECRET_KEY="secret",
+    )
+
+    postponed = await until(lambda: bus.stored(Postponed))
+    assert {one.reason for one in postponed} == {reason}
+    assert f"destination {url}" in await until(lambda: asyncio.to_thread(shipper.faults))
+    assert (await bus._js.stream_info(streams.FILES)).state.messages == 1
+    assert await bus.stored(DeadLetter) == []
+    assert "Traceback" not in shipper.log
+
+
 async def test_health_is_well_when_a_destination_is_back_and_others_have_delivered_all(
     bus: Bus, shipping: Running
 ) -> None:

@@ -1,6 +1,7 @@
 """One of our services as a real process of its own."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -77,6 +78,18 @@ class ServiceProcess:
                 return bool(answer.status == 200)
         except OSError:
             return False
+
+    def faults(self) -> dict[str, str]:
+        """Return what health complains of, by what is checked.
+
+        Raises:
+            OSError, HTTPException: it does not answer.
+        """
+        try:
+            with urllib.request.urlopen(f"http://{self.http}/healthz", timeout=5):
+                return {}
+        except urllib.error.HTTPError as error:
+            return dict(json.load(error)["faults"])
 
     def metric(self, name: str) -> float:
         """Return the sum of a metric over its labels."""
