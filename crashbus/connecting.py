@@ -9,6 +9,7 @@ from typing import Any
 
 import nats.errors
 
+from crashbus import removing
 from crashbus.bus import Bus
 from crashbus.client import Client
 from crashbus.errors import BusUnreachable
@@ -18,6 +19,7 @@ log = logging.getLogger("crashbus.bus")
 CONNECT_TIMEOUT = 2.0  # seconds for one try; a server on the next host answers in milliseconds
 RECONNECT_WAIT = 0.5  # seconds between tries: short, so that little piles up meanwhile
 MOST_REFUSALS = 100  # told for one connection
+_MEND_PERMISSIONS = "see its account's permissions"
 
 
 @asynccontextmanager
@@ -54,7 +56,8 @@ async def connect(
             log.debug("bus: %s", error)
             return
         refused.add(text)  # what is asked for again and again is told once
-        log.warning("the bus does not let us: %s; see its account's permissions", text)
+        what_to_permit = removing.mend(client.connected_server_version, text)
+        log.warning("the bus does not let us: %s; %s", text, what_to_permit or _MEND_PERMISSIONS)
 
     settings: dict[str, Any] = {
         "connect_timeout": CONNECT_TIMEOUT,

@@ -7,6 +7,7 @@ message by message it counts right.
 
 import asyncio
 import json
+import re
 
 from nats.aio.client import ServerVersion
 from nats.js import JetStreamContext
@@ -14,7 +15,25 @@ from nats.js.errors import APIError, NotFoundError
 
 _COUNTS_PURGES = (2, 9, 15)
 _AT_ONCE = 16  # requests; one by one each would wait for the server
+_DELETES = re.compile(r"(direct|msg)\.(get|delete)\.crash_(chunks|small|files)", re.IGNORECASE)
 _GONE = {10037, 10043, 10057}  # error codes: no such message, or somebody else removed it
+
+
+def counts_purges(server: ServerVersion) -> bool:
+    """Tell whether a server takes off its count what is purged by subject."""
+    return (server.major, server.minor, server.patch) >= _COUNTS_PURGES
+
+
+def mend(server: ServerVersion, refusal: str) -> str | None:
+    """Return what to permit, if a server refused what only one that counts wrong is asked for."""
+    if counts_purges(server) or not _DELETES.search(refusal):
+        return None
+    version = f"{server.major}.{server.minor}.{server.patch}"
+    return (
+        f"nats-server {version} needs the lines that deploy/nats/nats.conf has for servers before "
+        "2.9.15, or be replaced by a newer one; until then nothing that was delivered is removed "
+        "from the bus"
+    )
 
 
 async def remove(js: JetStreamContext, server: ServerVersion, stream: str, subject: str) -> None:
@@ -22,7 +41,7 @@ async def remove(js: JetStreamContext, server: ServerVersion, stream: str, subje
 
     Raises NATS's own errors.
     """
-    if (server.major, server.minor, server.patch) >= _COUNTS_PURGES:
+    if counts_purges(server):
         await js.purge_stream(stream, subject=subject)
         return
     there = await js.stream_info(stream, subjects_filter=subject)

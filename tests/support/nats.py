@@ -6,10 +6,13 @@ import signal
 import socket
 import ssl
 import subprocess
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from crashbus import Bus
+from nats.aio.client import ServerVersion
+
+from crashbus import Bus, removing
 from crashbus.keys import SEED, make_keys
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "nats"
@@ -41,18 +44,25 @@ class NatsServer:
         url: where it listens; the same after a restart.
     """
 
-    def __init__(self, directory: Path, extra: str = "", port: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        extra: str = "",
+        port: int | None = None,
+        program: str = "nats-server",
+    ) -> None:
+        self._program = program
         self.port = port or free_port()
         self.url = f"nats://127.0.0.1:{self.port}"
         self._directory = directory
-        self._config = directory / "nats.conf"
+        self.config = directory / "nats.conf"
         self._arguments: list[str] = []
         self._environment = dict(os.environ)
         self._configure(extra)
         self._process: subprocess.Popen[bytes] | None = None
 
     def _configure(self, extra: str) -> None:
-        self._config.write_text(
+        self.config.write_text(
             f"listen: 127.0.0.1:{self.port}\n"
             f"jetstream {{\n  store_dir: {self._directory / 'store'}\n}}\n{extra}"
         )
@@ -64,7 +74,7 @@ class NatsServer:
     def start(self) -> None:
         log = (self._directory / "nats.log").open("ab")
         self._process = subprocess.Popen(
-            ["nats-server", "-c", str(self._config), *self._arguments],
+            [self._program, "-c", str(self.config), *self._arguments],
             env=self._environment,
             stdout=log,
             stderr=log,
@@ -154,13 +164,30 @@ class SecuredNats(NatsServer):
     """The bus as deploy/nats/ secures it: a key for each user, and TLS."""
 
     def _configure(self, extra: str) -> None:
-        shutil.copy(DEPLOY / "nats.conf", self._config)
+        shutil.copy(DEPLOY / "nats.conf", self.config)
+        if not self.counts_purges:
+            self.permit_deleting()
         self.keys = self._directory / "keys"
         make_keys(self.keys)
         command = [str(DEPLOY / "make-certificates.sh"), str(self.keys)]
         subprocess.run(command, check=True, capture_output=True)
         self._arguments = ["-a", "127.0.0.1", "-p", str(self.port), "-m", str(free_port())]
         self._environment = {**os.environ, "NATS_STORE": str(self._directory / "store")}
+
+    @cached_property
+    def counts_purges(self) -> bool:
+        """Whether it is one for which nats.conf is whole as it is."""
+        said = subprocess.run([self._program, "--version"], capture_output=True, check=True).stdout
+        return removing.counts_purges(ServerVersion(said.decode().split()[-1].lstrip("v")))
+
+    def permit_deleting(self) -> None:
+        """Do what nats.conf says of a server before 2.9.15."""
+        (command,) = (
+            line.strip("# ")
+            for line in self.config.read_text().splitlines()
+            if line.strip().startswith("#   sed ")
+        )
+        subprocess.run(command, shell=True, check=True, cwd=self._directory)
 
     def settings(self, user: str) -> dict[str, str]:
         """Return what one of its users sets."""
