@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 enum { ORDER = 512, WORDS = 64, ANSWER = 64 }; /* core_pattern has 127 bytes */
+enum { MOST_SECONDS = 3600 }; /* as CRASHBUS_RECORDER_CHAIN_DEADLINE */
 
 /* The process is held by whoever has its core open: from here on the recorder alone. */
 static int give_up_core(void) {
@@ -61,10 +62,16 @@ static int start(char **arguments, int core, pid_t *handler) {
     return posix_spawn(handler, arguments[0], &actions, &attributes, arguments, environment);
 }
 
-static void wait_for(pid_t handler, int seconds, char *answer) {
+/* Whatever was said, no process is held for ever. */
+static int deadline_of(const char *order) {
+    long seconds = strtol(order, NULL, 10);
+    return 1000 * (int)(seconds < 0 ? 0 : seconds > MOST_SECONDS ? MOST_SECONDS : seconds);
+}
+
+static void wait_for(pid_t handler, int milliseconds, char *answer) {
     int status = 0;
     struct pollfd waiting = {.fd = (int)syscall(SYS_pidfd_open, handler, 0), .events = POLLIN};
-    if (waiting.fd < 0 || poll(&waiting, 1, seconds * 1000) != 1) {
+    if (waiting.fd < 0 || poll(&waiting, 1, milliseconds) != 1) {
         kill(-handler, SIGKILL);
         snprintf(answer, ANSWER, "deadline\n");
     } else if (waitpid(handler, &status, 0) == handler && WIFSIGNALED(status)) {
@@ -89,7 +96,7 @@ int chain(int recorder, char **expanded) {
     if (error)
         snprintf(answer, sizeof answer, "error %d\n", error);
     else
-        wait_for(handler, atoi(order), answer);
+        wait_for(handler, deadline_of(order), answer);
     send(recorder, answer, strlen(answer), MSG_NOSIGNAL);
     return 0;
 }

@@ -68,9 +68,14 @@ static int hand_over(int fd, char *text, size_t size) {
     return sendmsg(fd, &message, MSG_NOSIGNAL) == (ssize_t)size ? 0 : -1;
 }
 
+static int is_number(const char *text) { return *text && !text[strspn(text, "0123456789")]; }
+
 int main(int count, char **arguments) {
     char text[MESSAGE];
     if (count < ARGUMENTS) return fail("?", "wrong arguments in core_pattern");
+    /* They become parts of paths. */
+    for (int i = 2; i < ARGUMENTS; i++)
+        if (!is_number(arguments[i])) return fail("?", "wrong arguments in core_pattern");
     const char *pid = arguments[2];
     int size = snprintf(text, sizeof text, "%s %s %s %s\n", pid, arguments[3], arguments[4],
                         arguments[5]);
