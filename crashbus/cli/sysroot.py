@@ -51,7 +51,10 @@ class Sysroot:
             "solib-search-path": self.directory / "lib",
             "debug-file-directory": f"{self.directory / 'debug'}:/usr/lib/debug",
         }
-        arguments = [part for k, v in settings.items() for part in ("-iex", f"set {k} {v}")]
+        # The binaries are whoever's that crashed: gdb runs no script out of them or beside them,
+        # also where its user trusts all directories (auto-load safe-path).
+        commands = ("set auto-load off", *(f"set {k} {v}" for k, v in settings.items()))
+        arguments = [part for command in commands for part in ("-iex", command)]
         return [*arguments, *([f"--se={self.executable}"] if self.executable else [])]
 
 
@@ -96,12 +99,22 @@ def _is_step(name: str) -> bool:
 
 
 def _build_id(path: Path) -> str | None:
+    """Return the build ID of a file of this machine; the path was written by whoever crashed."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        found = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (OSError, ValueError):
         return None
     try:
-        return elf.build_id(file) if stat.S_ISREG(os.fstat(file).st_mode) else None
+        # To open a device may do something: /dev/watchdog begins to count down to a reboot.
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            return None
+        file = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    finally:
+        os.close(found)
+    try:
+        return elf.build_id(file)
     finally:
         os.close(file)
 

@@ -1,5 +1,6 @@
 """crashbus debug: gdb on a core, with the binaries that lie beside it."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,17 +21,21 @@ int main(void) { return depth(0); }
 @pytest.fixture(scope="session")
 def crashing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A program that reads a null pointer, and a core dump of it made by gdb."""
-    need_program("gcc")
-    need_program("gdb")
     directory = tmp_path_factory.mktemp("crashing")
     source, program, core = (directory / name for name in ("null.c", "null", "core"))
     source.write_text(NULL_POINTER)
+    make_core(source, program, core)
+    return program, core
+
+
+def make_core(source: Path, program: Path, core: Path) -> None:
+    need_program("gcc")
+    need_program("gdb")
     subprocess.run(["gcc", "-g", "-O0", "-o", program, source], check=True)
     script = ("run", f"generate-core-file {core}", "kill")
     arguments = [part for command in script for part in ("-ex", command)]
     subprocess.run(["gdb", "-batch", "-nx", *arguments, program], check=True, capture_output=True)
     assert core.exists()
-    return program, core
 
 
 async def test_debug_shows_the_crashing_line_in_gdb(
@@ -103,6 +108,69 @@ async def test_debug_takes_the_binary_that_was_mapped_and_nothing_out_of_its_pla
     assert not list(tmp_path.rglob("*escaped*"))
     for path in ("/../../escaped", "relative", "/gone/program/below-a-file", "/not/kept"):
         assert f"{path} is missing: " in debugged.err
+
+
+SCRIPT = """
+__asm__(".pushsection .debug_gdb_scripts, \\"MS\\", @progbits, 1\\n"
+        ".byte 4\\n.ascii \\"script\\\\nopen('%s/embedded', 'w')\\\\n\\"\\n.byte 0\\n"
+        ".popsection\\n");
+"""
+
+
+async def test_gdb_runs_no_script_that_came_with_the_binaries(
+    delivered: Path, tmp_path: Path
+) -> None:
+    source, program, core = (tmp_path / name for name in ("null.c", "null", "core"))
+    source.write_text(NULL_POINTER + SCRIPT % tmp_path)
+    make_core(source, program, core)
+    beside = f"shell touch {tmp_path}/beside".encode()
+    program_kept, script_kept = binary_of(program.read_bytes()), binary_of(beside)
+    made = make(core=core.read_bytes(), executable="/gone/program")
+    modules = (
+        Module(path="/gone/program", build_id="ab" * 20, kept=(program_kept,)),
+        Module(path="/gone/program-gdb.gdb", build_id="cd" * 20, kept=(script_kept,)),
+    )
+    folder = made.deliver(delivered)
+    manifest = made.manifest.model_copy(update={"modules": modules})
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    for place, content in (("ab", program.read_bytes()), ("cd", beside)):
+        at = delivered / BINARIES / place / (place * 19)
+        at.mkdir(parents=True)
+        (at / "executable").write_bytes(content)
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".gdbinit").write_text("set auto-load safe-path /\n")  # many do
+    env = {**NO_BUS, "HOME": str(home), "XDG_CONFIG_HOME": str(home)}
+
+    arguments = ("-o", str(tmp_path / "out"), "--from", delivered.as_uri(), "--", "-batch")
+    debugged = await crashbus("debug", made.id, *arguments, "-ex", "bt", env=env)
+
+    assert debugged.status == 0, debugged.err
+    assert "depth (p=0x0)" in debugged.out
+    assert (tmp_path / "out/sysroot/gone/program-gdb.gdb").exists()
+    assert not (tmp_path / "embedded").exists()
+    assert not (tmp_path / "beside").exists()
+
+
+async def test_debug_opens_nothing_of_this_machine_but_files(
+    crashing: tuple[Path, Path], delivered: Path, tmp_path: Path
+) -> None:
+    fifo = tmp_path / "as-a-device-it-acts-when-opened"
+    os.mkfifo(fifo)
+    writer = subprocess.Popen(["sh", "-c", f"echo > '{fifo}'"])  # waits until somebody opens it
+    try:
+        made = make(core=crashing[1].read_bytes())
+        module = Module(path=str(fifo), build_id="ab" * 20)
+        manifest = made.manifest.model_copy(update={"modules": (module,)})
+        folder = made.deliver(delivered)
+        (folder / "manifest.json").write_text(manifest.model_dump_json())
+        arguments = ("--from", delivered.as_uri(), "--", "-batch", "-nx")
+        debugged = await crashbus("debug", made.id, *arguments, env=NO_BUS)
+        assert f"{fifo} is missing: " in debugged.err
+        assert writer.poll() is None
+    finally:
+        writer.kill()
+        writer.wait()
 
 
 async def test_debug_of_a_crash_without_core(delivered: Path) -> None:
