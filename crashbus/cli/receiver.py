@@ -102,7 +102,7 @@ class Receiving:
             self.store_small()
         data = _content(value)
         if len(data) + sum(map(len, self._small.values())) > MAX_SMALL:
-            raise Refused(f"the small files of a crash have more than {MAX_SMALL} bytes")
+            raise _too_large()
         self._small[name] = data
 
     def frame(self, frame: Frame) -> None:
@@ -184,10 +184,23 @@ def _same_set(name: str, others: dict[str, bytes]) -> bool:
 
 
 def _content(value: object) -> bytes:
-    """Return a small file's content: its lines, or the JSON that it was."""
+    """Return a small file's content: its lines, or the JSON that it was.
+
+    Raises:
+        Refused: with the indentation of what is nested it would have many times its size.
+    """
     if isinstance(value, list) and all(isinstance(one, str) for one in value):
         return "\n".join(value).encode("utf-8", "surrogatepass")
-    return json.dumps(value, indent=1).encode()
+    text = bytearray()
+    for part in json.JSONEncoder(indent=1).iterencode(value):
+        text += part.encode()
+        if len(text) > MAX_SMALL:
+            raise _too_large()
+    return bytes(text)
+
+
+def _too_large() -> Refused:
+    return Refused(f"the small files of a crash have more than {MAX_SMALL} bytes")
 
 
 def _folder_of(files: dict[str, bytes]) -> str | None:

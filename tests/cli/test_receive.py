@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import socket
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crashbus import Bus, frames
+from crashbus.cli import receiver
+from crashbus.cli.receiver import Limits, Receiving, Refused
 from crashbus.frames import BadFrame
 from tests.cli.support import Command
 from tests.shipper.conftest import (
@@ -292,6 +295,25 @@ async def test_what_there_is_no_room_for_is_refused(
     async with receiving(tmp_path, *option) as port:
         assert not await asyncio.to_thread(say, port, data)
         assert files_in(tmp_path) == {}
+
+
+DEEP = 150  # levels, each a space before every number
+
+
+def test_what_grows_by_its_indentation_is_refused_before_it_has_grown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiver, "MAX_SMALL", MIB)
+    numbers = b"1," * 100_000 + b"1"  # 15 MB, once they are indented
+    line = b'{"snapshot_1": ' + b"[" * DEEP + numbers + b"]" * DEEP + b"}\n"
+    receiving = Receiving(tmp_path, "peer", Limits(), lambda _: None)
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refused, match="more than"):
+            receiving.line(line)
+        assert tracemalloc.get_traced_memory()[1] < 6 * MIB
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
