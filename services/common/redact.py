@@ -26,32 +26,53 @@ def also(names: str, forms: str) -> None:
 
 
 _NAMES = (
-    r"KEY|SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|(?:^|_)PASS(?:_|$)|_PWD|CREDENTIAL|AUTH"
-    r"|COOKIE|SESSION|PRIVATE|SIGNATURE"
+    r"KEY|SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|PASSCODE"
+    r"|(?<!BY)(?<!COM)(?<!SUR)(?<!TRES)PASS(?:_|\d|$)|_PWD|CREDENTIAL|AUTH"
+    r"|COOKIE|SESSION|PRIVATE|SIGNATURE|(?:^|_)SIG$"
 )
 _SECRET_NAME = re.compile(_NAMES, re.IGNORECASE)
 # --password=x, -Dpassword=x, PASSWORD=x, Authorization: x
 _NAMED_VALUE = re.compile(r"(-{0,2}[\w.-]{1,256}?)([=:])(.*)", re.DOTALL)
 _OPTION = re.compile(r"--?[\w.-]{1,256}")
-# password=x in the middle of a connection string, of a URL's query, of a shell command
-_INNER_VALUE = re.compile(r"(?<![\w.-])([\w.-]{1,64})=([^\s&;,\"']+)")
+# password=x, password='x y' or Password: x in the middle of a connection string, of a URL's query,
+# of a shell command, of a header, of YAML
+_INNER_NAME = re.compile(r"(?<![\w.-])([\w.-]{1,64})(?:=|:[ \t]{1,4})")
+_INNER_VALUE = re.compile(r"""=(?:"(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|[^\s&;,"']+)""", re.DOTALL)
+_LINE_VALUE = re.compile(r""" ?"?[^\r\n"']+""")
+# PWD is a directory, but not in "Server=db;Uid=me;Pwd=x".
+_CONNECTION_VALUE = re.compile(
+    r"(;\s{0,4}pwd=)[^;\"']+|(?<![\w.-])(pwd=)[^;\"'\s]{1,256}(?=;)", re.IGNORECASE
+)
 _JSON_VALUE = re.compile(r'''"([\w.-]{1,64})"(\s{0,4}:\s{0,4})"(?:[^"\\]|\\.)*"''', re.DOTALL)
 # What its issuer made so that it can be recognised anywhere. Each begins where none of its own
 # characters stands before it, so that long hostile text is gone over once.
 _TOKEN = re.compile(
     r"(?<![\w-])(?:"
-    r"(?:AKIA|ASIA)[0-9A-Z]{16}"  # AWS access key ID
-    r"|gh[oprsu]_[0-9A-Za-z]{20,255}|github_pat_\w{20,255}|glpat-[\w-]{20,255}"  # forges
-    r"|xox[a-z]-[\w-]{10,255}"  # Slack
-    r"|[rs]k_(?:live|test)_[0-9A-Za-z]{16,255}|sk-[\w-]{20,255}"  # Stripe, OpenAI, Anthropic
-    r"|AIza[\w-]{35}|npm_[0-9A-Za-z]{36}|hvs\.[\w-]{24,255}"  # Google, npm, Vault
-    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"  # JSON Web Token, RFC 7519
-    r"|S[UAOCNX][A-Z2-7]{56}(?!\w)"  # NATS seed
+    r"(?:AKIA|ASIA)[0-9A-Z]{16}|ABSK[0-9A-Za-z+/]{40,}"  # AWS
+    r"|gh[oprsu]_[0-9A-Za-z]{20,}|github_pat_\w{20,}"  # GitHub
+    r"|gl(?:pat|rt|dt|cbt|ptt|oas|ft|soat|imt|agent)-[\w-]{16,}"  # GitLab
+    r"|ATATT3[\w=-]{40,}|ATBB[0-9A-Za-z]{32}"  # Atlassian, Bitbucket
+    r"|xox[a-z](?:\.xox[a-z])?-[\w-]{10,}|xapp-[\w-]{20,}|hooks\.slack\.com/services/[\w/]{10,}"
+    r"|discord(?:app)?\.com/api/webhooks/\d{1,20}/[\w-]{10,}|\d{8,10}:AA[\w-]{33}"  # Telegram
+    r"|[rs]k_(?:live|test)_[0-9A-Za-z]{16,}|whsec_[\w+/=]{20,}"  # Stripe
+    r"|sk-[\w-]{20,}|hf_[0-9A-Za-z]{30,}"  # OpenAI, Anthropic; Hugging Face
+    r"|AIza[\w-]{35}|GOCSPX-[\w-]{20,}|ya29\.[\w-]{20,}|1//0[\w-]{20,}"  # Google
+    r"|npm_[0-9A-Za-z]{36,}|pypi-AgE[\w-]{40,}|rubygems_[0-9a-f]{48}|cio[0-9A-Za-z]{32}"
+    r"|dckr_[a-z]{3}_[\w-]{20,}"  # Docker Hub
+    r"|hv[sbr]\.[\w-]{24,}|[0-9A-Za-z]{14}\.atlasv1\.[\w-]{40,}"  # Vault, Terraform
+    r"|do[opr]_v1_[0-9a-f]{64}|gl(?:sa|c)_[\w+/=]{32,}|dapi[0-9a-f]{32}"  # …, Grafana, Databricks
+    r"|SG\.[\w-]{16,}\.[\w-]{16,}|key-[0-9a-f]{32}"  # SendGrid, Mailgun
+    r"|shp[a-z]{2}_[0-9a-fA-F]{32}|sq0[a-z]{3}-[\w-]{20,}"  # Shopify, Square
+    r"|lin_[a-z]{3,5}_\w{32,}|NRAK-[0-9A-Z]{27}"  # Linear, New Relic
+    r"|eyJ[\w-]{8,}(?:\.[\w-]*){2,4}"  # JSON Web Token and Encryption, RFC 7519 and 7516
+    r"|AGE-SECRET-KEY-1[0-9A-Z]{58}|S[UAOCNX][A-Z2-7]{56}(?!\w)"  # age; NATS seed
     r")"
 )
-_PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*", re.DOTALL)  # RFC 7468
+_PRIVATE_KEY = re.compile(  # RFC 7468, RFC 4880
+    r"(?:-----BEGIN [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----|PuTTY-User-Key-File-\d).*", re.DOTALL
+)
 _BEARER = re.compile(r"(?<!\w)(bearer\s{1,4})[^\s\"',]+", re.IGNORECASE)  # RFC 6750
-_URL_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,31}://)[^/?#\s@]{1,4096}@")
+_URL_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,31}://)[^/?#\s]{1,4096}@")
 
 
 def is_secret(name: str) -> bool:
@@ -100,12 +121,27 @@ def text(value: str) -> str:
     value = _URL_USER.sub(rf"\g<1>{REDACTED}@", value)
     value = _TOKEN.sub(REDACTED, value)
     value = _BEARER.sub(rf"\g<1>{REDACTED}", value)
-    value = _INNER_VALUE.sub(_inner, value)
-    return _JSON_VALUE.sub(_json, value)
+    value = _CONNECTION_VALUE.sub(rf"\g<1>\g<2>{REDACTED}", value)
+    return _JSON_VALUE.sub(_json, _inner(value))
 
 
-def _inner(match: re.Match[str]) -> str:
-    return f"{match[1]}={REDACTED}" if is_secret(match[1]) else match[0]
+def _inner(value: str) -> str:
+    """Take out what has a name in the middle of text.
+
+    What stands behind a name that is none of a secret is looked at, too: JAVA_OPTS=-Dpassword=x.
+    """
+    shown, at = [], 0
+    while name := _INNER_NAME.search(value, at):
+        end = name.end()
+        shown.append(value[at:end])
+        if is_secret(name[1]):
+            is_line = value[end - 1] != "="
+            pattern, start = (_LINE_VALUE, end) if is_line else (_INNER_VALUE, end - 1)
+            if found := pattern.match(value, start):
+                shown.append(REDACTED)
+                end = found.end()
+        at = end
+    return "".join((*shown, value[at:]))
 
 
 def _json(match: re.Match[str]) -> str:
