@@ -113,3 +113,15 @@ def test_panels_have_a_place_each() -> None:
         cells = {(x + i, y + j) for i in range(width) for j in range(height)}
         assert not cells & taken, panel["title"]
         taken |= cells
+
+
+def test_panels_have_the_unit_of_what_they_ask_for() -> None:
+    for panel in dashboard()["panels"]:
+        unit = panel["fieldConfig"]["defaults"]["unit"]
+        for target in panel["targets"]:
+            expression = target["expr"]
+            is_time = "_seconds" in expression
+            assert (unit == "s") == is_time, panel["title"]
+            if not is_time:
+                assert (unit in ("ops", "Bps")) == ("rate(" in expression), panel["title"]
+                assert (unit == "Bps") == ("_bytes_" in expression), panel["title"]
