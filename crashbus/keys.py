@@ -52,7 +52,7 @@ def make_keys(directory: Path, owners: Mapping[str, int] | None = None) -> dict[
         if not (server / "tls.conf").exists():
             (server / "tls.conf").write_text(_NO_TLS)
     except OSError as error:
-        raise KeysError(f"cannot make keys in {directory}: {error}") from error
+        raise KeysError(f"cannot make keys in {directory}: {error}; name another") from error
     return public
 
 

@@ -1,6 +1,7 @@
 """``crashbus snapshot``: the crash files of a process that lives, and goes on living."""
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,6 +44,8 @@ def snapshot(
         "snapshot_of": pid,
         "core_pattern": core_pattern.current(),
     }
+    if not Path(f"/proc/{pid}").exists():
+        raise Trouble(f"there is no process {pid}", "ps -e shows those that there are")
     on = conditions.Conditions.of(shared, settings, configuration)
     if pid == os.getpid():
         raise Trouble("that is this command itself", "name another process")

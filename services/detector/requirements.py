@@ -57,8 +57,11 @@ def _btf() -> Finding:
 
 
 def _tracefs() -> Finding:
-    mounted = "mounted" if _TRACEFS.exists() else "not mounted"
-    return Finding("tracefs", True, f"{mounted}; raw tracepoints do without it")
+    try:
+        state = "mounted" if _TRACEFS.exists() else "not mounted"
+    except PermissionError:  # it is root's alone
+        state = "not ours to see"
+    return Finding("tracefs", True, f"{state}; raw tracepoints do without it")
 
 
 def _bcc() -> Finding:

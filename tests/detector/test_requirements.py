@@ -1,5 +1,6 @@
 """What the detector says of a host that lacks something."""
 
+import os
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -24,6 +25,20 @@ def test_old_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = requirements._kernel()
     assert (finding.ok, finding.detail) == (False, "5.4.0-150-generic")
     assert "5.8" in finding.mend
+
+
+def test_directory_that_is_roots_alone_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    need_root()
+    (tmp_path / "tracing").mkdir(mode=0o700)
+    monkeypatch.setattr(requirements, "_TRACEFS", tmp_path / "tracing" / "events")
+    os.seteuid(65534)
+    try:
+        finding = requirements._tracefs()
+    finally:
+        os.seteuid(0)
+    assert (finding.ok, finding.detail.partition(";")[0]) == (True, "not ours to see")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x9f\xeb\x01 cut short"])

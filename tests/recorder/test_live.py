@@ -180,7 +180,7 @@ def test_process_that_was_stopped_stays_stopped(tmp_path: Path, living: Living) 
 
 @pytest.mark.parametrize(
     ("pid", "says"),
-    [("4194304", "process 4194304 is gone"), ("2", "process 2 cannot be stopped")],
+    [("4194304", "there is no process 4194304; ps"), ("2", "process 2 cannot be stopped")],
 )
 def test_what_cannot_be_taken_is_told(tmp_path: Path, pid: str, says: str) -> None:
     need_root()
