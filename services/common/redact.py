@@ -118,11 +118,16 @@ def text(value: str) -> str:
     if _more_forms is not None:
         value = _more_forms.sub(REDACTED, value)
     value = _PRIVATE_KEY.sub(REDACTED, value)
-    value = _URL_USER.sub(rf"\g<1>{REDACTED}@", value)
+    value = url_users(value)
     value = _TOKEN.sub(REDACTED, value)
     value = _BEARER.sub(rf"\g<1>{REDACTED}", value)
     value = _CONNECTION_VALUE.sub(rf"\g<1>\g<2>{REDACTED}", value)
     return _JSON_VALUE.sub(_json, _inner(value))
+
+
+def url_users(value: str) -> str:
+    """Return text without the users and passwords of URLs in it."""
+    return _URL_USER.sub(rf"\g<1>{REDACTED}@", value)
 
 
 def _inner(value: str) -> str:

@@ -29,6 +29,7 @@ from pydantic_settings import (
 
 from crashbus.destination import DestinationError, parse
 from crashbus.errors import CrashbusError
+from services.common import redact
 
 __all__ = ["BusSettings", "NoDecode", "Settings", "SettingsError", "prefix_of"]
 
@@ -149,7 +150,8 @@ def _fault(cls: type[Settings], fault: Any) -> str:
     info = cls.model_fields.get(field)
     given = "" if info is None or _is_secret(info) else f" (given: {fault.get('input')!r:.200})"
     place = f"{variable_of(cls, field)}: " if field else ""  # several at once name themselves
-    return f"{place}{fault['msg'].removeprefix('Value error, ')}{given}"
+    # Whoever put a password into a URL shall not find it in a log.
+    return redact.url_users(f"{place}{fault['msg'].removeprefix('Value error, ')}{given}")
 
 
 def _is_secret(field: FieldInfo) -> bool:

@@ -196,6 +196,8 @@ class RecorderSettings(Settings):
                     raise ValueError(str(error)) from None
             elif not one.startswith(("http://", "https://")):
                 raise ValueError(f"{one!r} is no URL of http://, https:// or s3://")
+            elif "@" in one.split("/")[2]:
+                raise ValueError("user name and password are told to no server: leave them out")
         return given
 
     @field_validator("s3_endpoint")

@@ -8,7 +8,7 @@ import pytest
 
 from crashbus.signals import CRASH_SIGNALS
 from services.collector.settings import CollectorSettings
-from services.common.settings import BusSettings, SettingsError
+from services.common.settings import BusSettings, Settings, SettingsError
 from services.recorder.settings import RecorderSettings
 from services.shipper.settings import ShipperSettings
 
@@ -199,3 +199,24 @@ def test_an_empty_secret_file_is_no_secret(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "empty").write_text("\n")
     monkeypatch.setenv("CRASHBUS_SHIPPER_S3_SECRET_KEY_FILE", str(tmp_path / "empty"))
     assert ShipperSettings.load().s3_secret_key is None
+
+
+@pytest.mark.parametrize(
+    ("cls", "variable", "value"),
+    [
+        (BusSettings, "CRASHBUS_NATS_URL", "http://me:s3cret@host"),
+        (BusSettings, "CRASHBUS_DESTINATIONS", "s3://me:s3cret@bucket"),
+        (BusSettings, "CRASHBUS_DESTINATIONS", "tcp://me:s3cret@host:1?x"),
+        (ShipperSettings, "CRASHBUS_SHIPPER_S3_ENDPOINT", "https://me:s3cret@host"),
+        (RecorderSettings, "CRASHBUS_RECORDER_S3_ENDPOINT", "https://me:s3cret@host"),
+        (RecorderSettings, "CRASHBUS_RECORDER_DEBUGINFOD_URLS", "https://me:s3cret@host/x"),
+        (RecorderSettings, "CRASHBUS_RECORDER_DEBUGINFOD_URLS", "ftp://me:s3cret@host"),
+    ],
+)
+def test_a_password_in_a_url_that_is_refused_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, cls: type[Settings], variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=variable) as error:
+        cls.load()
+    assert "s3cret" not in str(error.value)
