@@ -17,6 +17,7 @@ from crashbus import capture, layout, names
 from crashbus.capture import CapturedFile, CaptureRecord
 from crashbus.layout import Kind
 from crashbus.messages import SignalEvent
+from crashbus.parts import Oom
 from services.collector import processes
 from services.common import crash_directory, redact, resources
 from services.common.resources import Resources
@@ -27,6 +28,11 @@ _MAX_RECORD = 8192  # bytes, Documentation/ABI/testing/dev-kmsg
 _AROUND = 10.0  # seconds between the kernel's choice and the lines about it
 # oom_kill_process() and dump_oom_victim(), mm/oom_kill.c
 _CONSTRAINT = re.compile(r"oom-kill:(constraint=\S+)")
+_NUMBERS = re.compile(
+    r"total-vm:(?P<total_vm_kib>\d+)kB, anon-rss:(?P<anon_rss_kib>\d+)kB, "
+    r"file-rss:(?P<file_rss_kib>\d+)kB, shmem-rss:(?P<shmem_rss_kib>\d+)kB, .*"
+    r" oom_score_adj:(?P<oom_score_adj>-?\d+)$"
+)
 _BEGIN, _END = "invoked oom-killer", re.compile(r"[Kk]illed process (\d+) ")
 
 
@@ -155,6 +161,15 @@ def why(seen: Seen) -> str:
     return f"{text}: {redact.text(match[1])[:1000]}" if match else text
 
 
+def chosen(seen: Seen) -> Oom | None:
+    """Return the kernel's numbers; before Linux 6.9 it tells them in its log alone."""
+    told = seen.event.oom
+    if told is None or told.total_vm_kib is not None or not seen.kernel_log:
+        return told
+    match = _NUMBERS.search(seen.kernel_log[-1])
+    return Oom.model_validate({k: int(v) for k, v in match.groupdict().items()}) if match else told
+
+
 def _info(event: SignalEvent, epoch: int) -> bytes:
     name = names.printable(event.process.comm)
     pid = event.process.pid
@@ -163,8 +178,8 @@ def _info(event: SignalEvent, epoch: int) -> bytes:
 
 def _snapshot(seen: Seen) -> bytes:
     """Return ``snapshot``: the keys of the recorder's, as far as they can be told."""
-    event, kernel = seen.event, platform.uname()
-    process, oom = event.process, event.oom
+    event, kernel, numbers = seen.event, platform.uname(), chosen(seen)
+    process = event.process
     content: dict[str, Any] = {
         "Time": datetime.fromtimestamp(event.time, UTC).isoformat().replace("+00:00", "Z"),
         "Arch": kernel.machine,
@@ -179,7 +194,7 @@ def _snapshot(seen: Seen) -> bytes:
         "CrashId": event.crash_id,
         "SignalName": event.signal_name,
         "Oom": {
-            "Chosen": oom.model_dump() if oom else None,
+            "Chosen": numbers.model_dump() if numbers else None,
             "Why": why(seen),
             "KernelLog": [redact.text(line) for line in seen.kernel_log],
         },

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from crashbus.capture import read
+from crashbus.parts import Oom
 from services.collector import oom
 from services.common.resources import Resources
 from tests.collector.stand_in import signal_event
@@ -46,6 +47,32 @@ def test_kernel_s_log_tells_why_it_was_chosen() -> None:
     assert "constraint=CONSTRAINT_MEMCG" in why
     assert path in why
     assert oom.kernel_log(pid, at + 3600) == ()
+
+
+def test_numbers_that_the_event_lacks_are_the_log_s() -> None:
+    """Kernels before 6.9 tell the detector nothing but the PID."""
+    need_root()
+    with memory_cgroup("numbers") as group:
+        pid, at = killed_by_oom(group)
+    event = signal_event(os.getpid())
+    lines = oom.kernel_log(pid, at)
+
+    seen = oom.Seen(event.model_copy(update={"oom": Oom()}), Resources(), lines)
+    found = oom.chosen(seen)
+
+    assert found is not None
+    assert found.anon_rss_kib is not None and found.total_vm_kib is not None
+    assert 24 * 1024 < found.anon_rss_kib <= 32 * 1024 < found.total_vm_kib
+    assert found.oom_score_adj == int(Path("/proc/self/oom_score_adj").read_text())
+    assert oom.chosen(oom.Seen(event, Resources(), lines)) is None
+    told = Oom(total_vm_kib=1)
+    assert oom.chosen(oom.Seen(event.model_copy(update={"oom": told}), Resources(), lines)) == told
+
+
+@pytest.mark.parametrize("line", ["", "Killed process 1 (total-vm:1kB, a) and no more"])
+def test_log_without_numbers_leaves_them_out(line: str) -> None:
+    event = signal_event(os.getpid()).model_copy(update={"oom": Oom()})
+    assert oom.chosen(oom.Seen(event, Resources(), (line,))) == Oom()
 
 
 def test_only_the_kernel_s_own_lines_count(monkeypatch: pytest.MonkeyPatch) -> None:
