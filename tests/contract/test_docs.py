@@ -1,16 +1,27 @@
 """The documentation's tables are those of the code."""
 
+import importlib
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from prometheus_client.metrics import MetricWrapperBase
 
 from crashbus import messages
 from crashbus.message_base import VERSION
+from services.collector.settings import CollectorSettings
+from services.common.settings import BusSettings, variable_of
+from services.detector.settings import DetectorSettings
+from services.recorder.settings import RecorderSettings
+from services.shipper.settings import ShipperSettings
 from tests.cli.support import make
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+SERVICE_SETTINGS = (DetectorSettings, RecorderSettings, CollectorSettings, ShipperSettings)
+SERVICES = tuple(kind.SECTION for kind in SERVICE_SETTINGS)
 
 
 def test_the_made_parts_are_not_stale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,12 +55,49 @@ def test_subjects_are_as_the_page_says() -> None:
             assert place == token or place.startswith("<")
 
 
-def test_every_link_inside_the_page_leads_somewhere() -> None:
-    page = (DOCS / "wire-contract.md").read_text()
-    headings = {
-        line.lstrip("# ").lower().replace(" ", "-")
-        for line in page.splitlines()
-        if line.startswith("#")
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "deploy").rglob("*.md")])
+
+
+def headings(page: Path) -> set[str]:
+    """Return what a link may name behind its '#', as GitHub makes it of headings."""
+    lines = (line.lstrip("# ") for line in page.read_text().splitlines() if line.startswith("#"))
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for path, heading in re.findall(
+        r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text()
+    ):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if heading:
+            assert heading in headings(target), heading
+
+
+def test_every_setting_that_is_named_exists() -> None:
+    known = {"CRASHBUS_CONFIG"} | {
+        variable_of(kind, field)
+        for kind in (BusSettings, *SERVICE_SETTINGS)
+        for field in kind.model_fields
     }
-    links = {part.partition(")")[0] for part in page.split("](#")[1:]}
-    assert links <= headings
+    kinds = {".yaml", ".yml", ".service", ".sh", ".conf", ".example"}
+    deploy = [path for path in (ROOT / "deploy").rglob("*") if path.suffix in kinds]
+    known |= set(re.findall(r"\$\{(CRASHBUS_\w+)", "".join(path.read_text() for path in deploy)))
+    for page in (*PAGES, *deploy):
+        named = set(re.findall(r"CRASHBUS_[A-Z0-9_]*[A-Z0-9]", page.read_text()))
+        assert not {one for one in named - known if one.removesuffix("_FILE") not in known}, page
+
+
+def test_every_metric_that_is_named_exists() -> None:
+    known = set()
+    for service in (*SERVICES, "common"):
+        metrics = vars(importlib.import_module(f"services.{service}.metrics")).values()
+        for one in metrics:
+            if isinstance(one, MetricWrapperBase):
+                (family,) = one.describe()
+                parts = ("", "_total", "_bucket", "_sum", "_count")
+                known |= {f"{family.name}{part}" for part in parts}
+    for page in PAGES:
+        named = re.findall(rf"crashbus_(?:{'|'.join(SERVICES)})_\w*\w(?!…)", page.read_text())
+        assert {one for one in named if not one.endswith("_")} <= known, page
