@@ -9,6 +9,8 @@ import pytest
 from minio.datatypes import Part
 
 from crashbus import Bus
+from services.shipper.destinations.s3_api import S3Api
+from services.shipper.destinations.s3_upload import remove_unfinished
 from services.shipper.settings import ShipperSettings
 from tests.shipper.conftest import (
     MIB,
@@ -20,6 +22,7 @@ from tests.shipper.conftest import (
     send,
 )
 from tests.shipper.slow_way import SlowWay, slow_way
+from tests.support.proxy import Proxy
 from tests.support.s3 import S3Server
 from tests.support.service import ServiceProcess
 from tests.support.wait import until
@@ -154,3 +157,22 @@ def s3_settings(s3: S3Server, **changes: object) -> ShipperSettings:
             **changes,
         }
     )
+
+
+async def test_what_was_left_of_a_delivered_file_goes_though_the_way_is_cut(s3: S3Server) -> None:
+    bucket, way = s3.make_bucket(), Proxy(s3.port)
+    settings = {**s3.settings(), "CRASHBUS_SHIPPER_S3_ENDPOINT": f"http://127.0.0.1:{way.port}"}
+    names = {name.removeprefix("CRASHBUS_SHIPPER_").lower(): settings[name] for name in settings}
+    api = S3Api(ShipperSettings(**names))  # type: ignore[arg-type]
+    try:
+        api.begin(bucket, "core_1", {})
+        way.refuses = True
+        way.cut()
+        removing = asyncio.create_task(asyncio.to_thread(remove_unfinished, api, bucket, "core_1"))
+        await until(lambda: way.done["connections refused"])
+        way.restore()
+        await removing
+    finally:
+        way.close()
+
+    assert s3.unfinished_uploads(bucket) == []

@@ -11,6 +11,14 @@ from dataclasses import dataclass
 from typing import TypeVar, TypeVarTuple
 
 import structlog
+from tenacity import (
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_exponential,
+    wait_random,
+)
 
 from crashbus.parts import CrashFile
 from services.shipper import metrics
@@ -243,13 +251,27 @@ def remove_unfinished(api: S3Api, bucket: str, key: str) -> None:
 
     That it cannot be done is only told: leftovers cost room, not data, and there is a sweep.
     """
-    try:
-        with as_failure(f"s3://{bucket}/{key}"):
+    place = f"s3://{bucket}/{key}"
+
+    def remove() -> None:
+        with as_failure(place):
             for upload in api.unfinished(bucket, key):
                 api.abort(bucket, key, upload)
-                log.info("removed an abandoned upload", place=f"s3://{bucket}/{key}", upload=upload)
+                log.info("removed an abandoned upload", place=place, upload=upload)
+
+    try:
+        _LEFTOVERS(remove)
     except Failure as failure:
         log.warning("cannot remove abandoned uploads", error=str(failure))
+
+
+# The file is delivered, so nobody else looks for them before the sweep; nor shall it take long.
+_LEFTOVERS = Retrying(
+    retry=retry_if_exception_type(Passing),
+    wait=wait_exponential(multiplier=0.1, max=1) + wait_random(0, 0.1),
+    stop=stop_after_attempt(8) | stop_after_delay(5),
+    reraise=True,
+)
 
 
 def mismatch(stat: Stat, size: int, etag: str, sha256: str) -> str | None:
