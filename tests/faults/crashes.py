@@ -20,6 +20,8 @@ from tests.support.crashers import crasher
 from tests.support.records import Writing, process
 
 MIB = 1024 * 1024
+LARGE = 0.1  # of all cores
+MOST_SMALL = 8  # MiB that a core may have which is not large, at least
 # Above any PID that the kernel gives (PID_MAX_LIMIT, 4 Mi), so none of them is alive.
 _pids = itertools.count(5_000_000)
 
@@ -68,8 +70,11 @@ async def crash(mib: int) -> RealCrash:
 
 
 def core_size(random: Random, least: int, largest: int) -> int:
-    """Return a size between these MiB, small ones as likely as large ones, in bytes."""
-    return int(MIB * least * (largest / least) ** random.random()) + random.randrange(4096)
+    """Return a size between these MiB, in bytes; large cores are few, as they are on a host."""
+    low, high = float(least), max(float(min(MOST_SMALL, largest)), largest / 10)
+    if random.random() < LARGE:
+        low, high = max(least, largest / 4), float(largest)
+    return int(MIB * low * (high / low) ** random.random()) + random.randrange(4096)
 
 
 def write_set(spool: Path, host: str, core: Iterable[bytes], random: Random) -> CrashSet:
