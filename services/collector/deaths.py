@@ -24,7 +24,7 @@ from services.collector.appscope import Containers
 from services.collector.gather import Gatherer
 from services.collector.ledger import Crash, Ledger
 from services.common.crash_directory import SpoolUnusable
-from services.common.unrecorded import is_unrecorded
+from services.common.unrecorded import is_noted, is_unrecorded
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -120,7 +120,7 @@ class Deaths:
         if not await self._is_recorded(process.pid):
             return False
         # Before the look: when it is an orphan no more, its capture record is there.
-        if event.disposition != "oom_kill" and _is_orphan(event, self._gatherer.root):
+        if event.disposition != "oom_kill" and _is_kept(event, self._gatherer.root):
             return True  # the recorder makes its files when it is back, or tells why not
         if not await self._gatherer.look(str(process.pid)):
             raise OSError(f"the directory of process {process.pid} could not be looked at")
@@ -193,6 +193,13 @@ class Deaths:
 def _is_named_right(event: SignalEvent) -> bool:
     process = event.process
     return event.crash_id == crash_id(process.boot_id, process.pid, process.start_ticks)
+
+
+def _is_kept(event: SignalEvent, spool: Path) -> bool:
+    """Tell whether the next recorder will make files of this crash."""
+    # In this order: of a note it makes an orphan.
+    noted = is_noted(spool, event.process.pid, event.time, SAME_CRASH)
+    return noted or _is_orphan(event, spool)
 
 
 def _is_orphan(event: SignalEvent, spool: Path) -> bool:

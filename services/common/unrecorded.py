@@ -1,15 +1,20 @@
-"""Crashes that were read already and have no capture record yet: told by locks.
+"""Crashes that were read already and have no capture record yet: told by locks and by notes.
 
 The recorder lets a small process go before it writes anything. Until its record is there it holds
 a lock on one byte of a file in the spool, at the PID, taken while the process still was held. So
 whoever finds a process dead and no record knows whether there will be one. The locks go with the
 recorder, whatever ends it. These are open file description locks, fcntl_locking(2).
+
+What does not go with it is a note in the same file: who crashed, and of what. Where one is left, a
+recorder was killed just then, and the next one makes crash files of what the note tells.
 """
 
 import fcntl
 import os
 import struct
 import threading
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from crashbus import layout
@@ -20,6 +25,17 @@ from services.common.crash_directory import SpoolUnusable
 _FLOCK = struct.Struct("hhqqi4x")
 _LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
+# What a note may hold, what matters most first; as the pipe helper keeps it, see helper/orphan.c.
+PARTS = (
+    *("crash", "boot_id", "stat", "status", "comm", "cgroup", "exe", "cmdline", "core"),
+    *("cwd", "root", "limits", "maps", "environ"),
+)
+_PLACE = 64 * 1024  # bytes of a note's place in the file
+_MOST = 4096  # places that are looked at
+_MARK = b"note"
+_HEAD = struct.Struct(f"4s{len(PARTS)}I")  # the mark, and how many bytes each part has
+_CRASH = 64  # bytes; more than the first part ever has
+
 
 class Unrecorded:
     """The recorder's side; used by several threads."""
@@ -28,20 +44,40 @@ class Unrecorded:
         self._spool = spool
         self._lock = threading.Lock()
         self._file = -1
+        self._free: list[int] = []  # places of notes
+        self._places = 0  # of them there are so many
+        self._taken: dict[int, tuple[int, int]] = {}  # PID to a place and its bytes
 
-    def begin(self, pid: int) -> bool:
-        """Say that a process, which is held, has no record yet; False where that cannot be."""
+    def begin(self, pid: int, note: Mapping[str, bytes]) -> bool:
+        """Say that a process, which is held, has no record yet; False where that cannot be.
+
+        Args:
+            note: what a recorder shall know that finds it, by the names in `PARTS`.
+        """
+        parts = _packed(note)
+        size = sum(map(len, parts))
         try:
             with self._lock:
                 file = self._opened()
-                fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, pid, 1, 0))
+                place = self._free.pop() if self._free else self._new_place()
+                self._taken[pid] = place, size
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, pid, 1, 0))
+            is_whole = os.pwritev(file, parts, place * _PLACE) == size
         except (OSError, SpoolUnusable):
-            return False
-        return True
+            is_whole = False
+        if not is_whole:
+            self.end(pid)
+        return is_whole
 
     def end(self, pid: int) -> None:
-        """Say that it has one, or will have none."""
+        """Say that it has one, or will have none; what is said twice counts once."""
         with self._lock:
+            if pid not in self._taken:
+                return
+            place, size = self._taken.pop(pid)
+            with suppress(OSError):  # the next recorder sees that there is a record
+                _clear(self._file, place, size)
+                self._free.append(place)
             fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, 0, pid, 1, 0))
 
     def _opened(self) -> int:
@@ -50,24 +86,23 @@ class Unrecorded:
                 return self._file
             os.close(self._file)  # somebody removed the spool
             self._file = -1
-        spool = crash_directory.open_spool(self._spool)
-        try:
-            self._file = crash_directory.private_file(layout.UNRECORDED, spool)
-        finally:
-            os.close(spool)
+        self._file = _open(self._spool)
+        # Behind what an earlier recorder left and nobody could take yet.
+        self._places = -(-os.fstat(self._file).st_size // _PLACE)
+        self._free, self._taken = [], {}
         return self._file
+
+    def _new_place(self) -> int:
+        self._places += 1
+        return self._places - 1
 
 
 def is_unrecorded(spool: Path, pid: int) -> bool:
     """Tell whether a recorder has read this process's crash and still is to make its record."""
-    try:
-        file = os.open(spool / layout.UNRECORDED, _LOOK)
-    except OSError:
+    file = _look(spool)
+    if file < 0:
         return False
     try:
-        # Root's alone can be locked for writing by root alone, which is what is asked for.
-        if os.fstat(file).st_uid != os.geteuid():
-            return False
         asked = _FLOCK.pack(fcntl.F_RDLCK, 0, pid, 1, 0)
         kind, *_ = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))
         return bool(kind != fcntl.F_UNLCK)
@@ -75,3 +110,96 @@ def is_unrecorded(spool: Path, pid: int) -> bool:
         return False
     finally:
         os.close(file)
+
+
+def is_noted(spool: Path, pid: int, at: float, within: float) -> bool:
+    """Tell whether there is a note about a process that crashed about then; `is_unrecorded` first.
+
+    Args:
+        at: Unix seconds.
+        within: seconds.
+    """
+    file = _look(spool)
+    if file < 0:
+        return False
+    try:
+        for place in _places(file):
+            crash = os.pread(file, _CRASH, place * _PLACE + _HEAD.size).partition(b"\n")[0].split()
+            if len(crash) == 4 and int(crash[0]) == pid and abs(int(crash[3]) - at) < within:
+                return True
+    except (OSError, ValueError):
+        return False  # it is not what a recorder wrote
+    finally:
+        os.close(file)
+    return False
+
+
+def left_notes(spool: Path) -> Iterator[Mapping[str, bytes]]:
+    """Give each note that was left, and remove it when the next is asked for.
+
+    To be called before there is any `Unrecorded`.
+
+    Raises:
+        OSError, SpoolUnusable: they cannot be read.
+    """
+    if not (spool / layout.UNRECORDED).exists():
+        return
+    file = _open(spool)
+    try:
+        for place in list(_places(file)):
+            yield _unpacked(os.pread(file, _PLACE, place * _PLACE))
+            _clear(file, place)
+        os.ftruncate(file, 0)
+    finally:
+        os.close(file)
+
+
+def _clear(file: int, place: int, size: int = _PLACE) -> None:
+    """Remove a note, all of it: it holds what may be secret."""
+    os.pwrite(file, bytes(size), place * _PLACE)
+
+
+def _packed(note: Mapping[str, bytes]) -> list[bytes]:
+    """Return a note's bytes in pieces; a part for which there is no room is left out."""
+    room, parts = _PLACE - _HEAD.size, []
+    for name in PARTS:
+        part = note.get(name, b"")
+        parts.append(part if len(part) <= room else b"")
+        room -= len(parts[-1])
+    return [_HEAD.pack(_MARK, *map(len, parts)), *parts]
+
+
+def _unpacked(raw: bytes) -> Mapping[str, bytes]:
+    _, *sizes = _HEAD.unpack_from(raw.ljust(_HEAD.size, b"\0"))
+    note, at = {}, _HEAD.size
+    for name, size in zip(PARTS, sizes, strict=True):
+        note[name] = raw[at : at + size]
+        at += size
+    return {name: part for name, part in note.items() if part}
+
+
+def _places(file: int) -> Iterator[int]:
+    for place in range(min(_MOST, -(-os.fstat(file).st_size // _PLACE))):
+        if os.pread(file, len(_MARK), place * _PLACE) == _MARK:
+            yield place
+
+
+def _open(spool: Path) -> int:
+    directory = crash_directory.open_spool(spool)
+    try:
+        return crash_directory.private_file(layout.UNRECORDED, directory)
+    finally:
+        os.close(directory)
+
+
+def _look(spool: Path) -> int:
+    """Open the file, if it is a recorder's; -1 if not."""
+    try:
+        file = os.open(spool / layout.UNRECORDED, _LOOK)
+    except OSError:
+        return -1
+    # Root's alone can be locked for writing by root alone, which is what is asked for.
+    if os.fstat(file).st_uid == os.geteuid():
+        return file
+    os.close(file)
+    return -1

@@ -54,6 +54,8 @@ def capture_process(
     except CaptureFailed as failure:
         failure.crash_id = name
         raise
+    if taken is not None:
+        taken.is_recorded()
     try:
         _fill(recording, hold, on, taken or Taken())
     except BaseException:

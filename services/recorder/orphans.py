@@ -1,5 +1,7 @@
 """Crashes that the pipe helper kept because no recorder took them: made crash files of.
 
+Those that a killed recorder had taken and not written come the same way, `left_behind`.
+
 The helper leaves a directory for each, ``<spool>/.orphans/<time>-<pid>``, locked while it writes
 it: some of /proc/<pid>, the core, and ``end``, which says why the core is not whole. All of it was
 written by root, but tells what a crashed process wanted told.
@@ -37,13 +39,15 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 CORE = "core"
 _ADOPTED = "adopted"  # file that says that crash files were begun, and the core is with them
 NO_MEMORY = "no memory may be kept"  # as the helper puts it
+LOST = "the recorder was killed before it had written what it had read"  # `left_behind`
+_NO_CORE = (NO_MEMORY, LOST)
 WHY = "no recorder took it, so its pipe helper kept it: no sockets and open files are known"
 _LOOK_EVERY = 5.0  # seconds
 _MADE_WITHIN = 60.0  # seconds from a helper's directory to the first file in it
 _MAX_SMALL = 256 * 1024  # bytes, as in the helper
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NAME = re.compile(r"(\d{1,12})-(\d{1,10})")
-_CRASH = re.compile(rb"(\d{1,10}) (\d{1,10}) (\d{1,2}) (\d{1,12})\n")
+CRASH = re.compile(rb"(\d{1,10}) (\d{1,10}) (\d{1,2}) (\d{1,12})\n")
 
 
 class Unreadable(CaptureFailed):
@@ -73,7 +77,7 @@ class Orphan:
     @property
     def has_memory(self) -> bool:
         """Whether its memory might be kept."""
-        return self.core >= 0 and self.core_fault != NO_MEMORY
+        return self.core >= 0 and self.core_fault not in _NO_CORE
 
     def give_core(self, crash: int, epoch: int) -> None:
         """Move the core to its place among the crash files.
@@ -101,7 +105,7 @@ def read(directory: int) -> Orphan:
     Raises:
         Unreadable: who crashed cannot be told.
     """
-    crash = _CRASH.fullmatch(_read(directory, "crash"))
+    crash = CRASH.fullmatch(_read(directory, "crash"))
     try:
         if not crash:
             raise ValueError("it does not say who crashed")
@@ -117,16 +121,17 @@ def read(directory: int) -> Orphan:
     core = _open(directory, CORE)
     size = os.fstat(core).st_size if core >= 0 else 0
     head = _head(core)
+    core_fault = _core_fault(directory, size, head)
     return Orphan(
         directory=directory,
         process=process,
         signal=number if number <= 64 else 0,
         crashed_at=float(at),
-        facts=_facts(directory, process, maps),
+        facts=_facts(directory, process, maps, LOST if core_fault == LOST else WHY),
         head=head,
         core=core,
         core_size=size,
-        core_fault=_core_fault(directory, size, head),
+        core_fault=core_fault,
         fault=_fault(maps, head),
     )
 
@@ -135,7 +140,7 @@ def _core_fault(directory: int, size: int, head: Head) -> str:
     told = names.text(_read(directory, "end")) if _exists(directory, "end") else "it was killed"
     if not told and head.size is not None and size < head.size:
         told = "the process was killed while it dumped"
-    if not told or told == NO_MEMORY:
+    if not told or told in _NO_CORE:
         return told
     missing = f"{head.size - size} of {head.size} bytes are missing: " if head.size else ""
     return f"{missing}kept by the pipe helper until {told}"
@@ -172,7 +177,7 @@ def _process(directory: int, pid: int) -> Process:
     )
 
 
-def _facts(directory: int, process: Process, maps: bytes) -> Facts:
+def _facts(directory: int, process: Process, maps: bytes, why: str) -> Facts:
     environment = _read(directory, "environ", facts.MAX_ENVIRONMENT + 1)
     if len(environment) > facts.MAX_ENVIRONMENT:
         environment = environment.rpartition(b"\0")[0]  # half a variable may be half a secret
@@ -185,7 +190,7 @@ def _facts(directory: int, process: Process, maps: bytes) -> Facts:
         limits=facts.parse_limits(names.text(_read(directory, "limits"))),
         threads=_threads(_read(directory, "tasks")),
         modules=_modules(maps),
-        notes=(WHY,),
+        notes=(why,),
         resources=Resources(
             status=_read(directory, "status"),
             mounts=_read(directory, "mountinfo"),

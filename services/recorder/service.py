@@ -21,6 +21,7 @@ from services.recorder import (
     core_pattern,
     finishing,
     hardening,
+    left_behind,
     metrics,
     takeover,
 )
@@ -87,6 +88,7 @@ class Recorder:
     def __init__(self, runtime: Runtime, settings: RecorderSettings, letters: DeadLetters) -> None:
         self._health: Health = runtime.health
         self._state = runtime.bus_settings.state
+        self._spool = runtime.bus_settings.spool
         self._settings = settings
         self._letters = letters
         self._shares = _shares(settings)
@@ -108,11 +110,11 @@ class Recorder:
         self._patience = Patience(
             settings, self._plan.mechanism, self._arrivals, self._captures, letters.add
         )
-        self._orphans = Orphans(runtime.bus_settings.spool, self._adopt, letters.add)
+        self._orphans = Orphans(self._spool, self._adopt, letters.add)
         self._watchdogs = Watchdogs(
             self._state, settings.watchdog_deadline, runtime.bus_settings.log_format
         )
-        self._lack_of_room = Lack(runtime.bus_settings.spool, settings.disk_reserve)
+        self._lack_of_room = Lack(self._spool, settings.disk_reserve)
         self._health.watch("spool", self._lack_of_room.fault)
         self._unwind_server = UnwindServer()
         conditions = Conditions.of(
@@ -127,6 +129,7 @@ class Recorder:
 
     def start(self) -> None:
         """Listen, then have the kernel send crashes here."""
+        left_behind.take_over(self._spool)
         self._unwind_server.start()
         self._captures.start()
         self._finishers.start()

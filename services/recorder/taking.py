@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+from crashbus import identity
 from services.common import process as processes
 from services.common import resources
 from services.common.mounts import Mounts
@@ -46,6 +47,7 @@ _LOCAL = {
     *(b"ext2", b"ext3", b"ext4", b"xfs", b"btrfs", b"f2fs", b"bcachefs", b"zfs"),
     *(b"tmpfs", b"squashfs", b"erofs"),
 }
+_NOTED = ("stat", "status", "comm", "cgroup", "cmdline", "limits", "maps", "environ")
 _LONGEST_MAPS = 256 * 1024  # bytes
 _MAPPED = re.compile(rb"^\S+ \S+ \S+ (\S+) [1-9]", re.MULTILINE)  # devices in maps
 _MOUNT = re.compile(rb"^\d+ \d+ (\S+) .*? - (\S+) ", re.MULTILINE)  # device and type
@@ -67,6 +69,7 @@ class Taken:
         may_be: it is small, as far as `Taker.look` sees.
         code: at the program counter, if that is where it faulted.
         files: what it mapped as code, open, by name in proc_pid_map_files(5).
+        note: removes the note about it, until its record is there.
     """
 
     proc: Remembered = field(default_factory=Remembered)
@@ -76,10 +79,18 @@ class Taken:
     code: bytes | None = None
     files: dict[str, int] | None = None
     may_be: bool = False
+    note: Callable[[], None] | None = None
     give_back: list[Callable[[], None]] = field(default_factory=list)
+
+    def is_recorded(self) -> None:
+        """Say that its record is there."""
+        if self.note is not None:
+            self.note()
+            self.note = None
 
     def close(self) -> None:
         """Give back what nobody took."""
+        self.is_recorded()
         for one in self.give_back:
             one()
         self.give_back = []
@@ -106,6 +117,7 @@ class Taker:
         self._unrecorded = unrecorded
         self._largest_core = min(largest_core or _LARGEST_CORE, _LARGEST_CORE)
         self._labels_needed = labels_needed
+        self._boot_id = identity.boot_id().encode()
         self._lock = threading.Lock()
         self._bytes = 0
         self._mounts = Mounts()
@@ -157,13 +169,26 @@ class Taker:
             done = read_at_once(pid, sure, room) if reading.cancelled() else reading.result()
             kept = _read(memory, pieces, room, done)
         # What was read by its PID could be another's.
-        if hold.pid_is_free or not self._unrecorded.begin(pid):
+        if hold.pid_is_free or not self._unrecorded.begin(pid, self._note(pid, hold, taken)):
             raise _TooMuch
-        taken.give_back.append(lambda: self._unrecorded.end(pid))
+        taken.note = lambda: self._unrecorded.end(pid)
         taken.proc.seal()
         hold.memory_was_read = True
         hold.let_go()
         return kept
+
+    def _note(self, pid: int, hold: Hold, taken: Taken) -> dict[str, bytes]:
+        """Return what the next recorder shall know if this one is killed before the record."""
+        proc, head = taken.proc, taken.head
+        assert head is not None
+        signal = head.cause.signal if head.cause else 0
+        return {
+            "crash": b"%d %d %d %d\n" % (pid, pid, signal, hold.arrived_at),
+            "boot_id": self._boot_id,
+            "core": head.raw,
+            **{name: proc.read(f"{pid}/{name}") for name in _NOTED},
+            **{name: proc.link(f"{pid}/{name}") or b"" for name in ("exe", "cwd", "root")},
+        }
 
     def _begin_reading(self, pid: int, sure: list[Piece], room: memoryview) -> Future[int]:
         """Have the second thread read; cancelled if it is not free."""

@@ -51,7 +51,7 @@ async def test_crash_that_was_read_and_has_no_record_yet_is_waited_for(setup: Se
     await until(lambda: deaths_in_hand(setup, 0))
     read, lost = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
     unrecorded = Unrecorded(setup.spool)
-    assert unrecorded.begin(read.pid)
+    assert unrecorded.begin(read.pid, {})
     events = [signal_event(process.pid) for process in (read, lost)]
     for event in events:
         await setup.bus.publish(event)
@@ -70,6 +70,28 @@ async def test_crash_that_was_read_and_has_no_record_yet_is_waited_for(setup: Se
     letters = await setup.bus.stored(DeadLetter)
     assert [one.crash_id for one in letters] == [events[1].crash_id, events[0].crash_id]
     assert {one.reason for one in letters} == {"not_captured"}
+
+
+async def test_crash_that_a_killed_recorder_left_a_note_of_is_not_told_as_missing(
+    setup: Setup,
+) -> None:
+    await setup.collector.start()
+    await setup.collector.healthy()
+    noted, lost = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
+    events = [signal_event(process.pid) for process in (noted, lost)]
+    unrecorded = Unrecorded(setup.spool)
+    crash = b"%d %d 11 %d\n" % (noted.pid, noted.pid, events[0].time)
+    assert unrecorded.begin(noted.pid, {"crash": crash})
+    os.close(unrecorded._file)  # as when it is killed
+
+    for process, event in zip((noted, lost), events, strict=True):
+        process.kill()
+        process.wait()
+        await setup.bus.publish(event)
+    await until(lambda: setup.bus.stored(DeadLetter), 30)
+    await until(lambda: deaths_in_hand(setup, 0), 30)
+
+    assert [one.crash_id for one in await setup.bus.stored(DeadLetter)] == [events[1].crash_id]
 
 
 async def test_crash_that_the_pipe_helper_keeps_is_not_told_as_missing(setup: Setup) -> None:

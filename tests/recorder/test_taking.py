@@ -218,7 +218,7 @@ def test_process_that_is_killed_meanwhile_is_not_taken(
 
 
 def _hold_and_wait(spool: Path, pid: int, ready: "multiprocessing.Queue[bool]") -> None:
-    ready.put(Unrecorded(spool).begin(pid))
+    ready.put(Unrecorded(spool).begin(pid, {}))
     signal.pause()
 
 
@@ -258,7 +258,7 @@ def test_what_another_put_in_the_place_of_the_lock_is_put_aside(tmp_path: Path, 
     unrecorded = Unrecorded(tmp_path)
 
     assert not is_unrecorded(tmp_path, 77)
-    assert unrecorded.begin(77)
+    assert unrecorded.begin(77, {})
     assert is_unrecorded(tmp_path, 77)
     unrecorded.end(77)
     assert not is_unrecorded(tmp_path, 77)

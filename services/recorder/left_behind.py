@@ -1,0 +1,87 @@
+"""Small crashes that a recorder had read whole when it was killed: their memory went with it.
+
+What its note tells of one is laid down as the pipe helper keeps a crash, so that the same code
+makes crash files of both, `orphans`.
+"""
+
+import fcntl
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from crashbus import capture, layout
+from crashbus.capture import UnreadableRecord
+from crashbus.identity import crash_id, start_ticks_in
+from services.common import crash_directory, unrecorded
+from services.common.crash_directory import SpoolUnusable
+from services.recorder import orphans
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+_LINKS = ("exe", "cwd", "root")
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def take_over(spool: Path) -> None:
+    """Make orphans of all notes; before this recorder writes its first one."""
+    try:
+        for note in unrecorded.left_notes(spool):
+            if not _has_record(spool, note):
+                _lay_down(spool, note)
+    except (OSError, SpoolUnusable) as error:
+        log.error("what a killed recorder left behind waits for the next start", error=str(error))
+
+
+def _has_record(spool: Path, note: Mapping[str, bytes]) -> bool:
+    """Tell whether it was killed a moment later, when the record was there."""
+    try:
+        pid = int(note["crash"].split()[0])
+        boot = note["boot_id"].decode("ascii").strip()
+        name = crash_id(boot, pid, start_ticks_in(note["stat"]))
+    except (KeyError, ValueError, IndexError):
+        return False  # `orphans` will say so
+    for place in (spool / str(pid)).glob(f"{layout.Kind.CAPTURE}_*"):
+        with suppress(OSError, UnreadableRecord):
+            file = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if os.fstat(file).st_uid == os.geteuid() and capture.read(file).crash_id == name:
+                    return True
+            finally:
+                os.close(file)
+    return False
+
+
+def _lay_down(spool: Path, note: Mapping[str, bytes]) -> None:
+    crash = orphans.CRASH.fullmatch(note.get("crash", b""))
+    name = f"{int(crash[4])}-{int(crash[1])}" if crash else "0-0"  # which `orphans` will tell of
+    root = crash_directory.open_spool(spool)
+    try:
+        kept = crash_directory.private_directory(layout.ORPHANS, root)
+    finally:
+        os.close(root)
+    try:
+        with suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=kept)
+        directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=kept)
+    finally:
+        os.close(kept)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        for part, content in ({"crash": b"", **note, "end": orphans.LOST.encode()}).items():
+            _write(directory, part, content)
+    finally:
+        os.close(directory)
+
+
+def _write(directory: int, name: str, content: bytes) -> None:
+    """Write a file or link, unless a recorder that did not come to the end of it has."""
+    with suppress(FileExistsError):
+        if name in _LINKS:
+            os.symlink(content, name, dir_fd=directory)
+            return
+        file = os.open(name, _NEW, 0o600, dir_fd=directory)
+        with os.fdopen(file, "wb") as to:
+            to.write(content)
