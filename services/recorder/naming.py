@@ -5,19 +5,32 @@ from contextlib import suppress
 
 import drgn
 
-from services.recorder.backtrace import MANGLED, MAX_TEXT, Frame, LoadedModule
+from services.recorder.backtrace import MANGLED, MAX_TEXT, Frame, LoadedModule, ModuleFile
 from services.recorder.demangling import Demangler
+from services.recorder.go_names import GoNames
+from services.recorder.go_table import Function
 
 _TRAMPOLINES = ("__restore_rt", "__kernel_rt_sigreturn", "runtime.sigreturn")
 _GO_FAULT = "runtime.sigpanic"
 
 
 class Namer:
-    """Names frames of one program."""
+    """Names frames of one program.
 
-    def __init__(self, program: drgn.Program, modules: Sequence[LoadedModule]) -> None:
+    Args:
+        modules: those that the answer tells of.
+        files: those that the process had mapped.
+    """
+
+    def __init__(
+        self,
+        program: drgn.Program,
+        modules: Sequence[LoadedModule],
+        files: Sequence[ModuleFile] = (),
+    ) -> None:
         self._program = program
         self._modules = modules
+        self._go = GoNames(program, files)
         self._demangler = Demangler()
 
     def frames(self, trace: drgn.StackTrace) -> Iterator[Frame]:
@@ -28,6 +41,7 @@ class Namer:
         """
         seen = set()
         called: str | None = None
+        caller: int | None = None
         for position, frame in enumerate(trace):
             try:
                 place = frame.pc, frame.sp
@@ -36,7 +50,11 @@ class Namer:
             if position and not frame.pc:
                 return  # nor is there a function at 0 that called anything
             if place not in seen:
-                named = self._frame(frame, called)
+                if caller and caller != frame.pc and (between := self._go.find(caller - 1)):
+                    yield self._go_frame(caller, between)
+                go = self._go_function(frame, called)
+                caller = self._go_caller(frame, called, go) if go else None
+                named = self._go_frame(frame.pc, go) if go else self._frame(frame, called)
                 called = named.symbol
                 yield named
             if not frame.is_inline:
@@ -68,6 +86,44 @@ class Namer:
             source = f"{location[0]}:{location[1]}"
         return self._made(frame.pc, name, offset, source, frame.is_inline)
 
+    def _go_function(self, frame: drgn.StackFrame, called: str | None) -> Function | None:
+        """Return the Go function of a frame that has no other name."""
+        if frame.function_name:
+            return None
+        with suppress(LookupError):
+            frame.symbol()
+            return None
+        return self._go.find(frame.pc if self._is_exact(frame, called) else frame.pc - 1)
+
+    def _is_exact(self, frame: drgn.StackFrame, called: str | None) -> bool:
+        """Tell whether a Go function stands at the program counter, for nothing was called there.
+
+        A return address is behind a call, and may already be the next function's.
+        """
+        if frame.interrupted or called == _GO_FAULT:
+            return True
+        found = self._go.find(frame.pc)
+        return found is not None and found.entry == frame.pc and _is_trampoline(found.name)
+
+    def _go_caller(
+        self, frame: drgn.StackFrame, called: str | None, function: Function
+    ) -> int | None:
+        """Return to where a Go function returns whose frame tells nothing of it.
+
+        Without debug information drgn follows frame pointers, and a function that calls none sets
+        up none: its caller would be missing.
+        """
+        size = function.stack
+        if size is None or size < 0 or not self._is_exact(frame, called):
+            return None
+        with suppress(LookupError, drgn.FaultError, OverflowError):
+            return int(self._program.read_u64(frame.sp + size))
+        return None
+
+    def _go_frame(self, pc: int, function: Function) -> Frame:
+        offset = pc - function.entry
+        return self._made(pc, function.name, offset, function.source, inlined=False)
+
     def _is_begun(self, pc: int, called: str | None) -> bool:
         """Tell whether a return address is the beginning of the function that it is in.
 
@@ -77,7 +133,7 @@ class Namer:
         """
         with suppress(LookupError):
             found = self._program.symbol(pc)
-            by_hand = called == _GO_FAULT or found.name.startswith(_TRAMPOLINES)
+            by_hand = called == _GO_FAULT or _is_trampoline(found.name)
             return by_hand and bool(found.address == pc)
         return False
 
@@ -109,6 +165,10 @@ class Namer:
     def _module_of(self, pc: int) -> int | None:
         found = (i for i, one in enumerate(self._modules) if one.start <= pc < one.end)
         return next(found, None)
+
+
+def _is_trampoline(name: str) -> bool:
+    return name.startswith(_TRAMPOLINES)
 
 
 def short(text: str) -> str:

@@ -93,7 +93,7 @@ def unwind(request: Request) -> Backtrace:
     program.set_core_dump(request.core)
     _load(program, request.modules)
     modules = list(_modules(program, request.modules))
-    namer = Namer(program, modules)
+    namer = Namer(program, modules, request.modules)
     if request.stacks:  # of a machine whose stacks drgn cannot unwind
         threads = (_walked(program, one, namer) for one in request.stacks)
     else:

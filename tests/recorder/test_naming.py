@@ -23,6 +23,7 @@ class Stopped:
     sp: int
     function_name: str | None = None
     is_inline: bool = False
+    interrupted: bool = False
     found: Symbol | None = None
 
     def symbol(self) -> Symbol:
