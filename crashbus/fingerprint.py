@@ -37,7 +37,9 @@ _RUST_HASH = re.compile(r"(::h|17h)[0-9a-f]{16}E?$")
 _RUST_CRATE = re.compile(r"(?<=C)s[0-9A-Za-z]*_(?=\d)")  # RFC 2603: which of two crates of a name
 _GO_CLOSURE = re.compile(r"(?:(?:\.func|\.gowrap|\.deferwrap|-range)\d+(?:\.\d+)*)+$")
 _GO_RECEIVER = re.compile(r"\.\(\*?([^()*]+)\)\.")
-_LAMBDA = re.compile(r"\{lambda[^{}]*\}|'lambda\d*'|\$_\d+|\{\{closure\}\}|<lambda[^<>]*>")
+_LAMBDA = re.compile(
+    r"\{lambda[^{}]*\}|'lambda\d*'|\$_\d+|\{\{closure\}\}|\{closure#\d+\}|<lambda[^<>]*>"
+)
 _ANONYMOUS = re.compile(r"\(anonymous namespace\)|<unnamed>|_GLOBAL__N_1")
 # Template arguments, parameters, Go's type arguments; not Rust's <Type as Trait>, nor operator[].
 _INNERMOST = re.compile(r"<(?![^<>()]*\{as\})[^<>()]*>|\([^<>()]*\)(?: const)?|\[[^\[\]]+\]")
@@ -53,7 +55,8 @@ _MESSENGERS = frozenset(
     libc_message libc_fatal malloc_printerr restore_rt kernel_vsyscall kernel_rt_sigreturn syscall
     std::terminate cxa_throw cxa_rethrow cxa_pure_virtual
     gnu_cxx::verbose_terminate_handler cxxabiv1::terminate
-    rust_panic rust_begin_unwind rust_start_panic std::process::abort core::option::unwrap_failed
+    rust_panic rust_begin_unwind rust_start_panic rustc::rust_panic rustc::rust_begin_unwind
+    rustc::rust_start_panic std::process::abort core::option::unwrap_failed
     core::option::expect_failed core::result::unwrap_failed
     runtime.raise runtime.dieFromSignal runtime.crash runtime.fatalpanic runtime.gopanic
     runtime.throw runtime.fatalthrow runtime.fatal

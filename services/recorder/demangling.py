@@ -1,4 +1,5 @@
-"""Names of C++ functions as their source has them, and of Rust's, whose older form is the same.
+"""Names of functions as their source has them: of C++, of Rust's older form, which is the same, and
+of its newer one, `rust_names`.
 
 Symbols are an attacker's to write, and each reference in one to an earlier part of it can double
 the name: what has too many of them stays as it is, and so does all that comes when time is up.
@@ -8,6 +9,7 @@ import ctypes
 import re
 import time
 
+from services.recorder import rust_names
 from services.recorder.backtrace import MAX_TEXT
 
 _LONGEST = 4096  # bytes of a symbol
@@ -55,11 +57,12 @@ class Demangler:
 
     def readable(self, symbol: str) -> str | None:
         """Return a function's name and parameters; None: the symbol is its name, or is no such."""
-        if not _is_harmless(symbol):
+        demangled = rust_names.readable if symbol.startswith("_R") else _demangled
+        if len(symbol) > _LONGEST or (demangled is _demangled and not _is_harmless(symbol)):
             return None
         if symbol not in self._known:
             began = time.process_time()
-            self._known[symbol] = _demangled(symbol) if self._left > 0 else None
+            self._known[symbol] = demangled(symbol) if self._left > 0 else None
             self._left -= time.process_time() - began
         return self._known[symbol]
 
@@ -67,7 +70,6 @@ class Demangler:
 def _is_harmless(symbol: str) -> bool:
     return (
         symbol.startswith("_Z")
-        and len(symbol) <= _LONGEST
         and len(_REFERENCE.findall(symbol)) <= _MOST_REFERENCES
         and symbol.count(_PACK) <= _MOST_PACKS
     )

@@ -56,6 +56,8 @@ def of(*symbols: str | None, program: str = "/usr/bin/app", signal: str = "SIGSE
         # Rust: both ways of mangling, each with what one build gives to a name.
         (("<a::A as a::Run>::go::h0123456789abcdef", "m"), ("<a::A as a::Run>::go", "m")),
         (("a::main::{{closure}}::h0123456789abcdef",), ("a::main::{{closure}}",)),
+        (("a::main::{{closure}}::h0123456789abcdef",), ("a::main::{closure#1}",)),
+        (("a::Map<u8>::at<&str>", "m"), ("a::Map<_>::at<u8>", "m")),
         (("_RNvCs7qoMWBoZgYL_3app5parse", "m"), ("_RNvCsaZ1_3app5parse", "m")),
         (("_RNvCs7qoMWBoZgYL_3app5parse", "m"), ("_RNvC3app5parse", "m")),
         (

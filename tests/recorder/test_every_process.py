@@ -6,6 +6,8 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -149,13 +151,25 @@ async def test_thirty_two_bits(recorder: RecorderService, tmp_path: Path) -> Non
     assert "crash_here" in gdb(program, core, "bt")
 
 
+@pytest.fixture(scope="module")
+def go_cache() -> Iterator[dict[str, str]]:
+    """The environment of a Go compiler that compiles its library once for all tests here."""
+    with tempfile.TemporaryDirectory() as own:
+        yield {"GOCACHE": f"{own}/cache", "GOPATH": own, "GO111MODULE": "off"}
+
+
 @by_one_mechanism
-async def test_go_program(recorder: RecorderService, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [(), ("-ldflags=-s -w",), ("-ldflags=-s -w", "-buildmode=pie")], ids=str
+)
+async def test_go_program(
+    recorder: RecorderService, tmp_path: Path, go_cache: dict[str, str], options: tuple[str, ...]
+) -> None:
+    """With symbols and, as usual in containers, without any."""
     need_program("go")
-    own = {"GOCACHE": str(tmp_path / "cache"), "GOPATH": str(tmp_path), "GO111MODULE": "off"}
     program, source = tmp_path / "program", SOURCES / "crash.go"
-    build = ["go", "build", "-buildvcs=false", "-o", program, source]
-    subprocess.run(build, check=True, env=os.environ | own)
+    build = ["go", "build", "-buildvcs=false", *options, "-o", program, source]
+    subprocess.run(build, check=True, env=os.environ | go_cache)
 
     # Without this a Go program that panics exits instead, and nothing has crashed.
     pid, record = await capture(recorder, program, env=os.environ | {"GOTRACEBACK": "crash"})
@@ -178,6 +192,28 @@ async def test_go_program(recorder: RecorderService, tmp_path: Path) -> None:
     at = crashed["frames"][first]
     assert (at["file"], at["line"]) == (str(source), 8)
     assert found["fingerprint_frames"][0] == "main.holder.crashHere"
+
+
+# Its root, a pointer, becomes one that leads nowhere; Rust follows it.
+_RUST = """
+import ctypes, rpds
+broken = rpds.HashTrieMap({"a": 1})
+ctypes.memset(id(broken) + object.__basicsize__, 0x41, 32)
+broken.get("a")
+"""
+
+
+@by_one_mechanism
+async def test_rust(recorder: RecorderService) -> None:
+    pid, _ = await capture(recorder, sys.executable, "-c", _RUST)
+
+    found = json.loads(recorder.file(pid, "backtrace_json").read_bytes())
+    first = found["threads"][0]["frames"][0]
+    assert first["symbol"].startswith("_R")
+    assert first["readable"].startswith("rpds::map::hash_trie_map::HashTrieMap<rpds::Key, pyo3::")
+    assert first["readable"] in recorder.file(pid, "backtrace").read_text()
+    assert found["fingerprint_frames"][0].startswith("rpds::map::hash_trie_map::HashTrieMap::get")
+    assert "rpds::HashTrieMapPy::__pymethod_get__" in found["fingerprint_frames"]
 
 
 @by_one_mechanism
