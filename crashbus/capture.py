@@ -59,6 +59,7 @@ class CaptureRecord(Part):
     code_meaning: str | None = None
     fault_address: int | None = None
     fingerprint: Fingerprint | None = None
+    build_fingerprint: Fingerprint | None = None
     files: dict[FileName, CapturedFile] = Field(default_factory=dict)
     modules: tuple[Module, ...] = ()
     notes: tuple[str, ...] = ()

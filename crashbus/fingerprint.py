@@ -11,7 +11,8 @@ What it cannot even out:
   and Rust it is left out always, because debug information tells its name without its class.
 - A program without symbols has no names to go by. Its functions are told by build ID and
   offset, so that two bugs of it do not look alike: the same bug matches on every host that runs
-  this very build, but in no other build, and not where its debug information is at hand. A
+  this very build, but in no other build, and not where its debug information is at hand: there
+  `of_build` links them. A
   library's function without a name is known by the library alone, since such ones are chosen by
   processor (memcpy).
 """
@@ -86,7 +87,7 @@ class Call:
     Attributes:
         symbol: the function's name; None where it has none.
         module: path of the file that its code is in.
-        place: build ID and offset in it, of a program's function without a name.
+        place: build ID and offset in it, of what is the program's and no library's.
     """
 
     symbol: str | None
@@ -104,8 +105,25 @@ def fingerprint(signal_name: str, program: str, calls: Iterable[Call]) -> str | 
     names = frames(calls)
     if not names:
         return None
-    told = "\n".join(("crashbus fingerprint 1", signal_name, _program(program), *names))
-    return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()[:_DIGITS]
+    return _digest("crashbus fingerprint 1", signal_name, _program(program), *names)
+
+
+def of_build(signal_name: str, calls: Iterable[Call]) -> str | None:
+    """Return what a crash has in common with those at the same place of the same build.
+
+    No name is looked at, so that it links crashes of a stripped program with those where its
+    symbols were at hand, whose `fingerprint` is another.
+
+    Returns:
+        16 hexadecimal digits; None where the program has no build ID or is not on the stack.
+    """
+    places = tuple(islice(dict.fromkeys(call.place for call in calls if call.place), FRAMES))
+    return _digest("crashbus build fingerprint 1", signal_name, *places) if places else None
+
+
+def _digest(*told: str) -> str:
+    text = "\n".join(told).encode("utf-8", "backslashreplace")
+    return hashlib.sha256(text).hexdigest()[:_DIGITS]
 
 
 def frames(calls: Iterable[Call]) -> tuple[str, ...]:

@@ -139,6 +139,11 @@ class Manifest(PlacedMessage):
     fingerprint: Fingerprint | None = Field(
         None, description="the same for crashes of the same bug, on all hosts and builds"
     )
+    build_fingerprint: Fingerprint | None = Field(
+        None,
+        description="the same for crashes at the same place of the same build of a program, "
+        "whether symbols were at hand or not",
+    )
     files: tuple[CrashFile, ...] = Field(max_length=1024)
     modules: tuple[Module, ...] = Field(
         (),

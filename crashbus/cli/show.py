@@ -110,6 +110,8 @@ def _head(crash: Crash) -> Iterator[tuple[str, str]]:
         yield "fault address", f"{source.fault_address:#x}"
     if crash.manifest and crash.manifest.fingerprint:
         yield "fingerprint", crash.manifest.fingerprint
+    if crash.manifest and crash.manifest.build_fingerprint:
+        yield "of this build", crash.manifest.build_fingerprint
     for note in crash.manifest.notes if crash.manifest else ():
         yield "note", note
 

@@ -146,6 +146,7 @@ class Entering:
             crash = self._ledger.get(record.crash_id) or self._from_record(record)
             # AppScope's files of the same crash may have been entered first.
             crash.fingerprint = record.fingerprint or crash.fingerprint
+            crash.build_fingerprint = record.build_fingerprint or crash.build_fingerprint
         elif process is not None:
             name = crash_id(process.boot_id, process.pid, process.start_ticks)
             crash = self._ledger.get(name) or self._from_files(name, process, found)

@@ -77,6 +77,7 @@ class Crash(BaseModel):
     code_meaning: str | None = None
     fault_address: int | None = None
     fingerprint: Fingerprint | None = None
+    build_fingerprint: Fingerprint | None = None
     destinations: tuple[str, ...] = ()
     notes: list[str] = Field(default_factory=list)
     sources: dict[str, Source] = Field(default_factory=dict)
@@ -110,6 +111,7 @@ class Crash(BaseModel):
             code_meaning=self.code_meaning,
             fault_address=self.fault_address,
             fingerprint=self.fingerprint,
+            build_fingerprint=self.build_fingerprint,
             files=tuple(s.file for s in self.in_order() if s.file is not None),
             modules=self.modules,
             destinations=self.destinations,

@@ -59,6 +59,7 @@ def _complete(recording: Recording, trace: Backtrace, modules: tuple[Module, ...
         update={
             "state": "complete",
             "fingerprint": _fingerprint(recording, trace),
+            "build_fingerprint": fingerprint.of_build(recording.record.signal_name, trace.calls()),
             "files": recording.files,
             "modules": modules,
             "notes": tuple(recording.notes),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crashbus.fingerprint import FRAMES, Call, fingerprint, frames, normalise
+from crashbus.fingerprint import FRAMES, Call, fingerprint, frames, normalise, of_build
 
 
 def of(*symbols: str | None, program: str = "/usr/bin/app", signal: str = "SIGSEGV") -> str | None:
@@ -137,6 +137,18 @@ def test_program_s_function_without_a_name_is_known_by_its_place() -> None:
 
     assert fingerprint("SIGSEGV", "app", one) == fingerprint("SIGSEGV", "app", moved)
     assert fingerprint("SIGSEGV", "app", one) != fingerprint("SIGSEGV", "app", other)
+
+
+def test_build_is_told_by_places_in_the_program_alone() -> None:
+    libc = Call("raise", "/lib/libc.so.6")
+    named = [libc, Call("parse", "/bin/app", "ab+1"), Call("main", "/bin/app", "ab+2")]
+    bare = [Call(None, "/lib/libc.so.6"), *(Call(None, "/bin/app", f"ab+{n}") for n in "12")]
+    other = [libc, Call("parse", "/bin/app", "ab+3"), Call("main", "/bin/app", "ab+2")]
+
+    assert of_build("SIGSEGV", named) == of_build("SIGSEGV", bare) is not None
+    assert of_build("SIGSEGV", named) != of_build("SIGABRT", named)
+    assert of_build("SIGSEGV", named) != of_build("SIGSEGV", other)
+    assert of_build("SIGSEGV", [libc]) is None
 
 
 def test_base_of_a_stack_does_not_count_whether_it_has_symbols_or_not() -> None:

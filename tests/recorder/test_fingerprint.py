@@ -193,6 +193,29 @@ async def test_stripped_program_is_known_by_its_build(
     assert first != other
 
 
+async def test_stripped_program_is_linked_with_the_same_build_with_symbols(
+    recorder_with: MakeRecorder, tmp_path: Path, debug_directory: Path
+) -> None:
+    recorder = recorder_with()
+    await recorder.start()
+    whole = build_cpp(tmp_path / "x", "-g", "-O2", "-DCONTENT=int")
+    bare = stripped(whole, debug_directory)
+    rebuilt = build_cpp(tmp_path / "y", "-g", "-O1", "-DCONTENT=int")
+    commands = [(whole,), (bare,), (bare, "another class"), (rebuilt,)]
+
+    found = []
+    for command in commands:
+        pid, _ = crash(*command)
+        found.append(await recorder.captured(pid))
+
+    with_symbols, without, other, another_build = found
+    assert with_symbols.fingerprint != without.fingerprint
+    assert with_symbols.build_fingerprint == without.build_fingerprint is not None
+    assert other.build_fingerprint not in (None, without.build_fingerprint)
+    assert another_build.fingerprint == with_symbols.fingerprint
+    assert another_build.build_fingerprint not in (None, with_symbols.build_fingerprint)
+
+
 async def test_another_bug_of_the_same_program_does_not_match(
     recorder_with: MakeRecorder, tmp_path: Path
 ) -> None:
