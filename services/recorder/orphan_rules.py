@@ -4,11 +4,13 @@ The helper is a small C program, so its rules are lines of ``<key> <value>``, an
 does not understand for a word against keeping any memory; services/recorder/helper/orphan.c.
 """
 
+import os
 import pwd
 from collections.abc import Iterator
 from pathlib import Path
 
 from crashbus import layout
+from services.recorder.chain import Handler
 from services.recorder.core_policy import Rule
 from services.recorder.settings import RecorderSettings
 
@@ -17,11 +19,12 @@ MOST = 64  # crashes kept; of more the helper tells in the kernel's log
 _WITHIN = 60  # seconds for which the helper holds a process at most
 
 
-def text(spool: Path, settings: RecorderSettings) -> str:
+def text(spool: Path, settings: RecorderSettings, handler: Handler | None = None) -> str:
     """Return the rules that these settings make.
 
     Args:
         spool: without symbolic links.
+        handler: gets each such crash, too.
     """
     lines = [
         f"directory {spool / layout.ORPHANS}",
@@ -30,8 +33,15 @@ def text(spool: Path, settings: RecorderSettings) -> str:
         f"most {MOST}",
         f"seconds {min(_WITHIN, max(1, round(settings.hold_deadline)))}",
         *_off(settings),
+        *_handler(settings, handler),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _handler(settings: RecorderSettings, handler: Handler | None) -> Iterator[str]:
+    if handler is not None:
+        words = handler.order(max(1, round(settings.chain_deadline))).split(b"\0")[:-1]
+        yield f"handler {os.fsdecode(b' '.join(words))}"  # no word holds a space
 
 
 def _off(settings: RecorderSettings) -> Iterator[str]:

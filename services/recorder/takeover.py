@@ -64,7 +64,7 @@ class Takeover:
         """Leave rules for the time when no recorder is there."""
         place = self._helper.with_name(orphan_rules.NAME)
         try:
-            rules = orphan_rules.text(orphans.prepare(), self._settings)
+            rules = orphan_rules.text(orphans.prepare(), self._settings, self.former)
             place.write_text(rules, errors="surrogateescape")
         except (OSError, SpoolUnusable) as error:
             # As before there were any: such a crash is a visible gap.

@@ -313,3 +313,70 @@ def test_order_leaves_the_kernels_arguments_to_the_helper() -> None:
 def test_pattern_without_a_handler_is_refused(pattern: str) -> None:
     with pytest.raises(CannotChain):
         Handler.parse(pattern)
+
+
+async def without_a_recorder(
+    recorder_with: MakeRecorder, pattern: str, **settings: object
+) -> RecorderService:
+    """Start a recorder that chains and kill it: its pipe helper is left alone."""
+    recorder = await chained(recorder_with, pattern, **settings)
+    recorder.kill()
+    await until(lambda: "core_pattern stays" in recorder.log)
+    return recorder
+
+
+async def test_handler_gets_what_the_helper_keeps_while_there_is_no_recorder(
+    recorder_with: MakeRecorder, former: Former, tmp_path: Path
+) -> None:
+    pattern = former.pattern("keeps", "%P %u %g -s%s  %c %h %e %E %i %I %d %F %% f%f %")
+    core_pattern.set_pattern(pattern)
+    program = Path(shutil.copy(crasher("null_pointer"), tmp_path / "a b %P"))
+    first = crash_for(former, program)
+    by_kernel = await former.kept(first.pid)
+    await ended(first)
+    recorder = await without_a_recorder(recorder_with, pattern)
+
+    second = crash_for(former, program)
+    by_us = await former.kept(second.pid)
+
+    assert await ended(second) == signal.SIGSEGV
+    assert _same(by_us, second.pid) == _same(by_kernel, first.pid)
+    assert by_us["executable"] == str(program)  # its /proc was still there
+    await recorder.start()
+    await recorder.captured(second.pid)
+    core = former.core(second.pid)
+    assert core.read_bytes() == recorder.file(second.pid, "core").read_bytes()
+    assert recorder.stop() == 0
+    assert core_pattern.current() == pattern
+
+
+@pytest.mark.parametrize("how", ["hangs", "dies"])
+async def test_handler_that_misbehaves_holds_nobody_while_there_is_no_recorder(
+    recorder_with: MakeRecorder, former: Former, how: str
+) -> None:
+    recorder = await without_a_recorder(
+        recorder_with, former.pattern(how), recorder_chain_deadline=1
+    )
+
+    process = crash_for(former)
+
+    assert await ended(process) == signal.SIGSEGV
+    await until(lambda: not former.processes(process.pid))
+    await recorder.start()
+    record = await recorder.captured(process.pid)
+    assert not any(file.truncated for file in record.files.values())
+
+
+async def test_handler_gets_no_memory_that_nobody_may_keep_while_there_is_no_recorder(
+    recorder_with: MakeRecorder, former: Former
+) -> None:
+    recorder = await without_a_recorder(
+        recorder_with, former.pattern("keeps"), recorder_core_off="executable=*/null_pointer"
+    )
+
+    process = crash_for(former)
+
+    assert await ended(process) == signal.SIGSEGV
+    await recorder.start()
+    await recorder.captured(process.pid)
+    assert not (former.place / str(process.pid) / "kept").exists()

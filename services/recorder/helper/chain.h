@@ -11,4 +11,11 @@
  */
 int chain(int recorder, char **expanded);
 
+/* Start it for a crash that was kept because there is no recorder; orphan.h.
+ *
+ * `handler` is "<seconds> <word> <word> …", as above with spaces for NULs. Returns what went wrong,
+ * or NULL.
+ */
+const char *chain_kept(char *handler, int core, char **expanded);
+
 #endif

@@ -9,7 +9,8 @@
  * The recorder greets who connects with a byte. Without that nothing is handed over, because it
  * could not be taken back from a recorder that stands still; the crash is kept as an orphan.
  *
- * With a "+" it stays, and starts another handler once the recorder is done, see chain.h.
+ * With a "+" it stays, and starts another handler once the recorder is done, see chain.h; also when
+ * it has kept the crash because there is no recorder.
  */
 #include <fcntl.h>
 #include <poll.h>
@@ -26,17 +27,19 @@
 enum { ARGUMENTS = 6, MESSAGE = 128, SECONDS = 10 };
 
 /* There is nobody else to tell: standard error leads nowhere. */
-static int fail(const char *pid, const char *what) {
+static int tell(const char *pid, const char *what, const char *why) {
     char line[256];
     int kmsg = open("/dev/kmsg", O_WRONLY | O_CLOEXEC);
-    int size = snprintf(line, sizeof line, "crashbus: crash of PID %.20s not captured: %s: %m\n",
-                        pid, what);
+    int size = snprintf(line, sizeof line, "crashbus: crash of PID %.20s %s: %s: %m\n", pid, what,
+                        why);
     if (kmsg >= 0 && size > 0) {
         ssize_t ignored = write(kmsg, line, (size_t)size);
         (void)ignored;
     }
     return 1;
 }
+
+static int fail(const char *pid, const char *why) { return tell(pid, "not captured", why); }
 
 /* Blocks while the recorder's backlog is full, but never for ever. */
 static int connect_to(const char *path) {
@@ -84,6 +87,10 @@ int main(int count, char **arguments) {
     if (fd >= 0 && is_greeted(fd) && hand_over(fd, text, (size_t)size) == 0)
         return count > ARGUMENTS ? chain(fd, arguments + ARGUMENTS + 1) : 0;
     if (fd >= 0) close(fd);
-    const char *fault = keep_orphan(arguments[0], text, pid, arguments[3], arguments[5]);
-    return fault ? fail(pid, fault) : 0;
+    struct kept kept = {.core = -1};
+    const char *fault = keep_orphan(arguments[0], text, pid, arguments[3], arguments[5], &kept);
+    if (fault) return fail(pid, fault);
+    if (count == ARGUMENTS || !kept.handler || kept.core < 0) return 0;
+    fault = chain_kept(kept.handler, kept.core, arguments + ARGUMENTS + 1);
+    return fault ? tell(pid, "not given to the former handler", fault) : 0;
 }

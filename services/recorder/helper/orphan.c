@@ -45,7 +45,8 @@ static struct {
     bool head_only; /* no memory of anybody's */
     struct timespec end;
     const char *fault;
-} job;
+    struct kept kept;
+} job = {.kept = {.core = -1}};
 
 static bool is_over(void) {
     struct timespec now;
@@ -75,6 +76,7 @@ static bool is_general(const char *key, char *value) {
     else if (!strcmp(key, "limit")) job.limit = strtoull(value, NULL, 10);
     else if (!strcmp(key, "reserve")) job.reserve = strtoull(value, NULL, 10);
     else if (!strcmp(key, "most")) job.most = (unsigned)strtoul(value, NULL, 10);
+    else if (!strcmp(key, "handler")) job.kept.handler = value;
     else if (!strcmp(key, "seconds")) job.seconds = (unsigned)strtoul(value, NULL, 10);
     else return false;
     return true;
@@ -102,13 +104,22 @@ static bool is_in_container(const char *cgroup, const char *begin) {
     return false;
 }
 
+/* Tell whether a command line, of arguments that each end with a NUL, has one of this form. */
+static bool has_argument(const char *form, const char *arguments, size_t size) {
+    for (const char *at = arguments; at < arguments + size; at += strlen(at) + 1)
+        if (!fnmatch(form, at, FNM_NOESCAPE)) return true;
+    return false;
+}
+
 /* Tell whether a rule that follows "off" is about this process. One that is not understood is:
  * memory that nobody may keep must not be kept by mistake. */
-static bool fits(char *rule, const char *executable, const char *user, const char *cgroup) {
+static bool fits(char *rule, const char *executable, const char *user, const char *cgroup,
+                 const char *arguments, size_t size) {
     char *value = strchr(rule, ' ');
     if (value) *value++ = '\0';
     if (!strcmp(rule, "containers")) return is_in_container(cgroup, "");
     if (value && !strcmp(rule, "executable")) return !fnmatch(value, executable, FNM_NOESCAPE);
+    if (value && !strcmp(rule, "argument")) return has_argument(value, arguments, size);
     if (value && !strcmp(rule, "user")) return !strcmp(value, user);
     if (value && !strcmp(rule, "container")) return is_in_container(cgroup, value);
     return true;
@@ -116,12 +127,13 @@ static bool fits(char *rule, const char *executable, const char *user, const cha
 
 /* Decide what may be kept of a process, before a byte of its memory is. */
 static void apply_rules(int process, int thread) {
-    static char status[MAX_SMALL], cgroup[MAX_SMALL], executable[PATH_MAX];
+    static char status[MAX_SMALL], cgroup[MAX_SMALL], executable[PATH_MAX], arguments[MAX_SMALL];
     char user[16] = "";
     read_at(process, "status", status, sizeof status);
     read_at(process, "cgroup", cgroup, sizeof cgroup);
     const char *line = strstr(status, "\nUid:");
     if (line) sscanf(line, "\nUid: %15s", user);
+    size_t told = read_at(thread, "cmdline", arguments, sizeof arguments);
     ssize_t size = readlinkat(thread, "exe", executable, sizeof executable - 1);
     if (size > 0) executable[size] = '\0';
     else if ((size = (ssize_t)read_at(process, "comm", executable, sizeof executable)) > 0)
@@ -131,7 +143,7 @@ static void apply_rules(int process, int thread) {
         char *value = strchr(rule, ' ');
         if (value) *value++ = '\0';
         if (!*rule || (value && is_general(rule, value))) continue;
-        if (!value || strcmp(rule, "off") || fits(value, executable, user, cgroup))
+        if (!value || strcmp(rule, "off") || fits(value, executable, user, cgroup, arguments, told))
             job.head_only = true;
     }
 }
@@ -334,11 +346,13 @@ static void *keep(void *unused) {
     append(proc, "sys/kernel/random/boot_id", boot, PAGE);
     copy_facts(process, thread, directory);
     write_file(directory, "end", copy_core(directory));
+    if (!job.head_only) job.kept.core = openat(directory, "core", O_RDONLY | O_CLOEXEC);
+    close(directory); /* the next recorder may have it */
     return NULL;
 }
 
 const char *keep_orphan(const char *helper, const char *crash, const char *pid, const char *tid,
-                        const char *time) {
+                        const char *time, struct kept *kept) {
     pthread_t thread;
     job.crash = crash, job.pid = pid, job.tid = tid, job.time = time;
     job.seconds = 60;
@@ -352,7 +366,10 @@ const char *keep_orphan(const char *helper, const char *crash, const char *pid, 
     struct timespec end = job.end;
     for (int i = 0; i < 2; i++) {
         end.tv_sec += GRACE;
-        if (!pthread_clockjoin_np(thread, NULL, CLOCK_MONOTONIC, &end)) return job.fault;
+        if (!pthread_clockjoin_np(thread, NULL, CLOCK_MONOTONIC, &end)) {
+            *kept = job.kept;
+            return job.fault;
+        }
         close(STDIN_FILENO);
     }
     return "the recorder took nothing, and the disk does not answer";
