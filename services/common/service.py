@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import sys
 import threading
@@ -123,6 +124,8 @@ def run(name: str, settings_class: type[S], work: Work[S], http: Callable[[S], s
     except SettingsError as error:
         sys.stderr.write(f"crashbus {name}: {error}\n")
         sys.exit(EXIT_SETTINGS)
+    # Our memory holds keys, and whoever has core_pattern instead of us may keep it.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return_large_blocks()
     logs.configure(bus_settings.log_level, bus_settings.log_format, name)
     runtime = Runtime(name, bus_settings, Health())

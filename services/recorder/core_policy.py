@@ -16,7 +16,10 @@ from typing import Self
 
 from crashbus.parts import Process
 
+# All of them are started as ``python -m services.<one>``.
+SERVICES = ("detector", "recorder", "collector", "shipper")
 LOOP_SECONDS = 60.0
+_FIELDS = ("executable", "argument", "user", "container", "label")
 _MAX_PROGRAMS = 10_000  # remembered; the one that crashed longest ago is forgotten
 
 
@@ -38,12 +41,17 @@ class Decision:
 
 @dataclass(frozen=True)
 class Rule:
-    """Processes that leave no core: ``executable=/usr/bin/vault*``, ``user=postgres``,
-    ``container=<ID, or its beginning>``, ``label=<name>`` or ``label=<name>=<value>``.
+    """Processes that leave no core: ``executable=/usr/bin/vault*``, ``argument=*/vault.py``,
+    ``user=postgres``, ``container=<ID, or its beginning>``, ``label=<name>`` or
+    ``label=<name>=<value>``.
+
+    Attributes:
+        setting: who made it.
     """
 
     field: str
     pattern: str
+    setting: str = "CRASHBUS_RECORDER_CORE_OFF"
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -53,10 +61,10 @@ class Rule:
             ValueError: it is none.
         """
         field, sign, pattern = text.strip().partition("=")
-        if field not in ("executable", "user", "container", "label") or not sign or not pattern:
+        if field not in _FIELDS or not sign or not pattern:
             raise ValueError(
-                f"{text.strip()!r} is no rule: executable=PATTERN, user=NAME, container=ID or "
-                "label=NAME"
+                f"{text.strip()!r} is no rule: executable=PATTERN, argument=PATTERN, user=NAME, "
+                "container=ID or label=NAME"
             )
         return cls(field, pattern)
 
@@ -65,6 +73,8 @@ class Rule:
         match self.field:
             case "executable":
                 return fnmatchcase(process.executable or process.comm, self.pattern)
+            case "argument":
+                return any(fnmatchcase(one, self.pattern) for one in process.command_line)
             case "user":
                 return self.pattern in (username, str(process.uid))
             case "container":
@@ -75,6 +85,13 @@ class Rule:
                 name, sign, value = self.pattern.partition("=")
                 found = process.container.labels.get(name) if process.container else None
                 return found is not None and (not sign or found == value)
+
+
+# Crashbus's own processes, which hold the keys of bus and destinations.
+OWN = tuple(
+    Rule("argument", pattern, "CRASHBUS_RECORDER_OWN_CORES")
+    for pattern in (*(f"services.{one}" for one in SERVICES), "*/bin/crashbus")
+)
 
 
 class CorePolicy:
@@ -115,7 +132,7 @@ class CorePolicy:
             if rule.fits(process, username):
                 return Decision(
                     Extent.NOTHING,
-                    f"no core for {rule.field}={rule.pattern} (CRASHBUS_RECORDER_CORE_OFF)",
+                    f"no core for {rule.field}={rule.pattern} ({rule.setting})",
                 )
         if self.asks_for_labels and process.container and process.container.name is None:
             return Decision(

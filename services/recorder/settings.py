@@ -9,7 +9,7 @@ from pydantic_settings import SettingsConfigDict
 from crashbus import destination
 from services.common import s3_endpoint
 from services.common.settings import Settings, prefix_of
-from services.recorder.core_policy import Rule
+from services.recorder.core_policy import OWN, Rule
 from services.recorder.debug_sources import S3, Sources
 
 _BUILT_HELPER = Path(__file__).parents[2] / "build" / "corepipe"
@@ -41,8 +41,14 @@ class RecorderSettings(Settings):
     core_off: str = Field(
         "",
         description="who leaves no core, only its backtrace, separated by commas: "
-        "executable=/usr/bin/vault*, user=postgres, container=ID or its beginning, label=NAME or "
-        "label=NAME=VALUE (with CRASHBUS_RECORDER_RUNTIME_SOCKET)",
+        "executable=/usr/bin/vault*, argument=*/vault.py (any on the command line), user=postgres, "
+        "container=ID or its beginning, label=NAME or label=NAME=VALUE (with "
+        "CRASHBUS_RECORDER_RUNTIME_SOCKET)",
+    )
+    own_cores: bool = Field(
+        False,
+        description="whether Crashbus's own services and commands leave cores, too; these hold "
+        "the keys of bus and destinations",
     )
     loop_burst: int = Field(
         100,
@@ -231,8 +237,9 @@ class RecorderSettings(Settings):
 
     @property
     def core_off_rules(self) -> tuple[Rule, ...]:
-        """The rules of `core_off`."""
-        return tuple(Rule.parse(one) for one in self.core_off.split(",") if one.strip())
+        """The rules of `core_off`, and those about ourselves."""
+        given = tuple(Rule.parse(one) for one in self.core_off.split(",") if one.strip())
+        return given if self.own_cores else (*given, *OWN)
 
     @field_validator("core_to")
     @classmethod

@@ -1,19 +1,32 @@
 """Who leaves a core, and how much of it."""
 
+import asyncio
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from crashbus import layout
 from crashbus.parts import Container, Process
 from services.recorder import core_policy
 from services.recorder.core_policy import CorePolicy, Extent, Rule
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
 from tests.support.recorder import crash
+from tests.support.wait import until
 
 
 def process(
-    executable: str = "/bin/x", uid: int = 0, container: str = "", label: str | None = None
+    executable: str = "/bin/x",
+    uid: int = 0,
+    container: str = "",
+    label: str | None = None,
+    arguments: tuple[str, ...] = (),
 ) -> Process:
     labels = {} if label is None else {"vault": label}
     return Process(
@@ -25,6 +38,7 @@ def process(
         gid=0,
         comm="x",
         executable=executable,
+        command_line=arguments,
         container=Container(
             id=container,
             runtime="docker",
@@ -41,6 +55,8 @@ def process(
     [
         ("executable=/usr/bin/vault*", process("/usr/bin/vault-1"), process("/opt/usr/bin/vault")),
         ("executable=*/vault", process("/opt/vault"), process("/opt/vaults")),
+        ("argument=*/vault.py", process(arguments=("py", "/a/vault.py")), process("/a/vault.py")),
+        ("argument=x", process(arguments=("x",)), process(arguments=("xx", "x=x"))),
         ("user=1000", process(uid=1000), process(uid=100)),
         ("user=alice", process(uid=1000), process(uid=0)),
         ("container=abc", process(container="abcdef"), process(container="xabc")),
@@ -140,3 +156,67 @@ async def test_wrong_rule_is_told_at_the_start(recorder_with: MakeRecorder) -> N
 
     with pytest.raises(RuntimeError, match="'program=x' is no rule"):
         await recorder.start()
+
+
+_SECRET = "wJalrXUtnFEMI-correct-horse-battery"
+
+
+def start_shipper(log: Path) -> subprocess.Popen[bytes]:
+    """A real one, which waits for a bus."""
+    settings = {
+        "NATS_URL": "nats://127.0.0.1:1",
+        "NATS_PASSWORD": _SECRET,
+        "DESTINATIONS": "s3://crashes",
+        "SHIPPER_S3_ACCESS_KEY": "access",
+        "SHIPPER_S3_SECRET_KEY": _SECRET,
+        "SHIPPER_HTTP": "",
+    }
+    environment = os.environ | {f"CRASHBUS_{name}": value for name, value in settings.items()}
+    with log.open("wb") as file:
+        command = [sys.executable, "-m", "services.shipper"]
+        return subprocess.Popen(command, env=environment, stderr=file)
+
+
+@pytest.mark.parametrize("own_cores", [False, True])
+async def test_service_that_holds_keys_leaves_a_backtrace_and_no_core(
+    recorder_with: MakeRecorder, tmp_path: Path, own_cores: bool
+) -> None:
+    recorder = recorder_with(recorder_own_cores=own_cores)
+    await recorder.start()
+    shipper = start_shipper(tmp_path / "log")
+    await until(lambda: "started" in (tmp_path / "log").read_text())
+    limits = Path(f"/proc/{shipper.pid}/limits").read_text()
+
+    shipper.send_signal(signal.SIGSEGV)
+    assert await asyncio.to_thread(shipper.wait, 60) == -signal.SIGSEGV
+
+    record = await recorder.captured(shipper.pid)
+    files = list((recorder.spool / str(shipper.pid)).iterdir())
+    assert any(_SECRET.encode() in file.read_bytes() for file in files) is own_cores
+    assert any(file.name.startswith("core_") for file in files) is own_cores
+    assert any("OWN_CORES" in note for note in record.notes) is not own_cores
+    assert "--- python" in recorder.file(shipper.pid, "backtrace").read_text()
+    # Nor does it where somebody else has core_pattern.
+    assert re.search(r"Max core file size +0 +0 ", limits)
+
+
+@pytest.mark.parametrize("own_cores", [False, True])
+async def test_service_that_holds_keys_leaves_no_core_while_there_is_no_recorder(
+    recorder_with: MakeRecorder, tmp_path: Path, own_cores: bool
+) -> None:
+    recorder = recorder_with(recorder_mechanism="pipe", recorder_own_cores=own_cores)
+    await recorder.start()
+    recorder.kill()
+    await until(lambda: "core_pattern stays" in recorder.log)
+    shipper = start_shipper(tmp_path / "log")
+    await until(lambda: "started" in (tmp_path / "log").read_text())
+
+    shipper.send_signal(signal.SIGSEGV)
+    assert await asyncio.to_thread(shipper.wait, 60) == -signal.SIGSEGV
+
+    (orphan,) = (recorder.spool / layout.ORPHANS).glob(f"*-{shipper.pid}")
+    assert (_SECRET.encode() in (orphan / "core").read_bytes()) is own_cores
+    await recorder.start()
+    await recorder.captured(shipper.pid)
+    kept = list((recorder.spool / str(shipper.pid)).glob("core_*"))
+    assert bool(kept) is own_cores

@@ -17,6 +17,7 @@ import pytest
 from crashbus import Bus, DeadLetter, layout
 from crashbus.identity import crash_id
 from services.recorder import orphan_rules
+from services.recorder.core_policy import SERVICES
 from services.recorder.settings import RecorderSettings
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_capture import frames, gdb
@@ -238,6 +239,9 @@ def test_directory_that_others_can_enter_gets_nothing(tmp_path: Path, sleeper: i
     [
         ("off executable /usr/bin/vault*", True),
         ("off executable */sleep", False),
+        ("off argument 60", True),
+        ("off argument 6?0", False),
+        ("off argument */sleep", False),
         ("off user 65534", True),
         ("off user 0", False),
         ("off container abc", True),
@@ -300,4 +304,6 @@ def test_rules_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         *("directory /spool/.orphans", "limit 5", "reserve 25", "most 64", "seconds 60"),
         *("off executable /usr/bin/vault*", "off user 0", "off user 7", "off container ab"),
         "off containers",
+        *(f"off argument services.{one}" for one in SERVICES),
+        "off argument */bin/crashbus",
     ]
