@@ -121,7 +121,7 @@ async def test_many_foreign_names_hide_no_crash_file(setup: Setup) -> None:
     process = crash(setup)
     directory = setup.spool / str(process.pid)
     await until(directory.exists)
-    for number in range(5_000):
+    for number in range(20_000):  # more than inotify(7) queues
         (directory / f"x{number}").touch()
     process.wait()
     (manifest,) = await reports(setup)

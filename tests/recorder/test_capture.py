@@ -415,7 +415,7 @@ async def test_environment_and_arguments_of_a_mebibyte_do_not_hurt(
     environment = {f"V{number}": "x" * 100_000 for number in range(10)}
 
     pid, record = await capture(
-        recorder, crasher("null_pointer"), *["y" * 100_000] * 8, env=environment
+        recorder, crasher("null_pointer"), *["y" * 100_000] * 10, env=environment
     )
 
     assert recorder.file(pid, "snapshot").stat().st_size < 1024 * 1024
