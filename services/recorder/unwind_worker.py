@@ -139,16 +139,22 @@ def _load(program: drgn.Program, files: Iterable[ModuleFile]) -> None:
 
 
 def _file_of(module: drgn.Module, files: Iterable[ModuleFile]) -> ModuleFile | None:
-    bounds = module.address_range
+    bounds = _bounds(module)
     for file in files:
         if (bounds and file.start <= bounds[0] < file.end) or module.name == file.path:
             return file
     return None
 
 
+def _bounds(module: drgn.Module) -> tuple[int, int] | None:
+    """Return where a module begins and ends; between its parts there may be gaps, for alignment."""
+    parts = module.address_ranges
+    return (min(low for low, _ in parts), max(high for _, high in parts)) if parts else None
+
+
 def _modules(program: drgn.Program, files: Iterable[ModuleFile]) -> Iterator[LoadedModule]:
     for module in program.modules():
-        bounds = module.address_range
+        bounds = _bounds(module)
         if not bounds:
             continue
         found = _file_of(module, files)

@@ -204,6 +204,27 @@ broken.get("a")
 
 
 @by_one_mechanism
+async def test_library_with_gaps_between_its_parts(
+    recorder: RecorderService, tmp_path: Path
+) -> None:
+    """As alignment leaves them, or tools that change libraries, in many Python packages."""
+    (tmp_path / "part.c").write_text("int crash_here(int *at) { return *at + 1; }")
+    (tmp_path / "main.c").write_text("int crash_here(int *); int main() { return crash_here(0); }")
+    library, program = tmp_path / "libpart.so", tmp_path / "program"
+    gaps = ["gcc", "-g", "-shared", "-fPIC", "-Wl,-z,max-page-size=0x200000"]
+    subprocess.run([*gaps, "-o", library, tmp_path / "part.c"], check=True)
+    subprocess.run(["gcc", "-g", "-o", program, tmp_path / "main.c", library], check=True)
+
+    pid, _ = await capture(recorder, program)
+
+    lines = recorder.file(pid, "backtrace").read_text()
+    assert [name for _, _, name in frames(lines)][:2] == ["crash_here", "main"]
+    found = json.loads(recorder.file(pid, "backtrace_json").read_bytes())
+    first = found["threads"][0]["frames"][0]
+    assert found["modules"][first["module"]]["path"] == str(library)
+
+
+@by_one_mechanism
 async def test_rust(recorder: RecorderService) -> None:
     pid, _ = await capture(recorder, sys.executable, "-c", _RUST)
 
