@@ -164,7 +164,10 @@ def test_odd_cores_are_kept_as_they_come(
         assert (told, (kept / "core").read_bytes()) == ("", core)
 
 
-KEYS = ("limit", "reserve", "most", "off", "off executable", "off user", "off container", "")
+KEYS = (
+    *("limit", "reserve", "most", "handler", "off", "off executable", "off argument", "off user"),
+    *("off container", ""),
+)
 VALUES = ("", "[", "*" * 30 + "x", "f" * 70, "-1", "9" * 40, " ", "%n")
 
 
@@ -214,3 +217,22 @@ def test_orders_of_any_kind_leave_it_standing_and_held_for_no_longer(
             assert said == b"exit 0\n", order
         else:
             assert said.startswith(b"error ") or not said, order
+
+
+HANDLERS = {
+    **dict.fromkeys(("", "5", "5 ", " ", "5 /bin/true", "5 /bin/true %", "x" * 600), 1),
+    **dict.fromkeys(("5 /bin/true % % %", "5 " + "x " * 200, "5 /no/such % %", "5  % %"), 1),
+    **dict.fromkeys((f"{seconds} /bin/sleep % %" for seconds in ("-5", "0", "-" + "9" * 20)), 1),
+    **dict.fromkeys((f"{seconds} /bin/true % %" for seconds in ("5", "2147484", "9" * 20)), 0),
+}
+
+
+def test_handlers_of_any_kind_leave_it_standing_and_held_for_no_longer(
+    helper: Path, orphans: Path
+) -> None:
+    path, pid, tid, number, _ = me()
+    for moment, (handler, status) in enumerate(HANDLERS.items()):
+        rules(helper, orphans, f"handler {handler}")
+        given = path, pid, tid, number, str(moment)
+        assert run(helper, *given, "+", f"{WITHIN * 3}", "0", core=b"core") == status, handler
+        assert (orphans / f"{moment}-{pid}" / "core").read_bytes() == b"core"

@@ -83,16 +83,15 @@ static void wait_for(pid_t handler, int milliseconds, char *answer) {
 
 const char *chain_kept(char *handler, int core, char **expanded) {
     static char answer[ANSWER];
-    char *arguments[WORDS], *words = handler, *end = handler + strlen(handler);
+    char *arguments[WORDS], *end = handler + strlen(handler), *words = strchr(handler, ' ');
     pid_t started;
-    long seconds = strtol(handler, &words, 10);
-    for (char *at = words; at < end; at++)
+    for (char *at = handler; at < end; at++)
         if (*at == ' ') *at = '\0';
-    if (*words || words == end || !make_arguments(words + 1, end, expanded, arguments))
+    if (!words || !make_arguments(words + 1, end, expanded, arguments))
         return "its words do not fit";
     errno = start(arguments, core, &started);
     if (errno) return "it cannot be started";
-    wait_for(started, (int)seconds, answer);
+    wait_for(started, deadline_of(handler), answer);
     if (!strncmp(answer, "exit 0", 6)) return NULL;
     answer[strcspn(answer, "\n")] = '\0';
     return answer;
