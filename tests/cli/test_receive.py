@@ -143,6 +143,8 @@ async def test_only_senders_with_a_certificate_are_heard(
     server = ("--tls-cert", certificates.certificate, "--tls-key", certificates.key)
     only = ("--client-ca", certificates.ca)
     known = {
+        "tcp_write_timeout": 30,  # the receiver is another process, and the machine may be busy
+        "tcp_close_timeout": 30,
         "tls_ca_file": certificates.ca,
         "tls_cert_file": certificates.certificate,
         "tls_key_file": certificates.key,
