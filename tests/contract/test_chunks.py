@@ -110,6 +110,13 @@ def test_what_compresses_travels_in_fewer_messages_and_what_does_not_fits_them_s
         assert len(chunk.body) + headers + 100 < 1024 * 1024
 
 
+@pytest.mark.parametrize("payload", [1, 4, 6, 8, 16])
+def test_no_chunk_is_larger_than_who_receives_it_allows(payload: int) -> None:
+    _, chunks = encode(bytes(20_000_000) + b"x", chunk_size(payload * 1024 * 1024), "zstd")
+
+    assert [Chunk.received(chunk.headers(), chunk.body) for chunk in chunks] == chunks
+
+
 @given(FILES, SIZES, ENCODINGS)
 def test_headers_carry_a_chunk(content: bytes, size: int, encoding: Encoding) -> None:
     _, chunks = encode(content, size, encoding)
