@@ -23,6 +23,7 @@ from tests.support.service import ServiceProcess
 from tests.support.wait import until
 
 HOST = "bench"
+CAPTURE = ("recorder", "detector")
 MIB = 1024 * 1024
 WITHIN = 1800.0  # seconds
 
@@ -121,40 +122,26 @@ async def running(
         stack.callback(server.stop)
         way = Proxy(server.port)
         stack.callback(way.close)
+        bus = await stack.enter_async_context(connect(server.url))
         bucket = s3.make_bucket()
-        spool = scratch / "appscope"
-        spool.mkdir()
-        spool.chmod(0o1777)
         environment = {
-            "CRASHBUS_HOST": HOST,
             "CRASHBUS_NATS_URL": server.url,
-            "CRASHBUS_LOG_LEVEL": "info",
-            "CRASHBUS_SPOOL": str(spool),
-            "CRASHBUS_STATE": str(scratch / "state"),
-            "CRASHBUS_DESTINATIONS": f"s3://{bucket}/crashes",
-            "CRASHBUS_RECORDER_SOCKET": str(scratch / "run" / "s"),
+            **_environment(scratch, bucket),
             **s3.settings(),
             **({"CRASHBUS_SHIPPER_S3_ENDPOINT": f"http://127.0.0.1:{s3_port}"} if s3_port else {}),
             **{f"CRASHBUS_{name.upper()}": value for name, value in settings.items()},
         }
         through = {"CRASHBUS_NATS_URL": f"nats://127.0.0.1:{way.port}"} if proxied else {}
-        places = [scratch / f"shipper-{number}" for number in range(shippers)]
-        for place in places:
-            place.mkdir()
         made = Pipeline(
-            bus=await stack.enter_async_context(connect(server.url)),
+            bus=bus,
             scratch=scratch,
-            spool=spool,
+            spool=_spool(scratch),
             s3=s3.client(),
             bucket=bucket,
             collector=ServiceProcess("collector", scratch, environment),
-            shippers=[ServiceProcess("shipper", place, environment | through) for place in places],
+            shippers=_shippers(shippers, scratch, environment | through),
             shipper_way=way,
-            capture=[
-                ServiceProcess(name, scratch, environment)
-                for name in ("recorder", "detector")
-                if real
-            ],
+            capture=[ServiceProcess(name, scratch, environment) for name in CAPTURE if real],
             processes=lambda: {
                 "collector": [made.collector.pid],
                 "shipper": [shipper.pid for shipper in made.shippers],
@@ -163,17 +150,49 @@ async def running(
                 "client": [os.getpid()],
             },
         )
-        services = [made.collector, *made.shippers, *made.capture]
-        try:
-            for service in services:
-                await service.start()
-            await asyncio.gather(*(service.healthy(120) for service in services))
+        async with _started(made):
             yield made
-        finally:
-            way.restore()
-            await asyncio.gather(*(service.stop() for service in services))
-            for key in made.s3.list_objects(bucket, recursive=True):
-                made.s3.remove_object(bucket, str(key.object_name))
+
+
+def _environment(scratch: Path, bucket: str) -> dict[str, str]:
+    return {
+        "CRASHBUS_HOST": HOST,
+        "CRASHBUS_LOG_LEVEL": "info",
+        "CRASHBUS_SPOOL": str(scratch / "appscope"),
+        "CRASHBUS_STATE": str(scratch / "state"),
+        "CRASHBUS_DESTINATIONS": f"s3://{bucket}/crashes",
+        "CRASHBUS_RECORDER_SOCKET": str(scratch / "run" / "s"),
+    }
+
+
+def _spool(scratch: Path) -> Path:
+    spool = scratch / "appscope"
+    spool.mkdir()
+    spool.chmod(0o1777)
+    return spool
+
+
+def _shippers(count: int, scratch: Path, environment: dict[str, str]) -> list[ServiceProcess]:
+    places = [scratch / f"shipper-{number}" for number in range(count)]
+    for place in places:
+        place.mkdir()
+    return [ServiceProcess("shipper", place, environment) for place in places]
+
+
+@asynccontextmanager
+async def _started(made: Pipeline) -> AsyncIterator[None]:
+    """Have all services run; at the end remove what they delivered."""
+    services = [made.collector, *made.shippers, *made.capture]
+    try:
+        for service in services:
+            await service.start()
+        await asyncio.gather(*(service.healthy(120) for service in services))
+        yield
+    finally:
+        made.shipper_way.restore()
+        await asyncio.gather(*(service.stop() for service in services))
+        for key in made.s3.list_objects(made.bucket, recursive=True):
+            made.s3.remove_object(made.bucket, str(key.object_name))
 
 
 def peak_of(service: ServiceProcess) -> int:

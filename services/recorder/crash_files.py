@@ -155,8 +155,27 @@ def snapshot(
     core_size: int,
 ) -> bytes:
     """Return the content of ``snapshot``: indented JSON, AppScope's keys first."""
-    process, kernel = facts.process, platform.uname()
     content = {
+        **_as_appscope(version, crashed_at, host, facts, cause),
+        "CrashId": crash_id,
+        **_signal(cause, fault),
+        "Fingerprint": fingerprint,
+        "FingerprintFrames": frames(trace.calls()),
+        **_process(facts, tid),
+        "HoldMilliseconds": None if held_for is None else round(held_for * 1000, 3),
+        "CoreSize": core_size,
+        "Modules": _modules(facts, trace),
+        **resources.describe(facts.resources),
+        "Notes": facts.notes,
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def _as_appscope(
+    version: str, crashed_at: float, host: str, facts: Facts, cause: Cause
+) -> dict[str, Any]:
+    process, kernel = facts.process, platform.uname()
+    return {
         "Time": datetime.fromtimestamp(crashed_at, UTC).isoformat().replace("+00:00", "Z"),
         "Version": f"crashbus {version}",
         "Username": facts.username,
@@ -173,7 +192,11 @@ def snapshot(
         "Uid": process.uid,
         "Gid": process.gid,
         "Hostname": host,
-        "CrashId": crash_id,
+    }
+
+
+def _signal(cause: Cause, fault: str | None) -> dict[str, Any]:
+    return {
         "SignalName": signals.name(cause.signal),
         "Code": cause.code,
         "CodeMeaning": _meaning(cause),
@@ -181,8 +204,12 @@ def snapshot(
         "FaultMapping": fault,
         "SenderPid": cause.sender_pid,
         "SenderUid": cause.sender_uid,
-        "Fingerprint": fingerprint,
-        "FingerprintFrames": frames(trace.calls()),
+    }
+
+
+def _process(facts: Facts, tid: int | None) -> dict[str, Any]:
+    process = facts.process
+    return {
         "NsPid": process.ns_pid,
         "NsTid": tid,
         "Executable": process.executable,
@@ -192,18 +219,12 @@ def snapshot(
         "Cgroup": process.cgroup,
         "Container": _container(process.container),
         "StartTime": _start_time(process.start_ticks),
-        "HoldMilliseconds": None if held_for is None else round(held_for * 1000, 3),
-        "CoreSize": core_size,
         "Limits": facts.limits,
         "Threads": [
             {"Tid": thread.tid, "NsTid": thread.ns_tid, "Name": thread.name}
             for thread in facts.threads
         ],
-        "Modules": _modules(facts, trace),
-        **resources.describe(facts.resources),
-        "Notes": facts.notes,
     }
-    return json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def _meaning(cause: Cause) -> str | None:

@@ -9,6 +9,7 @@ import nats.errors
 from crashbus import streams
 from tests.faults.blow import Blow
 from tests.faults.crashes import MIB
+from tests.faults.disks import filled
 
 WAITING = "messages on it"
 
@@ -78,17 +79,12 @@ _FULL = "crashbus_collector_bus_full_total"
 async def disk_full(blow: Blow) -> AsyncIterator[None]:
     """A server that ran out of disk may need a restart, whoever it serves."""
     rig = blow.rig
-    before = rig.collector.log.count(_WAITS)
-    rig.nats_disk.fill()
-    yield
     # The server's own log lies on that disk.
-    await blow.until("refused messages", lambda: rig.collector.log.count(_WAITS) - before)
+    async with filled(blow, rig.nats_disk, "refused messages", "waiting for the bus"):
+        yield
     rig.nats.kill()
     rig.nats_disk.empty()
     await rig.restart_nats()
-
-
-_WAITS = "waiting for the bus"
 
 
 @asynccontextmanager

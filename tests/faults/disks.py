@@ -5,19 +5,26 @@ from contextlib import asynccontextmanager
 
 from tests.faults.blow import Blow
 from tests.faults.crashes import MIB
+from tests.support.disk import SmallDisk
 from tests.support.wait import until
 
 _NO_ROOM = "No space left on device"
 
 
 @asynccontextmanager
-async def ledger_full(blow: Blow) -> AsyncIterator[None]:
-    rig = blow.rig
-    before = rig.collector.log.count(_NO_ROOM)
-    rig.state_disk.fill()
+async def filled(blow: Blow, disk: SmallDisk, hits: str, said: str) -> AsyncIterator[None]:
+    """Fill a disk until the collector has said so."""
+    before = blow.rig.collector.log.count(said)
+    disk.fill()
     yield
-    await blow.until("writes failed", lambda: rig.collector.log.count(_NO_ROOM) - before)
-    rig.state_disk.empty()
+    await blow.until(hits, lambda: blow.rig.collector.log.count(said) - before)
+
+
+@asynccontextmanager
+async def ledger_full(blow: Blow) -> AsyncIterator[None]:
+    async with filled(blow, blow.rig.state_disk, "writes failed", _NO_ROOM):
+        yield
+    blow.rig.state_disk.empty()
 
 
 @asynccontextmanager
