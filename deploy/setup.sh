@@ -16,6 +16,7 @@ packages=(
 )
 
 packages+=(g++ golang-go openjdk-17-jre-headless)  # tests: programs that crash
+packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross)  # tests: the pipe helper compiles for arm64
 packages+=(mmdebstrap)                  # tests: a base for images where no registry is reached
 # tests: a real container engine; whoever has one (docker-ce, moby) keeps it
 command -v dockerd >/dev/null || packages+=(docker.io)
