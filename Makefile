@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## install what is missing: Debian packages, the virtual environment, the pipe helper
+setup: ## install what is missing: Debian packages, the virtual environment, what is C
 	@deploy/setup.sh
 
 demo: setup ## crash a real nginx and see its crash files delivered

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 packages=(
   python3-venv
   python3-bpfcc linux-libc-dev          # detector: bcc and the UAPI headers it compiles against
-  gcc libc6-dev make                    # recorder: the static core_pattern helper
+  gcc libc6-dev make                    # recorder: what of it is C
   nats-server gdb nginx-light           # bus, crashbus debug, the demo's victim
   ceph-mon ceph-osd radosgw             # tests: a real S3 server
   prometheus openssl                    # tests: alert rules and metrics, TLS to the bus
@@ -68,6 +68,12 @@ helper=build/corepipe sources=services/recorder/helper
 if [ -d $sources ] && { [ ! -e $helper ] || [ -n "$(find $sources -newer $helper)" ]; }; then
   mkdir -p build
   gcc -static -pthread -O2 -Wall -Wextra -Werror -o $helper $sources/*.c
+fi
+
+taker=build/taker.so sources=services/recorder/taker
+if [ -d $sources ] && { [ ! -e $taker ] || [ -n "$(find $sources -newer $taker)" ]; }; then
+  mkdir -p build
+  gcc -shared -fPIC -O2 -Wall -Wextra -Werror -o $taker $sources/*.c
 fi
 
 # tests, benchmarks: systemd's handler of cores, unpacked and not installed: that changes core_pattern.

@@ -8,8 +8,8 @@ import select
 import threading
 from pathlib import Path
 
-from services.common.proc import LIVE, Proc
-from services.common.resources import MAX_MOUNTS, read_mounts
+from services.common.proc import LIVE
+from services.common.resources import MAX_MOUNTS
 
 _INIT, _OURS = "1", "self"
 
@@ -23,14 +23,17 @@ class Mounts:
         self._known = b""
         # A sandbox may keep init's from us.
         self._process = _INIT if LIVE.link(f"{_INIT}/ns/mnt") else _OURS
-        self._view = _view(self._process, LIVE)
+        self._view = _view(self._process)
         self._watched = Path(f"/proc/{self._process}/mountinfo").open("rb")  # noqa: SIM115 - polled
         self._changes.register(self._watched, select.POLLPRI)
 
-    def seen_by(self, pid: int, proc: Proc) -> bytes:
-        """Return what a process's mountinfo tells, as far as it is looked at."""
-        if self._view is None or _view(f"{pid}", proc) != self._view:
-            return read_mounts(pid, proc)
+    @property
+    def view(self) -> tuple[bytes, bytes]:
+        """Mount namespace and root of the processes that see these mounts; empty: of none."""
+        return self._view or (b"", b"")
+
+    def now(self) -> bytes:
+        """Return what the mountinfo of such a process tells, as far as it is looked at."""
         with self._lock:
             # Asked first: what changes while it is read, the next one is told.
             if self._changes.poll(0) or not self._known:
@@ -38,7 +41,7 @@ class Mounts:
             return self._known
 
 
-def _view(process: str, proc: Proc) -> tuple[bytes, bytes] | None:
+def _view(process: str) -> tuple[bytes, bytes] | None:
     """Return mount namespace and root of a process, which say what mounts it sees."""
-    namespace, root = proc.link(f"{process}/ns/mnt"), proc.link(f"{process}/root")
+    namespace, root = LIVE.link(f"{process}/ns/mnt"), LIVE.link(f"{process}/root")
     return None if namespace is None or root is None else (namespace, root)

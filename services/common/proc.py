@@ -77,6 +77,14 @@ class Remembered(Proc):
         """Take in what a file has, known from elsewhere."""
         self._files[name] = content
 
+    def learn_link(self, name: str, target: bytes | None) -> None:
+        """Take in where a link leads."""
+        self._links[name] = target
+
+    def learn_list(self, name: str, entries: "list[str]") -> None:
+        """Take in what is in a directory."""
+        self._lists[name] = entries
+
     def forget(self, name: str) -> None:
         """Drop a file that is not needed again."""
         self._files.pop(name, None)

@@ -18,7 +18,7 @@ MAX_ARGUMENT_BYTES = 4096
 # Of all arguments together: bytes that are no UTF-8 take four characters each, and the
 # message that carries them must stay far below the bus's limit of 1 MiB.
 MAX_COMMAND_LINE = 64 * 1024  # bytes of UTF-8
-_MAX_READ = MAX_ARGUMENTS * MAX_ARGUMENT_BYTES
+MAX_READ = MAX_ARGUMENTS * MAX_ARGUMENT_BYTES
 
 _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 _RUNTIMES = (
@@ -83,7 +83,7 @@ def command_line(pid: int, proc: Proc = LIVE) -> tuple[str, ...]:
 
 def raw_command_line(pid: int, proc: Proc) -> bytes:
     """Return the arguments as the kernel tells them, as far as they are looked at."""
-    return proc.read(f"{pid}/cmdline", _MAX_READ)
+    return proc.read(f"{pid}/cmdline", MAX_READ)
 
 
 def split_arguments(raw: bytes) -> tuple[str, ...]:

@@ -24,9 +24,9 @@ MAX_SOCKETS = 256  # asked for their ends
 MAX_MOUNTS = 64 * 1024  # bytes
 _ROLLUP_UP_TO = 256 * 1024  # KiB resident; beyond, the kernel's walk would be a long hold
 
-_CGROUP_ROOT = "/sys/fs/cgroup"
+CGROUP_ROOT = "/sys/fs/cgroup"
 # Version 2, then the controllers of version 1.
-_CGROUP_FILES = {
+CGROUP_FILES = {
     **dict.fromkeys(
         ("", "unified"),
         (
@@ -47,6 +47,7 @@ _TCP_STATES = (
 )
 _PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _PIDFD_GETFD = 438  # its number on every architecture, pidfd_getfd(2)
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def read(task: int, cgroup: str | None, proc: Proc = LIVE) -> Resources:
         rollup=proc.read(f"{task}/smaps_rollup") if _resident(status) <= _ROLLUP_UP_TO else b"",
         open_files=open_files,
         more_files=more,
-        sockets=tuple(_sockets(task, open_files)),
+        sockets=tuple(sockets(task, open_files)),
         mounts=read_mounts(task, proc),
         cgroup=_cgroup(cgroup),
         oom_score_adj=proc.read(f"{task}/oom_score_adj"),
@@ -102,7 +103,7 @@ def _open_files(directory: str, proc: Proc) -> tuple[dict[int, bytes], bool]:
     return found, len(numbers) > MAX_FILES
 
 
-def _sockets(pid: int, open_files: dict[int, bytes]) -> Iterator[dict[str, Any]]:
+def sockets(pid: int, open_files: dict[int, bytes]) -> Iterator[dict[str, Any]]:
     """Ask each socket for its ends, through a copy of the descriptor, pidfd_getfd(2).
 
     The tables in /proc/<pid>/net list all of the host's, which takes milliseconds.
@@ -114,10 +115,9 @@ def _sockets(pid: int, open_files: dict[int, bytes]) -> Iterator[dict[str, Any]]
         process = os.pidfd_open(pid)
     except OSError:
         return
-    libc = ctypes.CDLL(None, use_errno=True)
     try:
         for number in numbers[:MAX_SOCKETS]:
-            copy = libc.syscall(_PIDFD_GETFD, process, number, 0)
+            copy = _libc.syscall(_PIDFD_GETFD, process, number, 0)
             if copy >= 0:
                 yield {"Fd": number, **_socket(copy)}
     finally:
@@ -167,9 +167,9 @@ def _cgroup(path: str | None) -> dict[str, bytes]:
     if not path or ".." in path.split("/"):
         return {}
     found: dict[str, bytes] = {}
-    for hierarchy, files in _CGROUP_FILES.items():
+    for hierarchy, files in CGROUP_FILES.items():
         try:
-            place = os.open(f"{_CGROUP_ROOT}/{hierarchy}/{path}", _PLACE)
+            place = os.open(f"{CGROUP_ROOT}/{hierarchy}/{path}", _PLACE)
         except OSError:
             continue
         try:

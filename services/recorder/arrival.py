@@ -15,7 +15,7 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -54,8 +54,13 @@ class Arrival:
     signal: int
 
 
-def receive(mechanism: Mechanism, hold: Hold) -> Arrival:
+def receive(
+    mechanism: Mechanism, hold: Hold, greet: Callable[[Hold], int | None] | None = None
+) -> Arrival:
     """Receive a crash: its process is held now. Go on with `confirm`.
+
+    Args:
+        greet: does the same sooner for a request that comes at once: returns the PID.
 
     Raises:
         CaptureFailed: this is no crash, or it is one that already is over.
@@ -63,10 +68,18 @@ def receive(mechanism: Mechanism, hold: Hold) -> Arrival:
     with _broken_off():
         if mechanism is Mechanism.PIPE:
             return _from_helper(hold)
+        asks = mechanism is Mechanism.SOCKET_REQUEST
+        if asks and greet is not None and (pid := greet(hold)) is not None:
+            return Arrival(pid, 0)
         pid = _peer(hold)
-        if mechanism is Mechanism.SOCKET_REQUEST:
+        if asks:
             _answer_request(hold)
         return Arrival(pid, 0)
+
+
+def mark_size(mechanism: Mechanism) -> int:
+    """Return how many bytes come before the core; `confirm` sees that all are 0, which is good."""
+    return _MARK.size if mechanism is Mechanism.SOCKET_REQUEST else 0
 
 
 def confirm(mechanism: Mechanism, hold: Hold) -> None:

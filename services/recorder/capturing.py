@@ -24,13 +24,13 @@ def capture_crash(hold: Hold, on: Conditions) -> Recording:
     """
     taken = Taken()
     try:
-        arrived = arrival.receive(on.mechanism, hold)
         taker = on.taker if on.chain is None else None  # a former handler wants the process, too
+        arrived = arrival.receive(on.mechanism, hold, taker.greet if taker is not None else None)
         if taker is not None:
-            taken = taker.look(arrived.pid)
-        arrival.confirm(on.mechanism, hold)
-        if taker is not None:
-            taker.take(arrived.pid, hold, on.module_files(), taken)
+            mark = arrival.mark_size(on.mechanism)
+            taken = taker.take(arrived.pid, hold, mark, on.module_files())
+        if taken.memory is None:
+            arrival.confirm(on.mechanism, hold)
         process = facts.read_identity(arrived.pid, on.boot_id, taken.proc)
         return capture_process(process, arrived.signal, hold, on, taken)
     finally:

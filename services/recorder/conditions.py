@@ -6,6 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
+import structlog
+
 from crashbus.identity import boot_id
 from services.common.settings import BusSettings
 from services.common.unrecorded import Unrecorded
@@ -17,8 +19,10 @@ from services.recorder.core_policy import CorePolicy, Extent
 from services.recorder.debuginfod import Debuginfod
 from services.recorder.mechanism import Mechanism
 from services.recorder.settings import RecorderSettings
-from services.recorder.taking import Taker
+from services.recorder.taking import LIBRARY, Taker, load
 from services.recorder.unwind_process import Server as UnwindServer
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 MODULE_FILES = 64  # opened for one crash: most programs map fewer libraries
 
@@ -109,8 +113,14 @@ class Conditions:
 def _taker(spool: Path, settings: RecorderSettings) -> Taker | None:
     if settings.core_source == "stream":
         return None
+    library = settings.helper.with_name(LIBRARY)
+    try:
+        taking = load(library)
+    except OSError as error:
+        log.warning("small processes are held longer: build with make setup", error=str(error))
+        return None
     asks_runtime = settings.runtime_socket is not None
-    return Taker(Unrecorded(spool), settings.max_core_bytes, labels_needed=asks_runtime)
+    return Taker(taking, Unrecorded(spool), settings.max_core_bytes, labels_needed=asks_runtime)
 
 
 def _bus_way(spool: Path, settings: RecorderSettings) -> BusWay | None:

@@ -3,30 +3,16 @@
 Whoever makes a core of it need not know which.
 """
 
-import ctypes
 import errno
 import os
-from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 from services.recorder.core_head import Load
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 BLOCK = 1024 * 1024  # bytes read at once
-_AT_ONCE = 1024  # pieces; IOV_MAX, readv(2)
-
-_libc = ctypes.CDLL(None)
-_libc.process_vm_readv.argtypes = (
-    ctypes.c_int,
-    ctypes.c_void_p,
-    ctypes.c_ulong,
-    ctypes.c_void_p,
-    ctypes.c_ulong,
-    ctypes.c_ulong,
-)
-_libc.process_vm_readv.restype = ctypes.c_ssize_t
 
 Runs = Iterator[tuple[int, int]]  # start and end address
 
@@ -40,42 +26,19 @@ class Piece(NamedTuple):
 
     Attributes:
         readable: zeros are the right content of what cannot be read.
-        sure: it is there, and reading it waits for nobody.
     """
 
     address: int
     offset: int
     size: int
     readable: bool
-    sure: bool = False
 
 
-def in_blocks(run: Load, *, readable: bool, sure: bool = False) -> Iterator[Piece]:
+def in_blocks(run: Load, *, readable: bool) -> Iterator[Piece]:
     """Cut a run of memory into pieces to copy at once."""
     for place in range(0, run.size, BLOCK):
         size = min(BLOCK, run.size - place)
-        yield Piece(run.address + place, run.offset + place, size, readable, sure)
-
-
-def read_at_once(pid: int, pieces: Sequence[Piece], into: memoryview) -> int:
-    """Read pieces that are sure one after the other, process_vm_readv(2): twice as fast as
-    proc_pid_mem(5), but of what was never touched it could wait for a userfaultfd(2).
-
-    Returns:
-        How many bytes: what follows must be read otherwise.
-    """
-    done = 0
-    for first in range(0, len(pieces), _AT_ONCE):
-        some = pieces[first : first + _AT_ONCE]
-        size = sum(piece.size for piece in some)
-        there = array("Q", [number for piece in some for number in (piece.address, piece.size)])
-        here = (ctypes.c_char * size).from_buffer(into, done)
-        vector = (ctypes.c_size_t * 2)(ctypes.addressof(here), size)
-        got = _libc.process_vm_readv(pid, vector, 1, there.buffer_info()[0], len(some), 0)
-        if got != size:
-            return done + max(0, int(got))
-        done += size
-    return done
+        yield Piece(run.address + place, run.offset + place, size, readable)
 
 
 class Memory(Protocol):

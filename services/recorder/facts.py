@@ -14,7 +14,7 @@ from crashbus import names, signals
 from crashbus.parts import Process
 from services.common import process as processes
 from services.common import redact, resources
-from services.common.proc import LIVE, Proc, Remembered
+from services.common.proc import LIVE, Proc
 from services.common.resources import Resources
 from services.recorder.core_head import Head
 from services.recorder.errors import CaptureFailed
@@ -124,21 +124,6 @@ def read_identity(pid: int, boot_id: str, proc: Proc = LIVE) -> Process:
     return process
 
 
-def remember(pid: int, proc: Remembered) -> None:
-    """Read all that `read_identity` and `read_rest` want of a process that will be gone by then."""
-    for name in ("stat", "comm", "limits"):
-        proc.read(f"{pid}/{name}")
-    for name in ("exe", "cwd", "root"):
-        proc.link(f"{pid}/{name}")
-    processes.raw_command_line(pid, proc)
-    read_environment(pid, proc)
-    in_namespace = _ns_tid(pid, f"{pid}", proc) != pid
-    for task in read_threads(pid, proc):
-        proc.read(f"{pid}/task/{task}/comm")
-        if in_namespace:
-            proc.read(f"{pid}/task/{task}/status")
-
-
 def read_rest(process: Process, proc: Proc = LIVE, found: Resources | None = None) -> Facts:
     """Read everything else but the modules; what cannot be read is left out.
 
@@ -165,10 +150,14 @@ def read_rest(process: Process, proc: Proc = LIVE, found: Resources | None = Non
 
 def code_at_fault(task: int, head: Head, maps: bytes) -> bytes | None:
     """Return the code at the program counter; None where the fault was not the instruction's."""
-    at, cause = head.program_counter, head.cause
-    if at is None or cause is None or not signals.is_fault(cause.signal, cause.code or 0):
-        return None
-    return read_code(task, at, maps)
+    at = head.program_counter
+    return read_code(task, at, maps) if at is not None and is_at_fault(head) else None
+
+
+def is_at_fault(head: Head) -> bool:
+    """Tell whether the instruction at the program counter faulted."""
+    cause = head.cause
+    return cause is not None and signals.is_fault(cause.signal, cause.code or 0)
 
 
 def read_code(task: int, address: int, maps: bytes) -> bytes:

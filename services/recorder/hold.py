@@ -65,7 +65,7 @@ class Hold:
         self.descriptor = descriptor
         self.arrived_at = time.time()  # Unix seconds
         self._arrived = time.monotonic()
-        self._patience = patience
+        self.patience = patience
         self._lock = threading.Lock()
         self._held = True
         self._closed = False
@@ -75,6 +75,7 @@ class Hold:
         self.memory_was_read = False
         self.helper: socket.socket | None = None  # the pipe helper that brought it, if there is one
         self.last_progress = self._arrived  # monotonic seconds
+        self._unread = b""
 
     @property
     def is_held(self) -> bool:
@@ -124,13 +125,21 @@ class Hold:
             Stalled: no byte came in time.
             OSError: the other side broke off.
         """
+        if self._unread:
+            size = min(len(buffer), len(self._unread))
+            buffer[:size], self._unread = self._unread[:size], self._unread[size:]
+            return size
         waiting = select.poll()
         waiting.register(self.descriptor, select.POLLIN)
-        if not waiting.poll(self._patience * 1000):
-            raise Stalled(f"nothing came for {self._patience:.0f} s")
+        if not waiting.poll(self.patience * 1000):
+            raise Stalled(f"nothing came for {self.patience:.0f} s")
         size = os.readv(self.descriptor, [buffer])
         self.last_progress = time.monotonic()
         return size
+
+    def unread(self, data: bytes) -> None:
+        """Give back what was read, so that it comes first when it is read again."""
+        self._unread = data + self._unread
 
     def read_exactly(self, size: int) -> bytes:
         """Read `size` bytes; fewer only at the end."""
@@ -164,7 +173,7 @@ class Hold:
     def hand_on(self) -> "Hold":
         """Return another hold that keeps the process from here on; this one has let it go."""
         with self._lock:
-            other = Hold(os.dup(self.descriptor), self._patience)
+            other = Hold(os.dup(self.descriptor), self.patience)
             other._process, self._process = self._process, -1
             other.helper, self.helper = self.helper, None
         self.let_go()

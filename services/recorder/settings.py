@@ -31,7 +31,9 @@ class RecorderSettings(Settings):
         description="socket that cores arrive on, in a directory that only root can enter",
     )
     helper: Path = Field(
-        _BUILT_HELPER, description="the compiled pipe helper, copied to the state directory"
+        _BUILT_HELPER,
+        description="the compiled pipe helper, copied to the state directory; beside it lies "
+        "taker.so, without which small processes are held longer",
     )
     core: Literal["full", "stacks"] = Field(
         "full",

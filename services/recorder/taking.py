@@ -2,60 +2,127 @@
 
 To make a record, a directory and files takes longer than to read all of a small process. So that
 comes later, from what was read. Whatever is not small, or cannot be read for sure without
-waiting, stays held; what was read of it until then is not read again.
+waiting, stays held.
+
+What is done meanwhile is counted in microseconds, so the reading itself is C, `taker/taker.c`, in
+two calls that wait for no interpreter lock, and what they brought is parsed when the process is
+gone.
 """
 
+import ctypes
 import os
-import re
+import struct
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from io import BytesIO
+from mmap import MADV_HUGEPAGE, mmap
+from pathlib import Path
+from typing import Any
 
 from crashbus import identity
 from services.common import process as processes
 from services.common import resources
 from services.common.mounts import Mounts
-from services.common.proc import Remembered
+from services.common.proc import MAX_READ, Remembered
 from services.common.resources import Resources
 from services.common.unrecorded import Unrecorded
-from services.recorder import core_head, core_pages, facts
+from services.recorder import core_head, facts
 from services.recorder.core_head import Head
-from services.recorder.core_memory import (
-    Kept,
-    Memory,
-    PagesUnreadable,
-    Piece,
-    read_at_once,
-    read_piece,
-)
-from services.recorder.hold import Hold, Stalled
-from services.recorder.touched import Touched
+from services.recorder.core_memory import PAGE, Kept
+from services.recorder.hold import Hold
 
+LIBRARY = "taker.so"
 LARGEST = 16 * 1024 * 1024  # bytes of touched memory
 AT_ONCE = 2 * LARGEST  # bytes of all that were read and are not written yet
 _RESIDENT = 4 * LARGEST  # bytes, shared pages too; of more it is not asked what is touched
 _LARGEST_CORE = 1024**3  # bytes, untouched memory too
-_LONGEST_HEAD = 4 * 1024 * 1024  # bytes of headers and notes
 _MOST_THREADS = 256
 _SPARE = 4 * 1024 * 1024  # bytes of room that is used again: new memory costs as much as to read
+_PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
-# File systems of this host alone, proc_pid_mountinfo(5): a page of them comes for sure.
-_LOCAL = {
-    *(b"ext2", b"ext3", b"ext4", b"xfs", b"btrfs", b"f2fs", b"bcachefs", b"zfs"),
-    *(b"tmpfs", b"squashfs", b"erofs"),
-}
+# Read beside what taker.c reads by itself, because it must know it.
+_FILES = (
+    *((name, MAX_READ) for name in ("stat", "comm", "limits", "oom_score_adj", "smaps_rollup")),
+    ("cmdline", processes.MAX_READ),
+    ("environ", facts.MAX_ENVIRONMENT + 1),
+)
 _NOTED = ("stat", "status", "comm", "cgroup", "cmdline", "limits", "maps", "environ")
-_LONGEST_MAPS = 256 * 1024  # bytes
-_MAPPED = re.compile(rb"^\S+ \S+ \S+ (\S+) [1-9]", re.MULTILINE)  # devices in maps
-_MOUNT = re.compile(rb"^\d+ \d+ (\S+) .*? - (\S+) ", re.MULTILINE)  # device and type
-_VM_RSS = re.compile(rb"^VmRSS:\s+(\d+) kB$", re.MULTILINE)
+_NUMBER = struct.Struct("=I")
+_ABSENT = 0xFFFFFFFF
+_ROOM = 1024 * 1024  # bytes: ARENA and HEAD in taker.h
 
 
-class _TooMuch(Exception):
-    """It is not small, or not sure."""
+class _Wanted(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("most", ctypes.c_uint32), ("kind", ctypes.c_char))
+
+
+class _Piece(ctypes.Structure):
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("readable", ctypes.c_uint32),
+    )
+
+
+class _Opened(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_uint64), ("end", ctypes.c_uint64), ("file", ctypes.c_int32))
+
+
+class _Crash(ctypes.Structure):
+    """The beginning of struct crash, taker.h.
+
+    Attributes:
+        rooms: what `arena` and `head` point to.
+    """
+
+    rooms: tuple[mmap, mmap]
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("core", "pid", "place", "pidfd")),
+        *((name, ctypes.c_uint32) for name in ("mark", "patience", "modules")),
+        *((name, ctypes.c_uint64) for name in ("resident", "largest", "touched")),
+        *((name, ctypes.c_uint32) for name in ("threads", "wanteds")),
+        ("wanted", ctypes.POINTER(_Wanted)),
+        *((name, ctypes.c_char_p) for name in ("namespace", "root", "mounts")),
+        *((name, ctypes.c_void_p) for name in ("arena", "head")),
+        *((name, ctypes.c_uint32) for name in ("used", "head_size", "pieces_found", "sure")),
+        *((name, ctypes.c_uint32) for name in ("files_found", "sockets", "code_size")),
+        ("memory", ctypes.c_uint64),
+        ("code", ctypes.c_ubyte * 16),
+        ("files", _Opened * 64),
+        ("pieces", _Piece * 8192),
+    )
+
+
+def _wanted() -> "ctypes.Array[_Wanted]":
+    """Return what is read of a process, and of its cgroup."""
+    wanted = [_Wanted(name.encode(), most, b"f") for name, most in _FILES]
+    wanted += [_Wanted(b"cwd", 0, b"l"), _Wanted(b"fd", resources.MAX_FILES + 1, b"d")]
+    for hierarchy, files in resources.CGROUP_FILES.items():
+        wanted.append(_Wanted(f"{resources.CGROUP_ROOT}/{hierarchy}".encode(), 0, b"g"))
+        wanted += [_Wanted(name.encode(), MAX_READ, b"f") for name in files]
+    return (_Wanted * len(wanted))(*wanted)
+
+
+_WANTED = _wanted()
+
+
+def load(library: Path) -> ctypes.CDLL:
+    """Return what reads small processes.
+
+    Raises:
+        OSError: it was not built, or is of another version.
+    """
+    taking = ctypes.CDLL(str(library))
+    taking.crash_size.restype = taking.known_size.restype = ctypes.c_size_t
+    taking.greet.argtypes = taking.look.argtypes = (ctypes.c_void_p,)
+    taking.read_memory.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    if taking.known_size() != ctypes.sizeof(_Crash):
+        raise OSError(None, f"{library} is of another version")
+    return taking
 
 
 @dataclass
@@ -66,7 +133,6 @@ class Taken:
         proc: its /proc, as far as it was read.
         head: of its core, with all headers and notes; None: it is still to be read.
         memory: all of it; None: the process is still held.
-        may_be: it is small, as far as `Taker.look` sees.
         code: at the program counter, if that is where it faulted.
         files: what it mapped as code, open, by name in proc_pid_map_files(5).
         note: removes the note about it, until its record is there.
@@ -78,7 +144,6 @@ class Taken:
     resources: Resources | None = None
     code: bytes | None = None
     files: dict[str, int] | None = None
-    may_be: bool = False
     note: Callable[[], None] | None = None
     give_back: list[Callable[[], None]] = field(default_factory=list)
 
@@ -108,12 +173,16 @@ class Taker:
     """Reads small processes; used by several threads.
 
     Args:
+        taking: what `load` returned.
         unrecorded: told of each until its record is made.
         largest_core: bytes; larger ones are not for us.
         labels_needed: a container's crash must wait for what its runtime says.
     """
 
-    def __init__(self, unrecorded: Unrecorded, largest_core: int, *, labels_needed: bool) -> None:
+    def __init__(
+        self, taking: ctypes.CDLL, unrecorded: Unrecorded, largest_core: int, *, labels_needed: bool
+    ) -> None:
+        self._taking = taking
         self._unrecorded = unrecorded
         self._largest_core = min(largest_core or _LARGEST_CORE, _LARGEST_CORE)
         self._labels_needed = labels_needed
@@ -121,61 +190,92 @@ class Taker:
         self._lock = threading.Lock()
         self._bytes = 0
         self._mounts = Mounts()
-        # Where it has not begun when the first thread is done, that one reads by itself: it may
-        # have no processor, be busy with another crash, or wait for a dead disk for good.
-        self._second = ThreadPoolExecutor(1, "memory")
-        self._second.submit(int)  # so that its thread is there
-        self._second_is_free = threading.Semaphore(1)  # behind one that hangs nothing may queue up
-        self._spare = [bytearray(b"\1") * _SPARE]  # touched, so that the first has it as others
+        self._spare = [_new_room(_SPARE)]
+        self._crashes = [self._new_crash()]
 
-    def look(self, pid: int) -> Taken:
-        """Read of a held process what tells whether it may be taken; go on with `take`.
-
-        Nothing of its core is needed for that, which the kernel begins to send meanwhile.
-        """
-        taken = Taken()
-        taken.may_be = self._may_be_taken(pid, taken.proc)
-        return taken
-
-    def take(self, pid: int, hold: Hold, module_files: int, taken: Taken) -> None:
+    def take(self, pid: int, hold: Hold, mark: int, module_files: int) -> Taken:
         """Read a held process and let it go, or leave it held, with no memory in what was taken.
 
         Args:
-            taken: what `look` returned; close it when its record is made.
-        """
-        if not taken.may_be:
-            return
-        with suppress(_TooMuch, PagesUnreadable, Stalled, OSError):
-            taken.memory = self._take(pid, hold, module_files, taken)
+            mark: bytes before its core.
 
-    def _take(self, pid: int, hold: Hold, module_files: int, taken: Taken) -> Kept:
-        taken.head = head = _whole(core_head.from_hold(hold), hold, taken)
-        if not 0 < head.data <= (head.size or 0) <= self._largest_core:
-            raise _TooMuch
-        maps = facts.read_maps(pid, taken.proc)
-        with core_pages.opened(pid) as (memory, pagemap):
-            touched = Touched(pid, maps, pagemap)
-            loads = list(head.loads())
-            touched.look_at_all(loads)
-            pieces = sorted(_few(touched.pieces(iter(loads))), key=lambda piece: not piece.sure)
-            room = self._room(sum(piece.size for piece in pieces), taken)
-            sure = [piece for piece in pieces if piece.sure]
-            reading = self._begin_reading(pid, sure, room)
-            try:
-                self._read_the_rest(pid, module_files, taken)
-            finally:
-                if not reading.cancel():
-                    wait([reading])  # the room is its own until then
-            done = read_at_once(pid, sure, room) if reading.cancelled() else reading.result()
-            kept = _read(memory, pieces, room, done)
+        Returns:
+            What is to be closed when its record is made.
+        """
+        taken = Taken()
+        if self._labels_needed and processes.container_of(processes.cgroup(pid, taken.proc)):
+            return taken
+        try:
+            place = os.open(f"/proc/{pid}", _PLACE)
+        except OSError:
+            return taken
+        try:
+            with self._crash(hold) as crash:
+                crash.pid, crash.place = pid, place
+                crash.mark, crash.modules = mark, module_files
+                if not self._take(crash, hold, taken):
+                    hold.unread(ctypes.string_at(crash.head, crash.head_size))
+        finally:
+            os.close(place)
+        return taken
+
+    def greet(self, hold: Hold) -> int | None:
+        """Return who crashes, and acknowledge the kernel's request, if that comes at once."""
+        with self._crash(hold) as crash:
+            if self._taking.greet(ctypes.addressof(crash)):
+                hold.unread(ctypes.string_at(crash.head, crash.head_size))
+                return None
+            hold.belongs_to(crash.pidfd)
+            return int(crash.pid)
+
+    @contextmanager
+    def _crash(self, hold: Hold) -> Iterator[_Crash]:
+        """Give what a crash is read to; it is used again."""
+        with self._lock:
+            crash = self._crashes.pop() if self._crashes else self._new_crash()
+        crash.core, crash.patience = hold.descriptor, int(hold.patience * 1000)
+        try:
+            yield crash
+        finally:
+            with self._lock:
+                self._crashes.append(crash)
+
+    def _new_crash(self) -> _Crash:
+        crash = _Crash.from_buffer(bytearray(b"\1") * self._taking.crash_size())
+        crash.resident, crash.touched, crash.threads = _RESIDENT, LARGEST, _MOST_THREADS
+        crash.largest = self._largest_core
+        crash.rooms = arena, head = _new_room(_ROOM), _new_room(_ROOM)
+        crash.arena, crash.head = _address(arena), _address(head)
+        crash.wanted, crash.wanteds = _WANTED, len(_WANTED)
+        crash.namespace, crash.root = self._mounts.view
+        return crash
+
+    def _take(self, crash: _Crash, hold: Hold, taken: Taken) -> bool:
+        crash.mounts = mounts = self._mounts.now()
+        if self._taking.look(ctypes.addressof(crash)):
+            return False
+        opened = crash.files[: crash.files_found]
+        taken.files = {f"{one.start:x}-{one.end:x}": one.file for one in opened}
+        room = self._room(crash.memory, taken)
+        if room is None:
+            return False
+        if self._taking.read_memory(ctypes.addressof(crash), _address(room)):
+            return False
+        told = _Told(crash, mounts)
+        # These are asked through the process; most have none.
+        sockets = tuple(resources.sockets(crash.pid, told.open_files)) if crash.sockets else ()
+        told.understand(crash, sockets, taken)
         # What was read by its PID could be another's.
-        if hold.pid_is_free or not self._unrecorded.begin(pid, self._note(pid, hold, taken)):
-            raise _TooMuch
-        taken.note = lambda: self._unrecorded.end(pid)
+        note = self._note(crash.pid, hold, taken)
+        if hold.pid_is_free or not self._unrecorded.begin(crash.pid, note):
+            taken.head = None  # it is read again
+            return False
+        taken.note = partial(self._unrecorded.end, crash.pid)
         taken.proc.seal()
         hold.memory_was_read = True
         hold.let_go()
-        return kept
+        taken.memory = Kept(_content(crash, room))
+        return True
 
     def _note(self, pid: int, hold: Hold, taken: Taken) -> dict[str, bytes]:
         """Return what the next recorder shall know if this one is killed before the record."""
@@ -190,103 +290,112 @@ class Taker:
             **{name: proc.link(f"{pid}/{name}") or b"" for name in ("exe", "cwd", "root")},
         }
 
-    def _begin_reading(self, pid: int, sure: list[Piece], room: memoryview) -> Future[int]:
-        """Have the second thread read; cancelled if it is not free."""
-        if not self._second_is_free.acquire(blocking=False):
-            never: Future[int] = Future()
-            never.cancel()
-            return never
-        reading = self._second.submit(read_at_once, pid, sure, room)
-        reading.add_done_callback(lambda _: self._second_is_free.release())
-        return reading
-
-    def _may_be_taken(self, pid: int, proc: Remembered) -> bool:
-        resident = _VM_RSS.search(proc.read(f"{pid}/status"))
-        if not resident or int(resident[1]) * 1024 > _RESIDENT or not facts.has_memory(pid, proc):
-            return False
-        if self._labels_needed and processes.container_of(processes.cgroup(pid, proc)):
-            return False
-        if len(facts.read_threads(pid, proc)) > _MOST_THREADS:
-            return False
-        return 0 < len(facts.read_maps(pid, proc)) <= _LONGEST_MAPS
-
-    def _read_the_rest(self, pid: int, module_files: int, taken: Taken) -> None:
-        """Read what else is there of it than its memory."""
-        proc, head = taken.proc, taken.head
-        assert head is not None
-        maps, mounts = facts.read_maps(pid, proc), self._mounts.seen_by(pid, proc)
-        if not _all_local(maps, mounts):
-            raise _TooMuch
-        proc.learn(f"{pid}/mountinfo", mounts)
-        facts.remember(pid, proc)
-        taken.resources = resources.read(pid, processes.cgroup(pid, proc), proc)
-        taken.code = facts.code_at_fault(pid, head, maps)
-        taken.files = facts.open_modules(pid, maps, module_files)
-
-    def _room(self, size: int, taken: Taken) -> memoryview:
+    def _room(self, size: int, taken: Taken) -> mmap | None:
         """Return room for that many bytes, until what was taken is closed."""
         with self._lock:
-            if size > LARGEST or self._bytes + size > AT_ONCE:
-                raise _TooMuch
+            if self._bytes + size > AT_ONCE:
+                return None
             self._bytes += size
-            room = bytearray(size) if size > _SPARE or not self._spare else self._spare.pop()
-        taken.give_back.append(lambda: self._give_back(size, room))
-        return memoryview(room)[:size]
+            room = self._spare.pop() if size <= _SPARE and self._spare else None
+        room = room or _new_room(max(size, _SPARE))
+        taken.give_back.append(partial(self._give_back, size, room))
+        return room
 
-    def _give_back(self, size: int, room: bytearray) -> None:
+    def _give_back(self, size: int, room: mmap) -> None:
         with self._lock:
             self._bytes -= size
             if len(room) == _SPARE:
                 self._spare.append(room)
 
 
-def _whole(head: Head, hold: Hold, taken: Taken) -> Head:
-    """Return a head with all bytes before the core's memory."""
-    taken.head = head
-    missing = head.data - len(head.raw)
-    if head.fault is not None or head.data > _LONGEST_HEAD or missing < 0:
-        raise _TooMuch
-    return replace(head, raw=head.raw + hold.read_exactly(missing))
+def _address(room: mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(room))
 
 
-def _few(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """Give pieces as long as they are of a small process; there may be millions."""
-    size = 0
-    for piece in pieces:
-        size += piece.size
-        if size > LARGEST:
-            raise _TooMuch
-        yield piece
+def _new_room(size: int) -> mmap:
+    """Return memory that is there already, in large pages: reading to it is faster."""
+    room = mmap(-1, size)
+    with suppress(OSError):  # a kernel without
+        room.madvise(MADV_HUGEPAGE)
+    for page in range(0, size, PAGE):
+        room[page] = 1
+    return room
 
 
-@lru_cache(4)
-def _types(mounts: bytes) -> dict[bytes, bytes]:
-    """Return the type of each file system by its device; for most processes they are the same."""
-    return dict(_MOUNT.findall(mounts))
-
-
-def _all_local(maps: bytes, mounts: bytes) -> bool:
-    """Tell whether all that is mapped lies on file systems that answer for sure."""
-    types = _types(mounts)
-    for device in set(_MAPPED.findall(maps)):
-        major, _, minor = device.partition(b":")
-        if types.get(b"%d:%d" % (int(major, 16), int(minor, 16))) not in _LOCAL:
-            return False
-    return True
-
-
-def _read(memory: Memory, pieces: list[Piece], room: memoryview, done: int) -> Kept:
-    """Read what was touched; what cannot be read of it is zeros, as in `core_pages`.
-
-    Args:
-        pieces: those that are sure come first.
-        done: bytes of these that were read already.
-    """
-    content, place = [], 0
-    for piece in pieces:
-        into = room[place : place + piece.size]
+def _content(crash: _Crash, room: mmap) -> Iterator[tuple[int, memoryview]]:
+    """Give each piece of memory with its address."""
+    view, place = memoryview(room), 0
+    for piece in crash.pieces[: crash.pieces_found]:
+        yield piece.address, view[place : place + piece.size]
         place += piece.size
-        if place > done and not read_piece(memory, piece, into):
-            raise _TooMuch  # it was killed
-        content.append((piece.address, into))
-    return Kept(content)
+
+
+class _Told:
+    """What was read of /proc, in the order in which taker.c puts it into the arena."""
+
+    def __init__(self, crash: _Crash, mounts: bytes) -> None:
+        self._raw = ctypes.string_at(crash.arena, crash.used)
+        self._place = 0
+        self._files = {"status": self._file()}
+        self._links = {"exe": self._content()}
+        self._files["maps"] = self._file()
+        self._files["cgroup"] = self._file()
+        self._links |= {name: self._content() for name in ("ns/mnt", "root")}
+        seen = self._content()
+        self._files["mountinfo"] = mounts if seen is None else seen
+        self._threads = [
+            (self._file().decode(), self._file(), self._file()) for _ in range(self._number())
+        ]
+        self._files |= {name: self._file() for name, _ in _FILES}
+        self._links["cwd"] = self._content()
+        open_files = [(int(self._file()), self._content()) for _ in range(self._number())]
+        self._more_files = len(open_files) > resources.MAX_FILES
+        self.open_files = {n: to for n, to in open_files[: resources.MAX_FILES] if to is not None}
+        self._cgroup: dict[str, bytes] = {}
+        for files in resources.CGROUP_FILES.values():
+            self._cgroup |= {name: raw for name in files if (raw := self._file())}
+
+    def _number(self) -> int:
+        (number,) = _NUMBER.unpack_from(self._raw, self._place)
+        self._place += _NUMBER.size
+        return int(number)
+
+    def _content(self) -> bytes | None:
+        """Return what comes next; None: it could not be read."""
+        size = self._number()
+        if size == _ABSENT:
+            return None
+        begin, self._place = self._place, self._place + size + 1  # a NUL
+        return self._raw[begin : begin + size]
+
+    def _file(self) -> bytes:
+        return self._content() or b""
+
+    def understand(self, crash: _Crash, sockets: tuple[dict[str, Any], ...], taken: Taken) -> None:
+        """Parse the rest of what was read."""
+        pid, proc = crash.pid, taken.proc
+        for name, content in self._files.items():
+            proc.learn(f"{pid}/{name}", content)
+        for name, target in self._links.items():
+            proc.learn_link(f"{pid}/{name}", target)
+        proc.learn_list(f"{pid}/task", [task for task, *_ in self._threads])
+        for task, comm, status in self._threads:
+            proc.learn(f"{pid}/task/{task}/comm", comm)
+            proc.learn(f"{pid}/task/{task}/status", status)
+        taken.resources = self._resources(sockets)
+        core = BytesIO(ctypes.string_at(crash.head, crash.head_size)[crash.mark :])
+        taken.head = core_head.read(core.read)
+        if facts.is_at_fault(taken.head):
+            taken.code = bytes(memoryview(crash.code)[: crash.code_size])
+
+    def _resources(self, sockets: tuple[dict[str, Any], ...]) -> Resources:
+        return Resources(
+            status=self._files["status"],
+            rollup=self._files["smaps_rollup"],
+            open_files=self.open_files,
+            more_files=self._more_files,
+            sockets=sockets,
+            mounts=self._files["mountinfo"],
+            cgroup=self._cgroup,
+            oom_score_adj=self._files["oom_score_adj"],
+        )

@@ -13,7 +13,6 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import islice
 
 from services.recorder import facts
 from services.recorder.core_head import Load
@@ -32,7 +31,6 @@ _SCAN_ARG = struct.Struct("=12Q")
 _PAGEMAP_SCAN = 0xC0606610
 _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 3, 1 << 4
 _REGIONS = 1024  # runs told at once
-_MOST_RUNS = 4096  # kept in memory; a small process has fewer
 
 _PRIVATE, _READABLE, _FILE = 1, 2, 4
 
@@ -96,7 +94,6 @@ class Touched:
         self._mappings = _Mappings(maps)
         self._pagemap = pagemap
         self._look: Callable[[int, int, int], Runs] = _scan if _kernel_scans() else _look_up
-        self._all: list[tuple[int, int]] = []
 
     def runs(self, loads: Iterator[Load]) -> Iterator[Load]:
         """Give the parts of a core's pieces that may be other than zeros, in their order.
@@ -122,27 +119,6 @@ class Touched:
             return iter([(load.address, load.address + load.size)])
         return _united(self._touched(load), self._with_data(load))
 
-    def look_at_all(self, loads: list[Load]) -> None:
-        """Find at once what of all pieces was touched, where the kernel can tell."""
-        ends = [load.address + load.size for load in loads]
-        ends = [end for end in ends if end <= _MAX_OFFSET]
-        if ends and self._look is _scan:
-            every = _scan(self._pagemap, min(load.address for load in loads), max(ends))
-            found = list(islice(every, _MOST_RUNS + 1))
-            # Of pages that the core leaves out there may be millions.
-            if len(found) <= _MOST_RUNS:
-                self._all = found
-                self._look = self._looked_up
-
-    def _looked_up(self, _: int, start: int, end: int) -> Runs:
-        first = bisect_right(self._all, (start, 0)) - 1
-        for one in range(max(0, first), len(self._all)):
-            low, high = self._all[one]
-            if low >= end:
-                return
-            if high > start:
-                yield max(low, start), min(high, end)
-
     def _touched(self, load: Load) -> Runs:
         return self._look(self._pagemap, load.address, load.address + load.size)
 
@@ -163,8 +139,7 @@ class Touched:
         """Give the same in pieces to read at once."""
         for run in self.runs(loads):
             kind = self._mappings.kind(run)
-            sure = kind & (_PRIVATE | _READABLE | _FILE) == _PRIVATE | _READABLE
-            yield from in_blocks(run, readable=bool(kind & _READABLE), sure=sure)
+            yield from in_blocks(run, readable=bool(kind & _READABLE))
 
 
 def _data(file: int, start: int, end: int) -> Runs:

@@ -2,22 +2,30 @@
 
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import socket
+import struct
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
 
 from crashbus import layout
+from services.common.mounts import Mounts
 from services.common.unrecorded import Unrecorded, is_unrecorded
-from services.recorder import core_copy, facts, touched
+from services.recorder import arrival, core_copy, facts
 from services.recorder.core_pages import Pages
+from services.recorder.errors import CaptureFailed
 from services.recorder.hold import Hold
-from services.recorder.taking import Taken, Taker
+from services.recorder.mechanism import Mechanism
+from services.recorder.settings import RecorderSettings
+from services.recorder.taking import LIBRARY, Taken, Taker, load
+from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_core_pages import SMALL_PYTHON, Crash, coredump_socket, same
 from tests.support.crashers import FATAL, crasher
+from tests.support.recorder import FILES, crash
 
 __all__ = ("coredump_socket",)
 
@@ -42,13 +50,16 @@ class Unread(Crash):
 
 @pytest.fixture
 def taker(tmp_path: Path) -> Taker:
-    return Taker(Unrecorded(tmp_path / "spool"), 0, labels_needed=False)
+    return new_taker(tmp_path / "spool")
+
+
+def new_taker(spool: Path, largest_core: int = 0, *, labels_needed: bool = False) -> Taker:
+    library = RecorderSettings().helper.with_name(LIBRARY)
+    return Taker(load(library), Unrecorded(spool), largest_core, labels_needed=labels_needed)
 
 
 def take(taker: Taker, crash: Crash) -> Taken:
-    taken = taker.look(crash.pid)
-    taker.take(crash.pid, crash.hold, 64, taken)
-    return taken
+    return taker.take(crash.pid, crash.hold, 0, 64)
 
 
 def written(taken: Taken, crash: Crash, path: Path) -> core_copy.Copied:
@@ -78,25 +89,32 @@ def test_core_of_what_was_taken_is_the_kernels(
     assert same(tmp_path / "ours", tmp_path / "kernels")
 
 
-def test_process_that_touched_more_pieces_than_are_kept_in_mind_is_taken_whole(
-    coredump_socket: socket.socket,
-    tmp_path: Path,
-    taker: Taker,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(touched, "_MOST_RUNS", 1)
-    crash = Unread(coredump_socket, crasher("threads"), reads_head=False)
-    try:
-        taken = take(taker, crash)
-        assert taken.memory is not None and taken.head is not None
-        assert written(taken, crash, tmp_path / "ours").fault is None
-        crash.head = taken.head
-        crash.from_stream(tmp_path / "kernels")
-    finally:
-        crash.end()
-        taken.close()
+@pytest.mark.parametrize("size", [16, 24])
+def test_request_of_any_length_is_acknowledged(taker: Taker, size: int) -> None:
+    ours, kernels = socket.socketpair()
+    hold = Hold(ours.detach(), 20)
+    with kernels:
+        kernels.sendall(struct.pack("=IIQ", size, 16, 0xF) + bytes(size - 16))
 
-    assert same(tmp_path / "ours", tmp_path / "kernels")
+        arrived = arrival.receive(Mechanism.SOCKET_REQUEST, hold, taker.greet)
+
+        assert arrived.pid == os.getpid()
+        assert kernels.recv(64) == struct.pack("=IIQ", 16, 0, 0b1001)
+        kernels.sendall(b"next")
+        assert hold.read_exactly(4) == b"next"
+    hold.close()
+
+
+@pytest.mark.parametrize("request_", [b"short", bytes(16), struct.pack("=IIQ", 16, 16, 0b0001)])
+def test_who_is_not_the_kernel_is_told(taker: Taker, request_: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    hold = Hold(ours.detach(), 20)
+    with theirs:
+        theirs.sendall(request_)
+        theirs.shutdown(socket.SHUT_WR)
+        with pytest.raises(CaptureFailed, match="not a crash: a request"):
+            arrival.receive(Mechanism.SOCKET_REQUEST, hold, taker.greet)
+    hold.close()
 
 
 def test_process_whose_pid_may_be_anothers_is_not_taken(
@@ -154,6 +172,54 @@ def test_facts_of_a_process_that_was_taken_are_those_of_the_living(
         taken.close()
 
 
+def test_process_with_mounts_of_its_own_is_asked_itself(
+    coredump_socket: socket.socket, taker: Taker
+) -> None:
+    script = f"mount -t tmpfs its-own /mnt; exec {crasher('null_pointer')}"
+    theirs = Crash(coredump_socket, "unshare", "--mount", "sh", "-c", script, reads_head=False)
+    ours = Crash(coredump_socket, crasher("null_pointer"), reads_head=False)
+    taken = [take(taker, crash) for crash in (theirs, ours)]
+    try:
+        assert all(one.memory is not None for one in taken)
+        mounts = [one.resources.mounts for one in taken if one.resources is not None]
+        assert [b"its-own" in one for one in mounts] == [True, False]
+    finally:
+        for crash, one in zip((theirs, ours), taken, strict=True):
+            crash.end()
+            one.close()
+
+
+def test_process_with_a_file_that_may_never_come_stays_held(
+    coredump_socket: socket.socket, taker: Taker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash = Crash(coredump_socket, crasher("null_pointer"), reads_head=False)
+    mounts = re.sub(rb" - \S+ ", b" - nfs4 ", Mounts().now())
+    monkeypatch.setattr(Mounts, "now", lambda _: mounts)
+    taken = take(taker, crash)
+    try:
+        assert taken.memory is None and crash.hold.is_held
+        assert crash.read_head().fault is None  # and its core is still whole
+    finally:
+        crash.end()
+        taken.close()
+
+
+def test_core_that_was_begun_and_not_taken_comes_whole(
+    coredump_socket: socket.socket, tmp_path: Path
+) -> None:
+    crash = Crash(coredump_socket, crasher("null_pointer"), reads_head=False)
+    taken = take(new_taker(tmp_path / "spool", largest_core=4096), crash)
+    try:
+        assert taken.memory is None and crash.hold.is_held
+        crash.head = crash.read_head()
+        assert crash.head.fault is None
+        crash.from_stream(tmp_path / "core")
+        assert (tmp_path / "core").stat().st_size == crash.head.size
+    finally:
+        crash.end()
+        taken.close()
+
+
 def test_process_is_gone_before_its_core_is_written(
     coredump_socket: socket.socket, tmp_path: Path, taker: Taker
 ) -> None:
@@ -170,24 +236,6 @@ def test_process_is_gone_before_its_core_is_written(
         crash.hold.close()
         taken.close()
     assert not is_unrecorded(tmp_path / "spool", crash.pid)
-
-
-def test_second_thread_that_is_busy_is_not_waited_for(
-    coredump_socket: socket.socket, tmp_path: Path, taker: Taker
-) -> None:
-    may_end = threading.Event()
-    busy = taker._second.submit(may_end.wait, 60)
-    crash = Crash(coredump_socket, crasher("null_pointer"), reads_head=False)
-    taken = take(taker, crash)
-    try:
-        assert busy.running()
-        assert taker._second._work_queue.qsize() <= 1  # what queues up there is bounded
-        assert written(taken, crash, tmp_path / "core").fault is None
-        assert taken.memory is not None
-    finally:
-        may_end.set()
-        crash.hold.close()
-        taken.close()
 
 
 def test_large_process_stays_held_and_its_core_is_whole(
@@ -264,3 +312,18 @@ def test_what_another_put_in_the_place_of_the_lock_is_put_aside(tmp_path: Path, 
     assert not is_unrecorded(tmp_path, 77)
     assert (place.stat().st_uid, place.stat().st_mode & 0o777) == (0, 0o600)
     assert elsewhere.read_text() == "mine"
+
+
+@pytest.mark.parametrize("built", [True, False])
+async def test_without_its_reader_a_process_is_held_until_all_is_written(
+    recorder_with: MakeRecorder, tmp_path: Path, built: bool
+) -> None:
+    helper = RecorderSettings().helper
+    place = helper if built else Path(shutil.copy(helper, tmp_path))
+    recorder = recorder_with(recorder_helper=place)
+    await recorder.start()
+
+    record = await recorder.captured(crash(crasher("null_pointer"))[0])
+
+    assert len(record.files) == len(FILES)
+    assert ("held longer: build with make setup" in recorder.log) is not built

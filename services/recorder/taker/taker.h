@@ -1,0 +1,101 @@
+#ifndef CRASHBUS_TAKER_H
+#define CRASHBUS_TAKER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Read a small process, whole, while it is held: services/recorder/taking.py, which calls this by
+ * ctypes, without the interpreter's lock.
+ *
+ * What is read of /proc lies in `arena` one after the other: 4 bytes of length and as many bytes;
+ * a NUL; ABSENT is the length of what cannot be read. A list begins with 4 bytes that count its entries.
+ */
+
+enum {
+    ABSENT = 0xffffffff,
+    MODULES = 64,         /* files opened of one process */
+    LONGEST_CODE = 15,    /* bytes of an instruction */
+    MAPPINGS = 4096,
+    PIECES = 8192,
+    ARENA = 1024 * 1024,  /* bytes */
+    HEAD = 1024 * 1024,   /* bytes of a core's headers and notes: some 256 threads */
+};
+
+/* What to read, in this order: a (f)ile, a (l)ink, a (d)irectory of links; after a c(g)roup
+ * hierarchy, files of the process's directory in it. */
+struct wanted {
+    const char *name;
+    uint32_t most; /* bytes of a file, entries of a directory */
+    char kind;
+};
+
+struct piece {
+    uint64_t address, size;
+    uint32_t readable; /* zeros are the right content of what cannot be read */
+};
+
+struct mapping {
+    uint64_t start, end, offset;
+    const char *file; /* device, inode and path, up to the end of the line; NULL: no file */
+    uint32_t length;  /* of that */
+    char private_memory, readable, code;
+};
+
+struct opened {
+    uint64_t start, end;
+    int32_t file;
+};
+
+struct crash {
+    /* given */
+    int32_t core;       /* where its core comes */
+    int32_t pid, place; /* O_PATH of /proc/PID */
+    int32_t pidfd;      /* found by `greet`, as `pid` */
+    uint32_t mark;      /* bytes before that, all zero */
+    uint32_t patience;  /* milliseconds to wait for a byte of it */
+    uint32_t modules;   /* files to open */
+    uint64_t resident;  /* bytes, at most */
+    uint64_t largest;   /* bytes of a core, at most */
+    uint64_t touched;   /* bytes of memory, at most */
+    uint32_t threads;   /* at most */
+    uint32_t wanteds;
+    const struct wanted *wanted;
+    const char *namespace, *root; /* of who sees `mounts` */
+    const char *mounts;           /* proc_pid_mountinfo(5) */
+    char *arena, *head;           /* of these sizes */
+    /* found */
+    uint32_t used;         /* bytes of the arena */
+    uint32_t head_size;    /* bytes taken from the core */
+    uint32_t pieces_found, sure; /* the first `sure` are there, and to read them waits for nobody */
+    uint32_t files_found;
+    uint32_t sockets;      /* it has some open */
+    uint32_t code_size;
+    uint64_t memory;       /* bytes of all pieces */
+    char code[16];         /* at the program counter */
+    struct opened files[MODULES];
+    struct piece pieces[PIECES];
+    /* its own */
+    uint32_t loads_found, mappings_found, namespaced;
+    uint64_t counter; /* the program counter */
+    const char *group; /* the longest path of a cgroup that it is in */
+    uint32_t group_size;
+    struct piece loads[MAPPINGS];
+    struct mapping mappings[MAPPINGS];
+};
+
+/* Bytes of all of it, and of what its caller knows. */
+size_t crash_size(void);
+size_t known_size(void);
+
+/* Learn who crashes, and acknowledge the kernel's request. Returns 0, or -1: that cannot be told at
+ * once; then `head` has what was taken from the core. */
+int greet(struct crash *crash);
+
+/* Read everything but its memory. Returns 0, or -1: it is not small, or not sure; then `head` has
+ * what was taken from the core, and no file is open. */
+int look(struct crash *crash);
+
+/* Read its memory, piece after piece. Returns 0, or -1: that cannot be. */
+int read_memory(const struct crash *crash, char *into);
+
+#endif
