@@ -38,7 +38,12 @@ _PIDFD_GET_INFO = 0xC040FF0B
 
 _HELPER_MESSAGE = re.compile(rb"(\d{1,10}) (\d{1,10}) (\d{1,2}) (\d{1,12})\n")
 _HELPER_WITHIN = 10.0  # seconds; the helper sends at once
+_TURN = b"!"  # to a helper: its crash is taken now
 _PIPE_SIZE = 1024 * 1024  # bytes; the most an unprivileged process may set, fcntl(2)
+
+
+class KeptByHelper(Exception):
+    """The pipe helper waited too long, and keeps its crash by itself."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ def receive(
         greet: does the same sooner for a request that comes at once: returns the PID.
 
     Raises:
+        KeptByHelper: there is nothing to do any more.
         CaptureFailed: this is no crash, or it is one that already is over.
     """
     with _broken_off():
@@ -112,15 +118,13 @@ def _broken_off() -> Iterator[None]:
         ) from error
 
 
-def identify(mechanism: Mechanism, hold: Hold) -> int:
-    """Return the PID of a crash that will not be received, without waiting for anything.
+def identify(hold: Hold) -> int:
+    """Return the PID of a crash on the coredump socket that will not be received, without waiting.
 
     Raises:
         CaptureFailed: it cannot be told.
     """
     try:
-        if mechanism is Mechanism.PIPE:
-            return _from_helper(hold, within=0).pid
         return _peer(hold)
     except OSError as error:
         raise _gone(f"it cannot be told who crashed: {error}") from error
@@ -159,10 +163,14 @@ def _answer_request(hold: Hold) -> None:
     hold.write(_ACK.pack(_ACK.size, 0, KERNEL | WAIT))
 
 
-def _from_helper(hold: Hold, within: float = _HELPER_WITHIN) -> Arrival:
+def _from_helper(hold: Hold) -> Arrival:
     # It may wait for us, `chain`; closed together with the hold.
     hold.helper = helper = socket.socket(fileno=os.dup(hold.descriptor))
-    helper.settimeout(within)
+    helper.settimeout(_HELPER_WITHIN)
+    try:
+        helper.send(_TURN)
+    except OSError as error:
+        raise KeptByHelper from error
     text, descriptors, _, _ = socket.recv_fds(helper, 256, 1, socket.MSG_CMSG_CLOEXEC)
     match = _HELPER_MESSAGE.fullmatch(text)
     if not match or len(descriptors) != 1:

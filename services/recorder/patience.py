@@ -79,6 +79,11 @@ class Patience:
             return True
 
     def _give_up(self, hold: Hold) -> None:
+        if self._mechanism is Mechanism.PIPE:
+            log.warning("a crash waited too long, its pipe helper keeps it")
+            hold.close()
+            self._arrivals.task_done()
+            return
         failure = CaptureFailed(
             "capture_failed",
             f"it waited {hold.age:.0f} s for a capture thread and was let go",
@@ -86,7 +91,7 @@ class Patience:
             "CRASHBUS_RECORDER_CAPTURES or CRASHBUS_RECORDER_STALL_DEADLINE",
         )
         try:
-            pid = arrival.identify(self._mechanism, hold)
+            pid = arrival.identify(hold)
             failure.crash_id = crash_id(self._boot_id, pid, start_ticks(pid))
         except (CaptureFailed, OSError) as error:
             log.warning("who waited cannot be named", error=str(error))

@@ -25,6 +25,7 @@ from services.recorder import (
     metrics,
     takeover,
 )
+from services.recorder.arrival import KeptByHelper
 from services.recorder.chain import Chain, Handler
 from services.recorder.conditions import MODULE_FILES, Conditions
 from services.recorder.dead_letters import DeadLetters
@@ -218,6 +219,8 @@ class Recorder:
         hold.last_progress = time.monotonic()  # it was not idle, it waited
         try:
             self._capture(hold)
+        except KeptByHelper:
+            log.warning("a pipe helper gave up waiting")
         except CaptureFailed as failure:
             metrics.CAPTURES.labels("failed").inc()
             self._letters.add(failure)

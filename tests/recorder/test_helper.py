@@ -80,7 +80,7 @@ def recorder(path: Path, answer: Callable[[socket.socket], None]) -> Iterator[No
     def serve() -> None:
         connection, _ = server.accept()
         with connection:
-            connection.send(b"!")
+            connection.send(b".!")  # greeted, and its turn has come
             _, descriptors, *_ = socket.recv_fds(connection, 4096, 4)
             for one in descriptors:
                 os.close(one)

@@ -7,10 +7,13 @@ import re
 import select
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -23,7 +26,7 @@ from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_capture import frames, gdb
 from tests.support.crashers import crasher
 from tests.support.disk import small_disk
-from tests.support.nats import NatsServer
+from tests.support.nats import NatsServer, free_port
 from tests.support.recorder import FILES, RecorderService, crash
 from tests.support.requirements import need_root
 from tests.support.victim import Victim
@@ -81,6 +84,56 @@ async def test_crash_without_a_recorder_is_captured_by_the_next_one(
     assert snapshot["Threads"][0]["Name"] == "null_pointer"
     assert "--- registers" in recorder.file(victim.pid, "backtrace").read_text()
     await until(lambda: not orphans(recorder), WITHIN)
+
+
+async def test_crashes_that_wait_for_their_turn_outlive_a_recorder_that_is_killed(
+    recorder_with: MakeRecorder,
+) -> None:
+    """In a storm most of them wait; only what is in hand is the recorder's to lose."""
+    port = free_port()
+    recorder = recorder_with(
+        recorder_mechanism="pipe", recorder_captures=1, recorder_http=f"127.0.0.1:{port}"
+    )
+    await recorder.start()
+    # Each has the one capture thread wait for what never comes.
+    idle = [connected(recorder) for _ in range(20)]
+    victims = [Victim(crasher("null_pointer")).go() for _ in range(3)]
+    await until(lambda: waiting(port) - sum(map(is_waiting, idle)) >= len(victims))
+
+    recorder.kill_with_watchdogs()
+
+    for one in idle:
+        one.close()
+    for victim in victims:
+        assert await asyncio.to_thread(victim.process.wait, 60) == -signal.SIGSEGV
+    await recorder.start()
+    for victim in victims:
+        record = await recorder.captured(victim.pid)
+        assert any("pipe helper kept it" in note for note in record.notes)
+        assert not any(file.truncated for file in record.files.values())
+
+
+def connected(recorder: RecorderService) -> socket.socket:
+    """Return a connection as a pipe helper makes it; the recorder has greeted."""
+    made = socket.socket(socket.AF_UNIX)
+    made.connect(str(recorder.socket))
+    assert made.recv(1) == b"."
+    return made
+
+
+def is_waiting(helper: socket.socket) -> bool:
+    """Tell whether it was not yet this helper's turn."""
+    return not select.select([helper], [], [], 0)[0]
+
+
+def waiting(port: int) -> float:
+    """Return how many crashes a recorder says are waiting."""
+    with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        found = re.search(
+            r'^crashbus_recorder_held\{stage="waiting"\} (\S+)$', answer.read().decode(), re.M
+        )
+        return float(found[1]) if found else 0
+    return 0
 
 
 @pytest.mark.parametrize(

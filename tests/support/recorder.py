@@ -37,13 +37,18 @@ class RecorderService:
             "CRASHBUS_STATE": self.state,
             "CRASHBUS_HOST": "test-host",
             "CRASHBUS_NATS_URL": "nats://127.0.0.1:1",
-            "CRASHBUS_RECORDER_SOCKET": self._directory / "run" / "s",
+            "CRASHBUS_RECORDER_SOCKET": self.socket,
             "CRASHBUS_RECORDER_HTTP": "",
         } | {f"CRASHBUS_{name.upper()}": value for name, value in settings.items()}
 
     @property
     def log(self) -> str:
         return self._log.read_text() if self._log.exists() else ""
+
+    @property
+    def socket(self) -> Path:
+        """Where crashes arrive."""
+        return self._directory / "run" / "s"
 
     @property
     def pid(self) -> int:

@@ -6,8 +6,9 @@
  * its arguments to the recorder and ends: no core passes through it. The process that crashed
  * stays held until the recorder closes the descriptor (core_pipe_limit > 0).
  *
- * The recorder greets who connects with a byte. Without that nothing is handed over, because it
- * could not be taken back from a recorder that stands still; the crash is kept as an orphan.
+ * The recorder greets who connects with a byte, and asks for the crash with another when its turn
+ * comes. Without both nothing is handed over, because it could not be taken back from a recorder
+ * that stands still, or is killed while others wait; the crash is kept as an orphan.
  *
  * With a "+" it stays, and starts another handler once the recorder is done, see chain.h; also when
  * it has kept the crash because there is no recorder.
@@ -24,7 +25,10 @@
 #include "chain.h"
 #include "orphan.h"
 
-enum { ARGUMENTS = 6, MESSAGE = 128, SECONDS = 10 };
+enum { ARGUMENTS = 6, MESSAGE = 128 };
+/* Seconds: until a recorder that is well has greeted, and until as many as may crash at once had their
+ * turn. A recorder that has come to its end meanwhile has closed the connection. */
+enum { SECONDS = 10, TURN = 60 };
 
 /* There is nobody else to tell: standard error leads nowhere. */
 static int tell(const char *pid, const char *what, const char *why) {
@@ -52,10 +56,10 @@ static int connect_to(const char *path) {
     return connect(fd, (struct sockaddr *)&address, sizeof address) ? -1 : fd;
 }
 
-static int is_greeted(int fd) {
+static int is_told(int fd, int seconds) {
     struct pollfd waiting = {.fd = fd, .events = POLLIN};
-    char greeting;
-    return poll(&waiting, 1, SECONDS * 1000) == 1 && recv(fd, &greeting, 1, 0) == 1;
+    char byte;
+    return poll(&waiting, 1, seconds * 1000) == 1 && recv(fd, &byte, 1, 0) == 1;
 }
 
 static int hand_over(int fd, char *text, size_t size) {
@@ -84,7 +88,7 @@ int main(int count, char **arguments) {
                         arguments[5]);
     if (size < 0 || size >= MESSAGE) return fail(pid, "arguments too long");
     int fd = connect_to(arguments[1]);
-    if (fd >= 0 && is_greeted(fd) && hand_over(fd, text, (size_t)size) == 0)
+    if (fd >= 0 && is_told(fd, SECONDS) && is_told(fd, TURN) && hand_over(fd, text, (size_t)size) == 0)
         return count > ARGUMENTS ? chain(fd, arguments + ARGUMENTS + 1) : 0;
     if (fd >= 0) close(fd);
     struct kept kept = {.core = -1};
