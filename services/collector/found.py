@@ -172,6 +172,8 @@ def _note(found: FoundSet, entry: Entry, captured: CapturedFile | None) -> str |
         return captured.note or "cut short by the recorder"
     if captured is not None and captured.size != entry.size:
         return f"{entry.size} bytes, {captured.size} were written"
+    if captured is not None:
+        return None
     if found.verdict is Verdict.CUT_SHORT and entry.kind in judge.doubtful(found.entries.keys()):
         return "its writer ended before it was whole"
     return None

@@ -138,6 +138,15 @@ def keep_record(recording: Recording) -> bool:
         return False
 
 
+def say_what_is_there(recording: Recording) -> None:
+    """Tell of each file that it is whole, before the backtrace, which may wait for its turn: of a
+    recorder that is killed meanwhile, nothing but that is missing.
+    """
+    told = {"files": recording.files, "notes": tuple(recording.notes)}
+    recording.record = recording.record.model_copy(update=told)
+    keep_record(recording)
+
+
 def write_file(recording: Recording, kind: Kind, content: bytes) -> None:
     """Write one small file; what is missing is told in the record."""
     name = crash_file_name(kind, recording.epoch)

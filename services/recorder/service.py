@@ -36,7 +36,7 @@ from services.recorder.listener import Listener
 from services.recorder.mechanism import Plan
 from services.recorder.orphans import Orphan, Orphans
 from services.recorder.patience import Patience, waiting
-from services.recorder.recording import Recording
+from services.recorder.recording import Recording, say_what_is_there
 from services.recorder.room import Lack
 from services.recorder.settings import RecorderSettings
 from services.recorder.takeover import Takeover
@@ -232,6 +232,7 @@ class Recorder:
 
     def _capture(self, hold: Hold) -> None:
         captured = capturing.capture_crash(hold, self._conditions)
+        say_what_is_there(captured)
         try:
             self._unfinished.put_nowait(captured)
         except queue.Full:

@@ -98,6 +98,36 @@ async def test_killed_recorder_lets_the_process_go_and_leaves_the_set_cut_short(
         assert capture.read(file.fileno()).state == "writing"
 
 
+# The real recorder, which a real SIGKILL ends when it would begin with a backtrace.
+_KILLED_BEFORE_ITS_BACKTRACE = """
+import os, runpy, signal, sys
+from services.recorder import finishing
+finishing.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sys.argv = ["recorder"]
+runpy.run_module("services.recorder", run_name="__main__")
+"""
+
+
+async def test_recorder_killed_before_the_backtrace_has_said_what_is_whole(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with()
+    recorder.prefix = (sys.executable, "-c", _KILLED_BEFORE_ITS_BACKTRACE)
+    await recorder.start()
+
+    pid, _ = crash(crasher("null_pointer"))
+    assert recorder.process is not None
+    assert await asyncio.to_thread(recorder.process.wait, 60) == -signal.SIGKILL
+
+    with recorder.file(pid, "capture").open("rb") as file:
+        record = capture.read(file.fileno())
+    assert record.state == "writing"
+    for kind in ("info", "cfg", "core"):
+        path = recorder.file(pid, kind)
+        told = record.files[path.name]
+        assert (told.size, told.truncated) == (path.stat().st_size, False)
+
+
 async def test_process_killed_while_it_dumps_leaves_a_truncated_core(
     recorder_with: MakeRecorder,
 ) -> None:
