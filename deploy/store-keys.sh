@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes the keys of an S3 store of your own (docker compose --profile storage), and a .env that
-# sends crashes there, if there is none yet. Run it as root.
+# Makes the keys of an S3 store of your own, and a .env that starts it (the profile "storage") and sends
+# crashes there, if there is none yet. Run it as root.
 set -eu
 umask 077
 cd "$(dirname "$0")"
@@ -12,9 +12,11 @@ for name in s3_access_key s3_secret_key; do
   chmod 400 secrets/$name
 done
 chmod 711 secrets
+umask 022  # whoever may call docker compose reads this one
 [ -e .env ] || cat >.env <<END
+COMPOSE_PROFILES=storage
 CRASHBUS_DESTINATIONS=s3://crashes/$(uname -n)
 CRASHBUS_S3_ACCESS_KEY_FILE=./secrets/s3_access_key
 CRASHBUS_S3_SECRET_KEY_FILE=./secrets/s3_secret_key
 END
-echo "keys are in $(pwd)/secrets; next: docker compose --profile storage up -d --build"
+echo "keys are in $(pwd)/secrets; next: docker compose up -d --build --wait"

@@ -1,21 +1,25 @@
 """The shipped compose file, built and started on a Docker engine of a test session's own.
 
-Bases that would come from a registry are replaced by stand-ins: Debian's, made with mmdebstrap,
-and images of the programs of others (tests/compose/Dockerfile). All else is what is shipped.
+A copy of what a clone holds is used as the README tells. Images that would come from a registry
+are replaced by stand-ins of the same names: Debian's, made with mmdebstrap, and images of the
+programs of others (tests/compose/Dockerfile). All else is what is shipped.
 """
 
 import json
 import os
+import re
+import shlex
 import shutil
 import ssl
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
+import yaml
 from minio import Minio
 
 from crashbus.keys import SEED
@@ -25,15 +29,39 @@ from tests.support.programs import fetch_programs
 from tests.support.requirements import lacking, need_program
 
 ROOT = Path(__file__).parents[2]
-DEPLOY = ROOT / "deploy"
 HERE = Path(__file__).parent
 CACHE = ROOT / "build"
-BASE_IMAGE = "crashbus-test/base"
-OTHERS = "crashbus-test/others"
-PROMETHEUS = "crashbus-test/prometheus"
+STAND_INS_FILE = HERE / "stand-ins.yaml"
+CRASHING = "python:3-slim"  # the image that the README crashes
+
+
+def pinned(name: str) -> str:
+    """Return the image that the Dockerfile names so."""
+    (found,) = re.findall(rf"^ARG {name}=(\S+)$", (ROOT / "deploy/Dockerfile").read_text(), re.M)
+    return str(found)
+
+
+def image_of(service: str) -> str:
+    """Return the image that the compose file names for a service."""
+    services = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"]
+    return str(services[service]["image"])
+
+
+BASE_IMAGE = pinned("BASE_IMAGE")
+NGINX = image_of("walkthrough")
+# Stage of tests/compose/Dockerfile by the image for which it stands in.
+STAND_INS = {
+    pinned("NATS_IMAGE"): "others",
+    pinned("STORAGE_IMAGE"): "others",
+    NGINX: "nginx",
+    CRASHING: "python",
+    image_of("prometheus"): "prometheus",
+    # Nothing stands in for Grafana, and it is not started; tests/deploy looks at what it is given.
+    image_of("grafana"): "others",
+}
 BUS_NAME = "bus.example.com"  # by which agents call the bus
 CA_FILE = "/etc/ssl/certs/ca-certificates.crt"  # Debian's
-BUILD_WITHIN = 600  # seconds
+BUILD_WITHIN = 1200  # seconds, on a busy machine
 # Docker 23 knows CAP_BPF and CAP_PERFMON by name.
 _FIRST_WITH_CAP_BPF = 23
 
@@ -42,35 +70,29 @@ class Stack:
     """Images, containers and what they share with the host.
 
     Attributes:
-        directory: on the host; holds spool, state and all keys.
+        directory: on the host; holds all of it.
+        clone: what a fresh clone holds, and what is made there.
         overrides: compose files beside those of a host without others.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.overrides: list[Path] = []
+        self.overrides: list[str] = []
         self.directory = Path(tempfile.mkdtemp(prefix="cb-compose-", dir="/tmp"))
+        self.directory.chmod(0o711)
+        self.clone = self.directory / "crashbus"
+        self.keys = self.clone / "deploy" / "keys"
         self.spool = self.directory / "spool"
-        self.state = self.directory / "state"
-        self.keys = self.directory / "keys"
         self._bus_port = free_port()
-        self.access_key, self.secret_key = "k" + os.urandom(8).hex(), "s" + os.urandom(16).hex()
-        self._write_keys()
+        # What differs from a user's host: the engine, directories of the test's own, a free port.
         self._environment = os.environ | {
             "DOCKER_HOST": f"unix://{engine.socket}",
             "DOCKER_CONFIG": str(CACHE / "docker"),
-            "DOCKER_BUILDKIT": "1",
-            "BASE_IMAGE": BASE_IMAGE,
-            "CA_FILE": ssl.get_default_verify_paths().cafile
-            or "/etc/ssl/certs/ca-certificates.crt",
+            "CA_FILE": ssl.get_default_verify_paths().cafile or CA_FILE,
             "CRASHBUS_RUNTIME_SOCKET": str(engine.socket),
             "CRASHBUS_SPOOL_DIRECTORY": str(self.spool),
-            "CRASHBUS_STATE_DIRECTORY": str(self.state),
-            "CRASHBUS_KEYS": str(self.keys),
+            "CRASHBUS_STATE_DIRECTORY": str(self.directory / "state"),
             "CRASHBUS_NATS_LISTEN": f"127.0.0.1:{self._bus_port}",
-            "CRASHBUS_DESTINATIONS": "s3://crashes/host,file:///var/crashes",
-            "CRASHBUS_S3_ACCESS_KEY_FILE": str(self.directory / "s3_access_key"),
-            "CRASHBUS_S3_SECRET_KEY_FILE": str(self.directory / "s3_secret_key"),
         }
 
     @property
@@ -82,48 +104,55 @@ class Stack:
         """Return the file with the key of one of the bus's users."""
         return self.keys / user / SEED
 
+    def store_keys(self) -> list[str]:
+        """Return access key and secret key of the S3 store."""
+        secrets = self.clone / "deploy" / "secrets"
+        return [(secrets / f"s3_{one}_key").read_text() for one in ("access", "secret")]
+
     def store(self) -> Minio:
         """Return a client of the S3 store, which may get another address when it starts again."""
+        access, secret = self.store_keys()
         address = f"{self.address('storage')}:8333"
-        return Minio(address, self.access_key, self.secret_key, secure=False, region="us-east-1")
-
-    def _write_keys(self) -> None:
-        self.directory.chmod(0o711)
-        for name, value in (("s3_access_key", self.access_key), ("s3_secret_key", self.secret_key)):
-            path = self.directory / name
-            path.write_text(value)
-            os.chown(path, 10001, 10001)
-            path.chmod(0o400)
+        return Minio(address, access, secret, secure=False, region="us-east-1")
 
     @cached_property
-    def _for_this_engine(self) -> list[Path]:
+    def _for_this_engine(self) -> list[str]:
         """What an old engine needs, as the documentation names it."""
         version = self.docker("version", "--format", "{{.Server.Version}}")
-        old = int(version.split(".")[0]) < _FIRST_WITH_CAP_BPF
-        return [DEPLOY / "compose.sysadmin.yaml"] if old else []
+        return ["compose.sysadmin.yaml"] if int(version.split(".")[0]) < _FIRST_WITH_CAP_BPF else []
 
-    def compose(self, *arguments: str, within: float = 180) -> str:
-        """Run docker compose; return what it prints."""
-        files = [DEPLOY / "compose.yaml", *self._for_this_engine, *self.overrides]
+    def shell(self, line: str, directory: str = "deploy") -> "subprocess.CompletedProcess[str]":
+        """Run a command of the documentation in a directory of the clone."""
+        files = ["compose.yaml", *self._for_this_engine, *self.overrides, str(STAND_INS_FILE)]
+        return self.run(
+            *("env", f"COMPOSE_FILE={':'.join(files)}", "bash", "-c", line),
+            within=BUILD_WITHIN,
+            cwd=self.clone / directory,
+        )
+
+    def must(self, line: str, directory: str = "deploy") -> str:
+        """Run a command as `shell` does; return what it prints."""
+        done = self.shell(line, directory)
+        if done.returncode:
+            raise RuntimeError(f"{line}: {(done.stderr + done.stdout)[-5000:]}")
+        return done.stdout
+
+    def compose(self, *arguments: str) -> str:
+        """Run docker compose, for services of all profiles; return what it prints."""
         profiles = ("storage", "cli", "walkthrough", "metrics")
         options = (part for profile in profiles for part in ("--profile", profile))
-        return self._compose([*files, HERE / "stand-ins.yaml"], *options, *arguments, within=within)
+        return self.must(shlex.join(["docker", "compose", *options, *arguments]))
 
     def agent(self, *arguments: str) -> str:
         """Run docker compose for what another host runs; return what it prints."""
-        files = [DEPLOY / "compose.agent.yaml", *self._for_this_engine, HERE / "agent.yaml"]
-        return self._compose(files, *arguments)
-
-    def _compose(self, files: list[Path], *arguments: str, within: float = 180) -> str:
-        named = (part for file in files for part in ("--file", str(file)))
-        return self.docker("compose", *named, *arguments, within=within)
+        files = ["compose.agent.yaml", *self._for_this_engine, str(HERE / "agent.yaml")]
+        named = (part for file in files for part in ("--file", file))
+        return self.must(shlex.join(["docker", "compose", *named, *arguments]))
 
     def switch_tls_on(self) -> None:
         """Do what the head of compose.tls.yaml says, and let other hosts in."""
-        self._environment["SEEN_AT"] = "/etc/nats/keys"
-        script = DEPLOY / "nats" / "make-certificates.sh"
-        self._must(str(script), str(self.keys), "nats", BUS_NAME)
-        self.overrides = [DEPLOY / "compose.tls.yaml"]
+        self.must(f"SEEN_AT=/etc/nats/keys nats/make-certificates.sh keys nats {BUS_NAME}")
+        self.overrides = ["compose.tls.yaml"]
         self._environment["CRASHBUS_NATS_LISTEN"] = f"0.0.0.0:{self._bus_port}"
 
     @contextmanager
@@ -133,6 +162,7 @@ class Stack:
         format_ = "{{range .IPAM.Config}}{{.Gateway}} {{end}}"
         gateways = self.docker("network", "inspect", "--format", format_, "crashbus_listeners")
         self._environment["BUS_ADDRESS"] = gateways.split()[0]
+        self._environment["CRASHBUS_CHAIN"] = "true"
         self._environment["CRASHBUS_NATS_URL"] = f"tls://{BUS_NAME}:{self._bus_port}"
         try:
             self.agent("up", "--detach", "--no-build", "--wait", "--wait-timeout", "120")
@@ -164,8 +194,8 @@ class Stack:
             **options,
         )
 
-    def build(self) -> None:
-        """Make all images."""
+    def prepare(self) -> None:
+        """Have a clone, and what stands in for images of others."""
         context = self.directory / "others"
         context.mkdir()
         with ThreadPoolExecutor() as pool:  # all of them fetch packages
@@ -174,9 +204,18 @@ class Stack:
             for one in others:
                 one.result()
             self.docker("import", str(base.result()), BASE_IMAGE)
-        self._build_others(context)
+        self._build_stand_ins(context)
         shutil.rmtree(context)
-        self.compose("build", "--quiet", within=BUILD_WITHIN)
+        self._clone()
+
+    def _clone(self) -> None:
+        """Copy what git knows of, as it is now."""
+        known = self.run("git", "-C", str(ROOT), "ls-files", "-z")
+        assert known.returncode == 0, known.stderr
+        for name in known.stdout.rstrip("\0").split("\0"):
+            (self.clone / name).parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # it was removed, and that is not committed yet
+                shutil.copy(ROOT / name, self.clone / name)
 
     def _must(self, *command: str) -> None:
         done = self.run(*command, within=BUILD_WITHIN)
@@ -201,30 +240,24 @@ class Stack:
             new.rename(made)
         return made
 
-    def _build_others(self, context: Path) -> None:
+    def _build_stand_ins(self, context: Path) -> None:
         shutil.copy(need_program("prometheus"), context)
         options = ("--quiet", "--network", "host", "--build-arg", f"BASE_IMAGE={BASE_IMAGE}")
-        for tag in (OTHERS, PROMETHEUS):
+        for image, stage in STAND_INS.items():
             self.docker(
-                *("build", *options, "--target", tag.partition("/")[2], "--tag", tag),
+                *("build", *options, "--target", stage, "--tag", image),
                 *("--file", str(HERE / "Dockerfile"), str(context)),
                 within=BUILD_WITHIN,
             )
 
     def up(self, shippers: int = 3) -> None:
         """Start everything and wait until it is healthy."""
-        options = ("--detach", "--no-build", "--wait", "--wait-timeout", "150")
-        # Nothing stands in for Grafana; tests/deploy looks at what it is given.
         scale = {"shipper": shippers, "cli": 0, "walkthrough": 0, "grafana": 0}
-        sizes = (part for one, n in scale.items() for part in ("--scale", f"{one}={n}"))
+        sizes = " ".join(f"--scale {one}={n}" for one, n in scale.items())
         try:
-            self.compose("up", *options, *sizes)
+            self.compose("up", "--detach", "--no-build", "--wait", *sizes.split())
         except RuntimeError as error:
             raise RuntimeError(f"{error}\n{self.logs()}") from None
-
-    def down(self) -> None:
-        """Stop and remove everything, volumes too."""
-        self.compose("down", "--volumes")
 
     def logs(self, *services: str) -> str:
         return self.compose("logs", "--no-color", "--tail", "300", *services)
@@ -261,13 +294,21 @@ class Stack:
         return int(self.docker("inspect", "--format", "{{.State.Pid}}", container))
 
     def volume(self) -> dict[str, bytes]:
-        """Return the files that lie where file:///var/crashes leads."""
+        """Return the files that lie where file:///var/crashes leads, by their names there."""
         (shipper, *_) = self.containers("shipper")
         copy = self.directory / "copy"
         self.docker("cp", f"{shipper}:/var/crashes/.", str(copy))
         files = {str(p.relative_to(copy)): p.read_bytes() for p in copy.rglob("*") if p.is_file()}
         shutil.rmtree(copy)
         return files
+
+    def bucket(self) -> dict[str, bytes]:
+        """Return the objects that lie in the bucket of the S3 store, by their names."""
+        store = self.store()
+        if not store.bucket_exists("crashes"):
+            return {}
+        names = (one.object_name for one in store.list_objects("crashes", recursive=True))
+        return {name: store.get_object("crashes", name).data for name in names if name}
 
     def close(self) -> None:
         """Remove what is on the host."""

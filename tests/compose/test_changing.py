@@ -1,6 +1,8 @@
 """A running stack is changed: TLS, services that are gone for good, other hosts."""
 
 import asyncio
+import os
+import signal
 import ssl
 from collections.abc import AsyncIterator
 
@@ -9,10 +11,11 @@ import pytest_asyncio
 
 from crashbus import Bus, connect
 from tests.compose.delivery import WHOLE, delivered
+from tests.compose.readme import Walk
 from tests.compose.stack import Stack
 from tests.support import core_pattern
-from tests.support.docker import IMAGE
-from tests.support.wait import until
+from tests.support.docker import IMAGE, child_of
+from tests.support.former import Former
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 
@@ -39,23 +42,32 @@ async def test_crash_is_delivered_over_a_bus_with_tls(stack: Stack, secured: Bus
     await crash(stack, secured)
 
 
-async def test_core_pattern_is_put_back_when_the_recorder_is_killed_for_good(
-    stack: Stack, secured: Bus
+async def test_agent_takes_over_from_a_killed_recorder_and_guard_and_puts_core_pattern_back(
+    walked: Walk, stack: Stack, secured: Bus, former: Former
 ) -> None:
-    """A recorder that was killed does not put it back, and down has to."""
-    (container,) = stack.containers("recorder")
-    assert core_pattern.current().startswith("|")
-
-    stack.docker("kill", "--signal", "KILL", container)  # the engine does not start it again
-
-    await asyncio.to_thread(stack.compose, "stop", "guard")
-    await until(lambda: not core_pattern.current().startswith("|"))
-
-
-async def test_crash_of_another_host_is_delivered(stack: Stack, secured: Bus) -> None:
-    """The agent's compose file, beside a stack that captures nothing itself any more."""
+    """The agent's compose file, as on another host, where the last start ended in the worst way."""
+    for service in ("recorder", "guard"):
+        kill(stack, stack.containers(service))
     capturing = ("detector", "recorder", "guard", "collector")
     await asyncio.to_thread(stack.compose, "rm", "--force", "--stop", *capturing)
+    assert "corepipe" in core_pattern.current()  # nobody was there to put it back
 
     with stack.agent_running():
-        await crash(stack, secured)
+        run = ("--detach", "--rm", "--init", IMAGE, "/waiting")
+        container = await asyncio.to_thread(stack.engine.run, *run)
+        process = await child_of(stack.pid(container), "waiting")
+        former.wait_for(process)
+        os.kill(process, signal.SIGSEGV)
+        manifest, _ = await delivered(stack, secured, container)
+        assert {file.kind for file in manifest.files} >= WHOLE
+        # Whoever had core_pattern before goes on getting cores, because that was asked for.
+        await former.kept(process)
+        # A recorder that was killed does not put it back, and down has to.
+        kill(stack, stack.agent("ps", "--quiet", "recorder").split())
+
+    assert core_pattern.current() == walked.core_pattern
+
+
+def kill(stack: Stack, containers: list[str]) -> None:
+    """Kill containers for good: the engine does not start them again."""
+    stack.docker("kill", "--signal", "KILL", *containers)

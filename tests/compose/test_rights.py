@@ -11,7 +11,7 @@ from crashbus import Bus, Manifest, connect
 from crashbus.errors import CrashbusError
 from crashbus.keys import USERS
 from tests.compose.delivery import decompressed
-from tests.compose.stack import BASE_IMAGE, DEPLOY, Stack
+from tests.compose.stack import BASE_IMAGE, ROOT, Stack
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 
@@ -92,12 +92,33 @@ async def test_no_secret_is_shown_anywhere(stack: Stack) -> None:
         if s != "guard"
     ]
     told = "\n".join([*inspected, *images, stack.logs()]).encode()
-    kept = await asyncio.to_thread(stack.volume)
+    kept = await asyncio.to_thread(stack.bucket)
     files = [decompressed(raw) if name.endswith(".zst") else raw for name, raw in kept.items()]
-    secrets = [stack.secret_key, stack.access_key]
+    assert files
+    secrets = stack.store_keys()
     secrets += [stack.seed(user).read_text().strip() for user in USERS]
     for secret in map(str.encode, secrets):
         assert not [True for content in (told, *files) if secret in content]
+
+
+# Hashed names of those that OpenSSL looks for, c_rehash(1).
+_TRUSTED = """
+import pathlib, ssl
+print(len(list(pathlib.Path(ssl.get_default_verify_paths().capath).glob("*.0"))))
+"""
+
+
+@pytest.mark.parametrize("service", ["detector", "recorder", "collector", "shipper"])
+async def test_image_says_what_it_is_and_trusts_the_usual_cas(stack: Stack, service: str) -> None:
+    (container, *_) = stack.containers(service)
+    image = stack.inspect(container)["Config"]
+    assert isinstance(image, dict)
+
+    trusted = stack.docker("exec", container, "/opt/crashbus/bin/python", "-I", "-c", _TRUSTED)
+
+    assert int(trusted) > 100
+    assert image["Labels"]["org.opencontainers.image.title"] == f"Crashbus {service}"
+    assert image["Labels"]["org.opencontainers.image.licenses"]
 
 
 LIMITS = {"shipper": 120, "collector": 120, "recorder": 120, "detector": 450}  # MB
@@ -105,7 +126,7 @@ SIZES = re.compile(r"^\| (\w+) \| (\d+) \| \d+ \|$", re.MULTILINE)
 
 
 async def test_images_add_to_their_base_what_the_documentation_says(stack: Stack) -> None:
-    told = dict(SIZES.findall((DEPLOY.parent / "docs" / "operations.md").read_text()))
+    told = dict(SIZES.findall((ROOT / "docs" / "operations.md").read_text()))
 
     def size(image: str) -> int:
         return int(stack.docker("image", "inspect", "--format", "{{.Size}}", image))
