@@ -137,7 +137,7 @@ def _goes_to_bus(recording: Recording, pages: Pages, decision: Decision, on: Con
         return False
     if way.always:
         return True
-    free = room.for_core(recording.directory, on.disk_reserve)
+    free = room.for_new_core(recording.directory, on.disk_reserve)
     wanted = min(size, on.max_core_bytes or size)
     return decision.extent is Extent.ALL and wanted > free and _touched(pages) > free
 
@@ -212,7 +212,7 @@ def _keep_word(recording: Recording, *notes: str) -> bool:
 
 def _read_stacks(recording: Recording, hold: Hold, pages: Pages) -> None:
     """Keep headers, notes and the threads' stacks in a file without a name."""
-    free = room.for_core(recording.directory, 0)
+    free = room.for_new_core(recording.directory, 0)
     try:
         if free < _NO_DISK:
             recording.core_file = os.memfd_create("stacks", os.MFD_CLOEXEC)

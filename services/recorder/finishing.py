@@ -3,16 +3,19 @@
 The record, complete, is unlocked last.
 """
 
+import os
 import time
+from contextlib import suppress
 
 import structlog
 
 from crashbus import elf, fingerprint
-from crashbus.layout import Kind
+from crashbus.layout import Kind, crash_file_name
 from crashbus.parts import Module
 from services.recorder import backtrace_json, crash_files, metrics, unwinder
 from services.recorder.backtrace import Backtrace
 from services.recorder.conditions import Conditions
+from services.recorder.errors import CaptureFailed
 from services.recorder.facts import Facts
 from services.recorder.recording import Recording, add_container, keep_record, write_file
 
@@ -20,7 +23,11 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
 def finish(recording: Recording, on: Conditions, backtrace_within: float) -> None:
-    """Do what does not need the process, and complete the record."""
+    """Do what does not need the process, and complete the record.
+
+    Raises:
+        CaptureFailed: no file of the crash could be made.
+    """
     try:
         assert recording.facts is not None
         add_container(recording)
@@ -33,9 +40,25 @@ def finish(recording: Recording, on: Conditions, backtrace_within: float) -> Non
         _write_backtrace(recording, recording.facts, trace)
         write_file(recording, Kind.SNAPSHOT, _snapshot(recording, recording.facts, trace, on))
         _complete(recording, trace, _binaries(recording, recording.facts, on))
+        if not recording.files:
+            raise _nothing_kept(recording, on)
     finally:
         recording.close()
     _say(recording)
+
+
+def _nothing_kept(recording: Recording, on: Conditions) -> CaptureFailed:
+    """Remove a record that tells of no file; nobody would look at it."""
+    record = crash_file_name(Kind.CAPTURE, recording.epoch)
+    with suppress(OSError):
+        os.unlink(record, dir_fd=recording.directory)
+    failure = CaptureFailed(
+        "capture_failed",
+        "; ".join(recording.notes),
+        f"make room on the spool's disk: df {on.spool}; df -i {on.spool}",
+    )
+    failure.crash_id = recording.record.crash_id
+    return failure
 
 
 def _fetch_debug_information(known: Facts, within: float, on: Conditions) -> None:

@@ -18,6 +18,14 @@ def for_core(place: int | Path, reserve: float) -> int:
     return max(1, disk.f_bavail * disk.f_frsize - max(kept, core_copy.GIVEN_BACK))
 
 
+def for_new_core(directory: int, reserve: float) -> int:
+    """Return the same for a core whose file is still to be made, which takes an inode."""
+    disk = os.statvfs(directory)
+    if disk.f_files and not disk.f_favail:  # some file systems do not count them
+        return 1
+    return for_core(directory, reserve)
+
+
 class Lack:
     """Whether there was too little room for the last core, and still is."""
 

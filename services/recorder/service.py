@@ -188,7 +188,7 @@ class Recorder:
         except BaseException:
             orphan.close()
             raise
-        finishing.finish(captured, self._conditions, self._backtrace_within())
+        self._finish_one(captured)
 
     def _start_watchdogs(self) -> None:
         try:
@@ -221,12 +221,8 @@ class Recorder:
             self._capture(hold)
         except KeptByHelper:
             log.warning("a pipe helper gave up waiting")
-        except CaptureFailed as failure:
-            metrics.CAPTURES.labels("failed").inc()
-            self._letters.add(failure)
         except Exception as error:  # noqa: BLE001 - one crash must not end the others' thread
-            metrics.CAPTURES.labels("failed").inc()
-            self._letters.add(_unexpected(error))
+            self._failed(error)
         finally:
             hold.close()
 
@@ -242,8 +238,11 @@ class Recorder:
         try:
             finishing.finish(captured, self._conditions, self._backtrace_within())
         except Exception as error:  # noqa: BLE001 - as above; its record shows it cut short
-            metrics.CAPTURES.labels("failed").inc()
-            self._letters.add(_unexpected(error))
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        metrics.CAPTURES.labels("failed").inc()
+        self._letters.add(error if isinstance(error, CaptureFailed) else _unexpected(error))
 
     def _takes_too_long(self, _: Recording, since: float) -> bool:
         return time.monotonic() - since > self._settings.backtrace_deadline + _COPIED_WITHIN

@@ -23,7 +23,7 @@ from crashbus.layout import CORES, Kind
 from crashbus.parts import CrashFile
 from tests.pipeline.conftest import top_frames
 from tests.support.crashers import crasher
-from tests.support.disk import SmallDisk, small_disk
+from tests.support.disk import SmallDisk, immutable, small_disk
 from tests.support.nats import NatsServer
 from tests.support.requirements import need_root
 from tests.support.service import ServiceProcess
@@ -37,7 +37,7 @@ SERVICES = ("recorder", "collector", "shipper")
 
 @dataclass
 class Stack:
-    """All services, with a spool whose every file name is noted."""
+    """All services, with a spool of which whatever is made is noted."""
 
     bus: Bus
     nats: NatsServer
@@ -45,7 +45,7 @@ class Stack:
     spool: Path
     delivered: Path
     services: dict[str, ServiceProcess]
-    made: set[str] = field(default_factory=set)
+    made: set[Path] = field(default_factory=set)
 
     @property
     def recorder(self) -> ServiceProcess:
@@ -111,7 +111,7 @@ class Stack:
         return True
 
     async def watch(self) -> None:
-        """Note the name of whatever is made in the spool."""
+        """Note whatever is made in the spool."""
         with Inotify() as inotify:
             watched: dict[asyncinotify.Watch, Path] = {}
             watched[inotify.add_watch(self.spool, Mask.CREATE | Mask.MOVED_TO)] = self.spool
@@ -119,11 +119,11 @@ class Stack:
                 path = watched[event.watch] / str(event.name) if event.watch else None
                 if path is None:
                     continue
-                self.made.add(str(event.name))
+                self.made.add(path)
                 with suppress(OSError):  # others crash here too, and their directories go
                     if path.is_dir() and path.parent == self.spool:
                         watched[inotify.add_watch(path, Mask.CREATE | Mask.MOVED_TO)] = path
-                        self.made.update(entry.name for entry in path.iterdir())
+                        self.made.update(path.iterdir())
 
     def logs(self) -> str:
         return "\n".join(f"--- {s.name}\n{s.log[-3000:]}" for s in self.services.values())
@@ -191,10 +191,11 @@ async def ended(process: "asyncio.subprocess.Process") -> int:
     return process.pid
 
 
-def cores(stack: Stack) -> list[str]:
-    """Return the names in the spool that a core has, or had."""
-    there = {path.name for path in stack.spool.glob("*/core_*")}
-    return sorted(name for name in stack.made | there if re.match(r"core_\d+", name))
+def cores(stack: Stack, *pids: int) -> list[int]:
+    """Return which of these crashes have a core in the spool, or had one."""
+    there = stack.made | set(stack.spool.glob("*/core_*"))
+    places = {path.parent.name for path in there if path.name.startswith("core_")}
+    return [pid for pid in pids if str(pid) in places]
 
 
 async def test_core_is_delivered_with_no_copy_in_the_spool(stack_with: MakeStack) -> None:
@@ -211,8 +212,8 @@ async def test_core_is_delivered_with_no_copy_in_the_spool(stack_with: MakeStack
         (trace,) = (stack.spool / str(pid)).glob("backtrace_*.json")
         assert "crash_here" in trace.read_text()
     assert file.size > LARGE * MIB
-    assert not cores(stack)
-    assert {name.partition("_")[0] for name in stack.made} >= {"info", "backtrace", "snapshot"}
+    assert not cores(stack, small, large)
+    assert {path.name.partition("_")[0] for path in stack.made} >= {"info", "backtrace", "snapshot"}
     assert stack.collector.metric("crashbus_collector_streamed_total") >= 2
     await until(stack.has_no_chunks)
 
@@ -228,14 +229,13 @@ async def test_core_that_finds_no_room_on_disk_goes_to_the_bus(stack_with: MakeS
 
     file, _ = stack.core(await stack.manifest(small))
     assert not file.truncated
-    assert cores(stack) == [file.name]
     for pid in (first, second):
         file, core = stack.core(await stack.manifest(pid))
         assert (file.truncated, file.note) == (False, None)
         assert "crash_here" in top_frames(crasher("large"), core)
         (trace,) = (stack.spool / str(pid)).glob("backtrace_*.json")
         assert "crash_here" in trace.read_text()
-    assert len(cores(stack)) == 1
+    assert cores(stack, small, first, second) == [small]
 
 
 async def test_collector_or_bus_that_ends_in_the_middle_costs_time_alone(
@@ -266,7 +266,7 @@ async def test_collector_or_bus_that_ends_in_the_middle_costs_time_alone(
         assert (file.truncated, file.note) == (False, None)
         assert file.size > LARGE * MIB
         assert "crash_here" in top_frames(crasher("large"), core)
-    assert not cores(stack)
+    assert not cores(stack, *whole)
 
 
 async def test_without_a_collector_the_stacks_are_kept(stack_with: MakeStack) -> None:
@@ -303,6 +303,65 @@ async def test_core_that_the_full_bus_does_not_take_leaves_its_stacks(
     assert file.expected_size > LARGE * MIB
     assert "crash_here" in top_frames(crasher("large"), core)
     await until(stack.has_no_chunks)
+
+
+async def test_core_whose_record_cannot_be_kept_leaves_its_stacks(stack_with: MakeStack) -> None:
+    """The bus has the core, and nobody could ever know that it does."""
+    stack = await stack_with(core_to="bus", core_to_patience=120)
+    await stack.leave_room()
+    large = await crash_of(LARGE)
+    await stack.is_half_sent()
+    (record,) = (stack.spool / str(large.pid)).glob("capture_*")
+
+    with immutable(record):
+        await stack.make_room()
+        # What it noted of the core, and then that there is none.
+        await until(lambda: stack.recorder.log.count("record could not be written") >= 2)
+    pid = await ended(large)
+
+    file, core = stack.core(await stack.manifest(pid))
+    assert file.truncated
+    assert file.size < MIB
+    assert "crash_here" in top_frames(crasher("large"), core)
+    assert stack.collector.metric("crashbus_collector_streamed_total") >= 1
+    await until(stack.has_no_chunks)
+
+
+async def test_core_reaches_its_destination_where_no_other_file_can_be_made(
+    stack_with: MakeStack,
+) -> None:
+    stack = await stack_with()
+    await stack.manifest(await ended(await crash_of(1)))  # what is made once is there
+
+    found = await stack.manifest(await captured_with_two_inodes(stack))
+
+    file, core = stack.core(found)
+    assert found.files == (file,)
+    assert (file.truncated, file.note) == (False, None)
+    assert "crash_here" in top_frames(crasher("large"), core)
+    for kind in (Kind.INFO, Kind.BACKTRACE, Kind.SNAPSHOT):
+        assert any(f"{kind}_" in note and "No space left" in note for note in found.notes)
+    await until(stack.has_no_chunks)
+
+
+async def captured_with_two_inodes(stack: Stack) -> int:
+    """Return the PID of a crash that had inodes for its directory and its record alone."""
+
+    async def captured() -> int | None:
+        failed = stack.recorder.log.count("a crash was not captured")
+        stack.disk.take_inodes(leaving=2)
+        pid = await ended(await crash_of(LARGE))
+
+        def settled() -> bool:
+            return is_captured(pid) or stack.recorder.log.count("a crash was not captured") > failed
+
+        await until(settled)
+        return pid if is_captured(pid) else None  # another's crash may have taken them
+
+    def is_captured(pid: int) -> bool:
+        return re.search(f"captured .* pid={pid} ", stack.recorder.log) is not None
+
+    return await until(captured)
 
 
 async def test_what_a_killed_recorder_left_on_the_bus_is_taken_back(

@@ -1,5 +1,6 @@
 """Room for cores, on a real disk."""
 
+import os
 from pathlib import Path
 
 from services.recorder import room
@@ -26,6 +27,17 @@ def test_a_core_that_found_room_ends_the_want_of_it(tmp_path: Path) -> None:
     assert lack.fault()
     lack.note(0)
     assert lack.fault() is None
+
+
+def test_no_room_for_a_core_where_no_file_can_be_made(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 64) as disk:
+        directory = os.open(disk.place, os.O_RDONLY)
+        try:
+            assert room.for_new_core(directory, 5) > 32 * MIB
+            disk.take_inodes(leaving=0)
+            assert room.for_new_core(directory, 5) == 1
+        finally:
+            os.close(directory)
 
 
 def test_the_reserve_stays_free(tmp_path: Path) -> None:

@@ -91,6 +91,39 @@ async def test_crash_that_cannot_be_captured_is_a_dead_letter(
     assert letters[0].crash_id
 
 
+async def test_crash_of_which_no_file_could_be_made_is_a_dead_letter(
+    recorder_with: MakeRecorder, tmp_path: Path, nats_server: NatsServer, bus: Bus
+) -> None:
+    with small_disk(tmp_path / "disk", 32) as disk:
+        spool = disk.place / "spool"
+        recorder = recorder_with(spool=spool, nats_url=nats_server.url, recorder_core_to="disk")
+        recorder.spool = spool
+        await recorder.start()
+        first, _ = crash(crasher("null_pointer"))
+        await recorder.captured(first)  # what is made once is there
+
+        async def told() -> tuple[int, DeadLetter] | None:
+            """Have a process crash with inodes for its directory and its record alone."""
+            before = len(await bus.stored(DeadLetter))
+            disk.take_inodes(leaving=2)
+            pid, _ = crash(crasher("null_pointer"))
+            letter = (await until(lambda: letters(before)))[-1]
+            # Another's crash may have taken them.
+            return (pid, letter) if "info_" in letter.error else None
+
+        async def letters(before: int) -> list[DeadLetter]:
+            return (await bus.stored(DeadLetter))[before:]
+
+        pid, letter = await until(told)
+
+        assert letter.reason == "capture_failed"
+        assert "No space left on device" in letter.error
+        assert "df -i" in letter.mend
+        assert letter.crash_id
+        assert not list((spool / str(pid)).glob("*"))
+        recorder.stop()
+
+
 @pytest.mark.parametrize("mechanism", ["socket", "pipe"])
 async def test_disk_that_hangs_does_not_hang_the_crashing_processes(
     recorder_with: MakeRecorder, tmp_path: Path, mechanism: str

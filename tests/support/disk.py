@@ -1,9 +1,11 @@
 """A small disk of a test's own: a file system in a file, which can be filled up."""
 
 import os
+import secrets
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 from tests.support.requirements import need_program, need_root
@@ -42,6 +44,16 @@ class SmallDisk:
                     while True:
                         os.write(file.fileno(), bytes(_BLOCK))
 
+    def take_inodes(self, leaving: int) -> None:
+        """Leave so many files that can still be made; once more, if others made some."""
+        taken = self.place / "inodes"
+        taken.mkdir(exist_ok=True)
+        with suppress(OSError):
+            while True:
+                (taken / secrets.token_hex(8)).touch()
+        for file in islice(taken.iterdir(), leaving):
+            file.unlink()
+
     def empty(self) -> None:
         """Give the room back."""
         self._ballast.unlink(missing_ok=True)
@@ -54,6 +66,17 @@ class SmallDisk:
             yield
         finally:
             subprocess.run(["fsfreeze", "--unfreeze", self.place], check=True)
+
+
+@contextmanager
+def immutable(path: Path) -> Iterator[None]:
+    """Let nobody write to a file, not even who has it open, chattr(1)."""
+    need_program("chattr")
+    subprocess.run(["chattr", "+i", path], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", path], check=True)
 
 
 @contextmanager
