@@ -1,10 +1,11 @@
 """Pages read from the process are the kernel's own core, byte for byte."""
 
 import os
-import resource
 import socket
 import subprocess
+import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import pytest
 
 from services.recorder import arrival, core_copy, core_head, core_pages, sparse, touched
 from services.recorder.core_memory import PagesUnreadable
+from services.recorder.core_pages import Pages
 from services.recorder.hold import Hold
 from services.recorder.mechanism import Mechanism
 from services.recorder.touched import Touched
 from tests.support import core_pattern
 from tests.support.crashers import FATAL, crasher
 
+MIB = 1024 * 1024
 SMALL_PYTHON = ("/usr/bin/python3", "-c", "import ctypes, json, ssl; ctypes.string_at(0)")
 
 
@@ -218,15 +221,56 @@ def test_file_that_cannot_grow_is_cut_to_what_is_complete(
         assert ours.read() == kernels.read(complete - start)
 
 
+@contextmanager
+def no_more_memory_than(size: int) -> Iterator[None]:
+    """Check what is allocated at most meanwhile, in bytes."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < size
+    finally:
+        tracemalloc.stop()
+
+
 def test_memory_stays_small_however_large_the_core(
     coredump_socket: socket.socket, tmp_path: Path
 ) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
     crash = Crash(coredump_socket, crasher("many_mappings"), "500")
     try:
-        with (tmp_path / "core").open("wb") as file:
+        with no_more_memory_than(4 * MIB), (tmp_path / "core").open("wb") as file:
             crash.from_memory(file.fileno())
     finally:
         crash.end()
 
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
+
+@pytest.mark.parametrize("limit", [0, 16 * MIB], ids=["whole", "reduced"])
+def test_memory_stays_small_however_scattered_the_core(
+    coredump_socket: socket.socket, tmp_path: Path, limit: int
+) -> None:
+    """32,768 pages, each by itself, in a core of 4 TiB."""
+    crash = Crash(coredump_socket, crasher("scattered"), "256")
+    try:
+        pages = Pages(crash.pid, crash.head, crash.maps)
+        raw, size = crash.head.raw, crash.head.size
+        with no_more_memory_than(4 * MIB), (tmp_path / "core").open("wb") as file:
+            copied = core_copy.copy(crash.hold, raw, size, file.fileno(), limit, pages)
+    finally:
+        crash.end()
+
+    assert copied.size == (tmp_path / "core").stat().st_size
+    assert (copied.fault is None) is (limit == 0)
+
+
+def test_what_a_small_process_touched_takes_no_more_memory_than_that_of_a_small_process(
+    coredump_socket: socket.socket,
+) -> None:
+    crash = Crash(coredump_socket, crasher("scattered"), "256")
+    try:
+        with core_pages.opened(crash.pid) as (_, pagemap), no_more_memory_than(MIB):
+            found = Touched(crash.pid, crash.maps, pagemap)
+            found.look_at_all(list(crash.head.loads()))
+            first = next(found.pieces(crash.head.loads()))
+    finally:
+        crash.end()
+
+    assert first.size
