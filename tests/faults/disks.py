@@ -1,9 +1,10 @@
 """Faults of the host's disks."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from tests.faults.blow import Blow
+from tests.faults.blow import LOOK_EVERY, Blow
 from tests.faults.crashes import MIB
 from tests.support.disk import SmallDisk
 from tests.support.wait import until
@@ -41,13 +42,31 @@ async def ledger_hangs(blow: Blow) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def spool_full(blow: Blow) -> AsyncIterator[None]:
+    """Nothing finds room there, or small files alone; what the collector gives back is taken."""
     rig = blow.rig
-    before = await rig.captures("truncated", "failed")
-    rig.spool_disk.fill(leaving=blow.random.randrange(2 * MIB))
-    yield
+    before = await rig.without_room()
+    async with _kept_full(rig.spool_disk, leaving=blow.random.choice((0, MIB))):
+        yield
 
-    async def not_whole() -> float:
-        return await rig.captures("truncated", "failed") - before
+        async def found_no_room() -> float:
+            return await rig.without_room() - before
 
-    await blow.until("captures not whole", not_whole)
-    rig.spool_disk.empty()
+        await blow.until("times without room", found_no_room)
+
+
+@asynccontextmanager
+async def _kept_full(disk: SmallDisk, leaving: int) -> AsyncIterator[None]:
+    over = asyncio.Event()
+
+    async def fill() -> None:
+        while not over.is_set():
+            await asyncio.to_thread(disk.fill, leaving)
+            await asyncio.sleep(LOOK_EVERY)
+
+    filling = asyncio.create_task(fill())
+    try:
+        yield
+    finally:
+        over.set()
+        await filling
+        disk.empty()

@@ -142,10 +142,13 @@ class Rig:
         """Return a metric's sum; 0 where the service does not tell."""
         return sum((await self._samples(service, name)).values())
 
-    async def captures(self, *results: str) -> float:
-        """Return how many crashes have arrived at the recorder and ended so."""
-        found = await self._samples(self.capture["recorder"], "crashbus_recorder_captures_total")
-        return sum(found[f'result="{result}"'] for result in results)
+    async def without_room(self) -> float:
+        """Return of how many crashes not all was kept, or the core on the bus alone."""
+        recorder = self.capture["recorder"]
+        ended = await self._samples(recorder, "crashbus_recorder_captures_total")
+        to_bus = await self._samples(recorder, "crashbus_recorder_cores_to_bus_total")
+        not_whole = ended['result="truncated"'] + ended['result="failed"']
+        return not_whole + to_bus['result="sent"']
 
     async def failures(self) -> Counter[str]:
         """Return how many tries to deliver have failed, by their reason."""
