@@ -49,7 +49,7 @@ async def recorder(request: pytest.FixtureRequest) -> AsyncIterator[RecorderServ
 
 
 # For what does not depend on how the core came.
-by_one_mechanism = pytest.mark.parametrize("recorder", ["socket"], indirect=True)
+by_one_mechanism = pytest.mark.parametrize("recorder", ["auto"], indirect=True)
 
 
 async def capture(

@@ -18,7 +18,7 @@ from tests.support import core_pattern, systemd_coredump
 from tests.support.crashers import HOG, crasher
 from tests.support.former import Former
 from tests.support.recorder import RecorderService, crash
-from tests.support.requirements import lacking, need_program
+from tests.support.requirements import lacking, need_linux, need_program
 from tests.support.units import confined
 from tests.support.victim import Victim, waiting
 from tests.support.wait import until
@@ -262,6 +262,7 @@ async def test_storm_goes_to_the_handler_a_few_at_a_time(
 
 
 async def test_without_a_handler_nothing_is_chained(recorder_with: MakeRecorder) -> None:
+    need_linux((6, 16), "the coredump socket")
     core_pattern.set_pattern("/somewhere/core.%p")
     recorder = recorder_with(recorder_chain="true")
 

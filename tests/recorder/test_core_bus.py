@@ -24,6 +24,7 @@ from tests.support import core_pattern
 from tests.support.crashers import crasher
 from tests.support.nats import NatsServer
 from tests.support.records import EPOCH, Writing, process
+from tests.support.requirements import need_linux
 from tests.support.service import ServiceProcess
 
 MIB = 1024 * 1024
@@ -74,6 +75,7 @@ async def collector(tmp_path: Path, nats_server: NatsServer, bus: Bus) -> AsyncI
 @pytest.fixture
 def coredump_socket(tmp_path: Path, core_pattern_held: None) -> Iterator[socket.socket]:
     """Where the kernel sends cores, while the test lasts."""
+    need_linux((6, 17), "the coredump socket's request")
     place = tmp_path.resolve() / "run"
     place.mkdir(0o700)
     with socket.socket(socket.AF_UNIX) as listening:

@@ -19,6 +19,7 @@ from services.recorder.mechanism import Mechanism
 from services.recorder.touched import Touched
 from tests.support import core_pattern
 from tests.support.crashers import FATAL, crasher
+from tests.support.requirements import need_linux
 
 MIB = 1024 * 1024
 SMALL_PYTHON = ("/usr/bin/python3", "-c", "import ctypes, json, ssl; ctypes.string_at(0)")
@@ -27,6 +28,7 @@ SMALL_PYTHON = ("/usr/bin/python3", "-c", "import ctypes, json, ssl; ctypes.stri
 @pytest.fixture
 def coredump_socket(tmp_path: Path) -> Iterator[socket.socket]:
     """Where the kernel sends cores, while the test lasts."""
+    need_linux((6, 17), "the coredump socket's request")
     tmp_path.chmod(0o700)
     path = tmp_path.resolve() / "s"
     with core_pattern.core_pattern_kept(), socket.socket(socket.AF_UNIX) as listening:

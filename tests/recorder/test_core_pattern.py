@@ -52,7 +52,7 @@ async def test_core_pattern_of_before_survives_a_killed_recorder_and_watchdog(
     recorder_with: MakeRecorder,
 ) -> None:
     core_pattern.set_pattern("/somewhere/core.%p")
-    recorder = recorder_with()
+    recorder = recorder_with(recorder_mechanism="socket")
     await recorder.start()
     recorder.kill_with_watchdogs()
     assert core_pattern.current().startswith("@")

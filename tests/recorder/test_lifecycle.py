@@ -174,7 +174,7 @@ async def test_spool_that_is_removed_while_it_runs_is_made_again(
 async def test_foreign_connection_is_refused_and_hurts_nobody(
     recorder_with: MakeRecorder,
 ) -> None:
-    recorder = recorder_with()
+    recorder = recorder_with(recorder_mechanism="socket")
     await recorder.start()
     path = core_pattern.current().lstrip("@")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.common.finding import Finding
-from services.recorder import core_pattern, requirements
+from services.recorder import core_pattern, mechanism, requirements
 
 
 def found(name: str) -> Finding:
@@ -19,6 +19,17 @@ def test_core_pattern_is_shown_with_its_owner() -> None:
     pattern = Path("/proc/sys/kernel/core_pattern").read_text().strip()
 
     assert pattern in found("core_pattern").detail
+
+
+def test_mechanism_is_what_the_kernel_has() -> None:
+    release = os.uname().release
+    has_socket = mechanism.kernel_version(release) >= (6, 16)
+
+    finding = found("mechanism")
+
+    assert finding.ok
+    assert finding.detail.startswith(f"Linux {release}: ")
+    assert ("coredump socket" if has_socket else "pipe helper") in finding.detail
 
 
 def test_spool_that_is_a_link_is_a_fault_with_a_mend(

@@ -47,7 +47,7 @@ async def test_stopped_recorder_holds_nobody_beyond_its_deadline(
 
 async def test_core_pattern_is_put_back_after_sigkill(recorder_with: MakeRecorder) -> None:
     core_pattern.set_pattern("/somewhere/core.%p")
-    recorder = recorder_with()
+    recorder = recorder_with(recorder_mechanism="socket")
     await recorder.start()
 
     recorder.kill()
@@ -105,7 +105,7 @@ async def test_recorder_and_watchdog_that_are_stopped_hold_nobody(
     recorder_with: MakeRecorder,
 ) -> None:
     core_pattern.set_pattern("/somewhere/core.%p")
-    recorder = recorder_with(recorder_watchdog_deadline=3)
+    recorder = recorder_with(recorder_mechanism="socket", recorder_watchdog_deadline=3)
     await recorder.start()
     assert recorder.process is not None
     watchdog = recorder.watchdogs()[0]
@@ -131,7 +131,7 @@ async def test_frozen_cgroup_of_the_recorder_holds_nobody(
     recorder_with: MakeRecorder, freezer: Freezer
 ) -> None:
     core_pattern.set_pattern("/somewhere/core.%p")
-    recorder = recorder_with(recorder_watchdog_deadline=3)
+    recorder = recorder_with(recorder_mechanism="socket", recorder_watchdog_deadline=3)
     recorder.prefix = ("sh", "-c", f'echo $$ >{freezer.procs}; exec "$@"', "sh")
     await recorder.start()
     assert recorder.process is not None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from crashbus import capture
 from crashbus.capture import CaptureRecord
+from tests.support.requirements import need_linux
 from tests.support.wait import until
 
 START_WITHIN = 60  # seconds; the machine may be busy
@@ -26,6 +27,8 @@ class RecorderService:
     """
 
     def __init__(self, **settings: object) -> None:
+        if settings.get("recorder_mechanism") == "socket":
+            need_linux((6, 16), "the coredump socket")
         self._directory = Path(tempfile.mkdtemp(prefix="cb-", dir="/tmp"))
         self.spool = self._directory / "spool"
         self.state = self._directory / "state"

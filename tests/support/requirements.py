@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from services.recorder.mechanism import kernel_version
+
+IN_MACHINE = "IN_TEST_MACHINE"  # set in the virtual machines of tests/kernels
+CAME_WITH = "came with Linux"  # in the reason for skipping a test there
+
 
 def lacking(reason: str) -> None:
     """Skip the test for this reason; under CI, fail instead."""
@@ -30,3 +35,13 @@ def need_program(name: str) -> str:
 def need_btf() -> None:
     if not Path("/sys/kernel/btf/vmlinux").exists():
         lacking("needs a kernel with BTF")
+
+
+def need_linux(version: tuple[int, int], what: str) -> None:
+    """Skip the test where the kernel is older, in the machines of tests/kernels under CI too."""
+    if kernel_version(os.uname().release) >= version:
+        return
+    reason = f"{what} {CAME_WITH} {version[0]}.{version[1]}"
+    if IN_MACHINE in os.environ:
+        pytest.skip(reason)
+    lacking(reason)
