@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compose test-faults lint format bench docs lock clean
+.PHONY: help setup demo test test-compose test-kernels test-faults lint format bench docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,12 +16,18 @@ demo: setup ## crash a real nginx and see its crash files delivered
 # Most tests wait for real servers: two at a time take little more than half as long. Two that both
 # load the machine can starve each other, so what failed beside others has to pass alone.
 AGAIN := --last-failed --last-failed-no-failures none --maxfail 2
+APART := --ignore tests/compose --ignore tests/kernels
 test: setup ## run the test suite
-	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/compose || \
-		{ [ $$? = 1 ] && $(PYTHON) -m pytest --ignore tests/compose $(AGAIN); }
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(APART) || \
+		{ [ $$? = 1 ] && $(PYTHON) -m pytest $(APART) $(AGAIN); }
 
 test-compose: setup ## build the images, and crash containers beside deploy/compose.yaml; minutes
 	@$(PYTHON) -m pytest tests/compose || { [ $$? = 1 ] && $(PYTHON) -m pytest tests/compose $(AGAIN); }
+
+test-kernels: export MACHINES = yes
+# TESTS="tests/recorder/test_capture.py …" for others than those that differ most.
+test-kernels: setup ## the same captures on Linux 5.10, 6.1 and 6.12 in virtual machines; an hour without KVM
+	@KERNEL_TESTS="$(TESTS)" $(PYTHON) -m pytest tests/kernels
 
 # CRASHES of each fault, of up to MIB MiB; SEED repeats what one line of the table shows.
 CRASHES ?= 50

@@ -15,6 +15,8 @@ packages=(
   debuginfod                            # tests: a real server of debug information
 )
 
+# make test-kernels: machines with older kernels
+[ -z "${MACHINES:-}" ] || packages+=(qemu-system-x86 busybox-static e2fsprogs)
 packages+=(g++ golang-go openjdk-17-jre-headless)  # tests: programs that crash
 packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross)  # tests: the pipe helper compiles for arm64
 packages+=(mmdebstrap)                  # tests: a base for images where no registry is reached
