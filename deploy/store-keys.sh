@@ -13,10 +13,12 @@ for name in s3_access_key s3_secret_key; do
 done
 chmod 711 secrets
 umask 022  # whoever may call docker compose reads this one
-[ -e .env ] || cat >.env <<END
-COMPOSE_PROFILES=storage
+wanted="COMPOSE_PROFILES=storage
 CRASHBUS_DESTINATIONS=s3://crashes/$(uname -n)
 CRASHBUS_S3_ACCESS_KEY_FILE=./secrets/s3_access_key
-CRASHBUS_S3_SECRET_KEY_FILE=./secrets/s3_secret_key
-END
-echo "keys are in $(pwd)/secrets; next: docker compose up -d --build --wait"
+CRASHBUS_S3_SECRET_KEY_FILE=./secrets/s3_secret_key"
+[ -e .env ] || echo "$wanted" >.env
+echo "keys are in $(pwd)/secrets"
+grep -q '^COMPOSE_PROFILES=.*storage' .env ||
+  printf 'there is a .env already, which does not start the store; it takes, with a directory of your own:\n\n%s\n\n' "$wanted"
+echo "next: docker compose up -d --build --wait"

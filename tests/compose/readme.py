@@ -27,6 +27,7 @@ class Walk(NamedTuple):
         stack: as it runs at its end.
         core_pattern: of the host, before it.
         log: of all services on a host without .env.
+        shippers: how many run after the second command.
         in_volume: the crash there.
         listed: what the last command printed.
         in_bucket: the crash in the store.
@@ -35,6 +36,7 @@ class Walk(NamedTuple):
     stack: Stack
     core_pattern: str
     log: str
+    shippers: int
     in_volume: list[Manifest]
     listed: str
     in_bucket: list[Manifest]
@@ -50,10 +52,10 @@ async def walk(stack: Stack) -> Walk:
 
     stack.must(MAKE_KEYS, directory=".")
     stack.must(START)
+    shippers = len(stack.containers("shipper"))
     crash(stack)
-    listed = stack.must(LIST)
     in_bucket = await until(lambda: crashes(stack.bucket()), WITHIN)
-    return Walk(stack, before, log, in_volume, listed, in_bucket)
+    return Walk(stack, before, log, shippers, in_volume, stack.must(LIST), in_bucket)
 
 
 def crashes(files: dict[str, bytes]) -> list[Manifest]:

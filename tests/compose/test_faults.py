@@ -11,9 +11,8 @@ import pytest
 from crashbus import Bus, DeadLetter, Manifest
 from crashbus.identity import boot_id, crash_id, start_ticks
 from crashbus.layout import Kind
-from services.recorder.settings import RecorderSettings
 from tests.compose.delivery import WHOLE, WITHIN, check_contents, delivered, healthy
-from tests.compose.stack import CRASHING, Stack
+from tests.compose.stack import CAPTURES, CRASHING, Stack
 from tests.support.docker import IMAGE, child_of
 from tests.support.wait import until
 
@@ -59,33 +58,47 @@ def is_ready(pid: int, command: tuple[str, ...]) -> bool:
     )
 
 
-async def kill(stack: Stack, *services: str) -> None:
-    """Kill all containers of these services in one moment, and wait until each runs again."""
-    killed = {one: stack.pid(one) for service in services for one in stack.containers(service)}
-    for pid in killed.values():
+def running(stack: Stack, *services: str) -> dict[str, int]:
+    """Return the process of each container of these services."""
+    found = {one: stack.pid(one) for service in services for one in stack.containers(service)}
+    assert all(found.values()), found  # 0 would be ourselves, kill(2)
+    return found
+
+
+def kill(processes: dict[str, int]) -> None:
+    """Kill containers in one moment."""
+    for pid in processes.values():
         os.kill(pid, signal.SIGKILL)
+
+
+async def run_again(stack: Stack, killed: dict[str, int]) -> None:
+    """Wait until the engine has started each again, by itself."""
     for one, pid in killed.items():
-        # The engine starts it again by itself.
         await until(lambda c=one, k=pid: stack.pid(c) not in (0, k), WITHIN, every=0.5)  # type: ignore[misc]
 
 
-async def test_storm_with_every_container_killed_in_its_middle_loses_nothing(
+async def test_storm_with_every_container_killed_in_its_middle_is_delivered_or_told(
     stack: Stack, bus: Bus
 ) -> None:
     storm = await start(stack)
     await healthy(stack, *WORKING)
+    recorder = running(stack, "recorder")
 
     for one in storm:
         os.kill(one.pid, signal.SIGSEGV)
     await until(lambda: any((stack.spool / str(one.pid)).exists() for one in storm), every=0)
-    await kill(stack, "recorder")
+    kill(recorder)
+    assert any(Path(f"/proc/{one.pid}").exists() for one in storm)  # it held them
+    await run_again(stack, recorder)
     await until(lambda: told(bus, storm))
-    await kill(stack, *OTHERS)
+    others = running(stack, *OTHERS)
+    kill(others)
+    await run_again(stack, others)
 
     await healthy(stack, "nats", "storage")
     await until(lambda: bus.is_connected)
     in_hand = [one for one in storm if not await core_is_whole(stack, bus, one)]
-    assert len(in_hand) <= RecorderSettings().captures
+    assert len(in_hand) <= CAPTURES
 
 
 async def told(bus: Bus, storm: list[Waiting]) -> bool:
@@ -120,10 +133,11 @@ async def test_services_that_need_the_bus_are_unhealthy_while_it_is_gone(stack: 
     (nats,) = stack.containers("nats")
 
     stack.docker("stop", nats)
-
-    for service in ("detector", "collector", "shipper"):
-        for one in stack.containers(service):
-            await until(lambda c=one: "bus" in stack.fault(c), every=0.5)  # type: ignore[misc]
-    await healthy(stack, "recorder")  # which captures without it
-    stack.docker("start", nats)
+    try:
+        for service in ("detector", "collector", "shipper"):
+            for one in stack.containers(service):
+                await until(lambda c=one: "bus" in stack.fault(c), every=0.5)  # type: ignore[misc]
+        await healthy(stack, "recorder")  # which captures without it
+    finally:
+        stack.docker("start", nats)
     await healthy(stack, "nats", *WORKING)

@@ -4,7 +4,6 @@ import pytest
 
 from tests.compose.delivery import WHOLE
 from tests.compose.readme import Walk
-from tests.compose.stack import Stack
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 
@@ -33,5 +32,5 @@ async def test_commands_lead_to_a_container_s_crash_in_the_bucket(walked: Walk) 
     assert crash.crash_id[:4] in walked.listed
 
 
-async def test_as_many_shippers_run_as_were_asked_for(stack: Stack) -> None:
-    assert len(stack.containers("shipper")) == 3
+async def test_as_many_shippers_run_as_were_asked_for(walked: Walk) -> None:
+    assert walked.shippers == 3

@@ -5,13 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
 from tests.support.requirements import need_program
 
 ROOT = Path(__file__).parents[2]
-HELPER = ROOT / "services" / "recorder" / "helper"
+RECORDER = ROOT / "services" / "recorder"
 # Made from their sources when the images are built: nkeys is Python alone, and drgn finds there
 # what it takes.
 FROM_SOURCES = {"drgn", "nkeys"}
@@ -49,11 +50,16 @@ def test_each_locked_package_has_a_wheel_or_is_built(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_pipe_helper_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("directory", "kind"), [("helper", ("-static", "-pthread")), ("taker", ("-shared", "-fPIC"))]
+)
+def test_what_is_c_compiles(tmp_path: Path, directory: str, kind: tuple[str, ...]) -> None:
     need_program("aarch64-linux-gnu-gcc")
-    program = tmp_path / "corepipe"
-    options = ("-static", "-pthread", "-O2", "-Wall", "-Wextra", "-Werror", "-o", program)
+    program = tmp_path / directory
+    options = (*kind, "-O2", "-Wall", "-Wextra", "-Werror", "-o", program)
 
-    subprocess.run(["aarch64-linux-gnu-gcc", *options, *HELPER.glob("*.c")], check=True)
+    subprocess.run(
+        ["aarch64-linux-gnu-gcc", *options, *(RECORDER / directory).glob("*.c")], check=True
+    )
 
     assert program.read_bytes()[18] == 183  # e_machine, elf(5): EM_AARCH64

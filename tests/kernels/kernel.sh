@@ -9,5 +9,6 @@ mkdir -p "$(dirname "$directory")"
 suite "$1"
 # The package of that name holds nothing but the name of the newest.
 apt-get -qq download "$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: //p')"
+rm -rf "$directory.new"
 dpkg-deb --extract ./*.deb "$directory.new"
 mv "$directory.new" "$directory"

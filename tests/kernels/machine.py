@@ -1,4 +1,4 @@
-"""A virtual machine with a kernel of its own, and this host's files, which it cannot change."""
+"""A virtual machine with a kernel of its own, and this host's files, mounted read-only."""
 
 import lzma
 import shutil
