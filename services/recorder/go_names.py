@@ -12,6 +12,9 @@ from services.recorder.go_table import BadTable, Function, GoTable, Read
 
 # The second, and relocated, where a program may lie anywhere.
 _NAMES = (b".gopclntab", b".data.rel.ro.gopclntab")
+# Since Go 1.26 its struct moduledata has a section. It begins with where the table is, and its word
+# 22 is where the code is.
+_MODULE_NAME, _MODULE = b".go.module", struct.Struct("<Q168xQ")
 _MOST_SECTIONS = 4096
 _LONGEST_NAMES = 256 * 1024  # bytes
 _LARGEST = 1 << 30  # bytes of a table
@@ -19,6 +22,9 @@ _LARGEST = 1 << 30  # bytes of a table
 _HEADER = struct.Struct("<16sHHI3QI6H")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _WIDE, _LITTLE = 2, 1  # ELFCLASS64, ELFDATA2LSB
+
+Section = tuple[int, int, int]  # address, offset and size
+Sections = dict[bytes, Section]
 
 
 class GoNames:
@@ -54,15 +60,25 @@ class GoNames:
 
     def _opened(self, file: int, bias: int) -> GoTable | None:
         sections = _sections(file)
-        text, _, _ = sections.get(b".text", (0, 0, 0))
         for name in _NAMES:
             if name in sections:
-                address, offset, size = sections[name]
-                read = self._reader(file, bias + address, offset, min(size, _LARGEST))
-                return GoTable(read, bias + text)
+                read = self._reader(file, bias, sections[name])
+                return GoTable(read, self._text(file, bias, sections, bias + sections[name][0]))
         return None
 
-    def _reader(self, file: int, address: int, offset: int, size: int) -> Read:
+    def _text(self, file: int, bias: int, sections: Sections, table: int) -> int | None:
+        """Return the first address of Go's code, for tables that do not tell it."""
+        if _MODULE_NAME in sections:
+            raw = self._reader(file, bias, sections[_MODULE_NAME])(0, _MODULE.size)
+            named, text = _MODULE.unpack(raw) if len(raw) == _MODULE.size else (0, 0)
+            if named == table:
+                return int(text)
+        # Where the system's linker put it together, which brings .init, C code may come first.
+        return None if b".init" in sections else bias + sections.get(b".text", (0, 0, 0))[0]
+
+    def _reader(self, file: int, bias: int, section: Section) -> Read:
+        address, offset, size = bias + section[0], section[1], min(section[2], _LARGEST)
+
         def read(at: int, wanted: int) -> bytes:
             wanted = min(wanted, size - at)
             if at < 0 or wanted <= 0:
@@ -77,7 +93,7 @@ class GoNames:
         return read
 
 
-def _sections(file: int) -> dict[bytes, tuple[int, int, int]]:
+def _sections(file: int) -> Sections:
     """Return address, offset and size of each section by its name.
 
     Raises:
@@ -94,7 +110,7 @@ def _sections(file: int) -> dict[bytes, tuple[int, int, int]]:
         names = os.pread(file, min(size, _LONGEST_NAMES), at)
     except (OSError, OverflowError, struct.error, IndexError) as error:
         raise BadTable(f"sections cannot be read: {error}") from None
-    found: dict[bytes, tuple[int, int, int]] = {}
+    found: Sections = {}
     for name, _, _, address, offset, size, *_ in entries:
         found.setdefault(names[name : name + 64].partition(b"\0")[0], (address, offset, size))
     return found

@@ -62,13 +62,13 @@ class GoTable:
 
     Args:
         read: gives bytes of the table by offset and size, fewer or none where there are no more.
-        text: first address of the code, for tables that do not tell it.
+        text: first address of the code, for tables that do not tell it; None: it is not known.
 
     Raises:
-        BadTable: this is none that is known.
+        BadTable: this is none that is known, or it cannot be told where the code is.
     """
 
-    def __init__(self, read: Read, text: int) -> None:
+    def __init__(self, read: Read, text: int | None) -> None:
         self._read = read
         self._steps = _STEPS
         magic, padding, self._quantum, pointer, count, _, *words = _HEAD.unpack(
@@ -82,7 +82,10 @@ class GoTable:
         self._names, self._units, self._files, self._numbers, self._functions = offsets
         self._count = min(count, _MOST_FUNCTIONS)
         # Go 1.16 has whole addresses, and no longer tells from 1.26 on.
-        self._text = 0 if form.width == 8 else words[0] or text
+        begin = 0 if form.width == 8 else words[0] or text
+        if begin is None:
+            raise BadTable("it does not tell where the code is")
+        self._text = begin
 
     def find(self, pc: int) -> Function | None:
         """Return the function at an address; None where none is.

@@ -5,13 +5,15 @@ import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import drgn
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.recorder.backtrace import MAX_TEXT
-from services.recorder.go_names import _sections
+from services.recorder.backtrace import MAX_TEXT, ModuleFile
+from services.recorder.go_names import GoNames, _sections
 from services.recorder.go_table import _HEAD, BadTable, Function, GoTable
 from tests.support.crashers import SOURCES
 from tests.support.requirements import need_program
@@ -22,13 +24,17 @@ _FUNCTIONS = ("main.main", "main.call", "main.(*holder).crashHere", "runtime.sig
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Go program that keeps its symbols, to compare with."""
+    return built(tmp_path_factory.mktemp("go") / "program")
+
+
+def built(program: Path, *options: str) -> Path:
     need_program("go")
-    place = tmp_path_factory.mktemp("go")
+    place = program.parent
     own = {"GOCACHE": str(place / "cache"), "GOPATH": str(place), "GO111MODULE": "off"}
     source = SOURCES / "crash.go"
-    build = ["go", "build", "-buildvcs=false", "-o", place / "program", source]
+    build = ["go", "build", "-buildvcs=false", *options, "-o", program, source]
     subprocess.run(build, check=True, env=os.environ | own)
-    return place / "program"
+    return program
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +54,20 @@ def reader(raw: bytes) -> Callable[[int, int], bytes]:
 
 def symbols_of(program: Path) -> dict[str, int]:
     need_program("nm")
-    lines = subprocess.run(["nm", program], capture_output=True, text=True, check=True).stdout
+    listed = ["nm", "--defined-only", program]
+    lines = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
     found = (line.split(maxsplit=2) for line in lines.splitlines())
     return {name: int(at, 16) for at, kind, name in found if kind in "tT"}
+
+
+def functions_of(program: Path) -> dict[str, int]:
+    found = {
+        name: at
+        for name, at in symbols_of(program).items()
+        if name.startswith(("main.", "runtime.")) and not name.endswith((".abi0", "text"))
+    }
+    assert found.keys() >= {"main.main", "main.(*holder).crashHere"} and len(found) > 500
+    return found
 
 
 def of_go_1_16(table: bytes) -> bytes:
@@ -84,17 +101,74 @@ def made(request: pytest.FixtureRequest, table: bytes) -> GoTable:
 
 
 def test_every_function_is_where_its_symbol_is(program: Path, made: GoTable) -> None:
-    symbols = {
-        name: at
-        for name, at in symbols_of(program).items()
-        if name.startswith(("main.", "runtime.")) and not name.endswith((".abi0", "text"))
-    }
-    assert symbols.keys() >= {"main.main", "main.(*holder).crashHere"} and len(symbols) > 500
+    symbols = functions_of(program)
 
     for name, at in symbols.items():
         first, second = made.find(at), made.find(at + 1)
         assert first is not None and second is not None
         assert (first.name, first.entry, second.entry) == (name, at, at)
+
+
+@pytest.fixture(scope="module")
+def with_c(program: Path) -> Path:
+    """The program as with cgo: the system's linker puts C code before Go's."""
+    return built(program.with_name("with-c"), "-ldflags=-linkmode=external")
+
+
+def as_go_1_26(program: Path, place: Path, has_module: bool) -> None:
+    """Write a program as Go 1.26 does: where its code is stands in a section of its own alone."""
+    need_program("objcopy")
+    raw = bytearray(program.read_bytes())
+    with program.open("rb") as file:
+        sections = _sections(file.fileno())
+    address, offset, _ = sections[b".gopclntab"]
+    raw[offset + 24 : offset + 32] = bytes(8)
+    place.write_bytes(raw)
+    if has_module:
+        at = raw.index(address.to_bytes(8, "little"), sections[b".noptrdata"][1])
+        (place.with_name("module")).write_bytes(raw[at : at + 512])
+        added = f"--add-section=.go.module={place.with_name('module')}"
+        subprocess.run(["objcopy", added, place], check=True)
+
+
+class WithoutMemory:
+    """A program where it was linked to be, of which there is but the file."""
+
+    loaded_file_bias = 0
+
+    def module(self, address: int) -> Any:
+        return self
+
+    def read(self, address: int, size: int) -> bytes:
+        raise drgn.FaultError("not in the core", address)
+
+
+def names_of(program: Path, places: dict[str, int]) -> dict[str, int]:
+    with program.open("rb") as file:
+        mapped = ModuleFile(path="", start=0x400000, end=0x800000, file=file.fileno())
+        asked = GoNames(WithoutMemory(), [mapped])  # type: ignore[arg-type]
+        found = [asked.find(at + 1) for at in places.values()]
+    return {one.name: one.entry for one in found if one}
+
+
+@pytest.mark.parametrize("has_module", [True, False])
+def test_go_1_26_with_c_has_its_own_names_or_none(
+    with_c: Path, tmp_path: Path, has_module: bool
+) -> None:
+    symbols = functions_of(with_c)
+    as_go_1_26(with_c, tmp_path / "program", has_module)
+
+    assert names_of(with_c, symbols) == symbols
+    assert names_of(tmp_path / "program", symbols) == (symbols if has_module else {})
+
+
+def test_go_1_26_without_c_has_names_where_its_module_is_not_in_memory(
+    program: Path, tmp_path: Path
+) -> None:
+    symbols = functions_of(program)
+    as_go_1_26(program, tmp_path / "program", has_module=False)
+
+    assert names_of(tmp_path / "program", symbols) == symbols
 
 
 def test_lines_are_those_of_debug_information(program: Path, made: GoTable) -> None:
