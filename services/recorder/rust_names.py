@@ -12,6 +12,7 @@ from collections.abc import Callable
 _DEEPEST = 64  # rules within each other
 _MOST_STEPS = 5_000
 _LONGEST = 8_192  # characters
+_LONGEST_NUMBER = 11  # digits in base 62, of 64 bits
 _MOST_ARGUMENTS = 256
 _SYMBOL = re.compile(r"_R([A-Z][0-9A-Za-z_]*)(?:\.[\w.$@]*)?")  # and what compilers append
 _TYPES = dict(
@@ -197,6 +198,7 @@ class _Parser:
                 return f"{sign}{value}"
 
     def _lifetime(self) -> None:
+        self._step()
         self._number_behind("L")
 
     def _identifier(self) -> tuple[int, str]:
@@ -220,14 +222,14 @@ class _Parser:
         return self._number() + 1 if self._take(mark) else 0
 
     def _number(self) -> int:
-        if self._take("_"):
-            return 0
+        end = self._text.find("_", self._at, self._at + _LONGEST_NUMBER + 1)
+        if end < 0:
+            raise _Bad("no number")
+        digits, self._at = self._text[self._at : end], end + 1
         value = 0
-        while (digit := self._next()) != "_":
+        for digit in digits:
             value = value * 62 + _DIGITS.index(digit)
-            if value >> 64:
-                raise _Bad(digit)
-        return value + 1
+        return value + 1 if digits else 0
 
     def _back(self, rule: Callable[[], str]) -> str:
         """Read once more what stands at an earlier place."""
@@ -252,15 +254,20 @@ class _Parser:
 
     def _rule(self, rule: Callable[[], str]) -> str:
         self._depth += 1
-        self._steps += 1
-        if self._depth > _DEEPEST or self._steps > _MOST_STEPS:
-            raise _Bad("too deep or too long")
+        if self._depth > _DEEPEST:
+            raise _Bad("too deep")
+        self._step()
         text = rule()
         self._depth -= 1
         self._length += len(text)
         if self._length > _LONGEST * _DEEPEST or len(text) > _LONGEST:
             raise _Bad("too long")  # each rule copies what those in it gave
         return text
+
+    def _step(self) -> None:
+        self._steps += 1
+        if self._steps > _MOST_STEPS:
+            raise _Bad("too long")
 
     def _peek(self) -> str:
         return self._text[self._at : self._at + 1]

@@ -98,6 +98,19 @@ def test_symbol_that_would_take_long_stays_as_it_is(symbol: str) -> None:
     assert found is None or len(found) < 10_000
 
 
+def repeated(part: str) -> str:
+    """A name with a type that has a part no name tells, and with references to it."""
+    return f"_RIC1aTIC1b{part}E{'B4_' * 150}EE"
+
+
+def test_what_no_name_tells_costs_as_well() -> None:
+    """A reference reads it once more, and in a symbol as long as there may be it takes a second."""
+    assert (readable(repeated("L_" * 5)) or "").startswith("a<(b<>, b<>")
+    assert (readable(repeated(f"L{'0' * 11}_")) or "").startswith("a<(b<>, b<>")
+    assert readable(repeated("L_" * 1500)) is None
+    assert readable(repeated(f"L{'0' * 3000}_")) is None
+
+
 _LETTERS = st.text("RNvCXYMIBEKTSAFDGLs_0123456789abhjpun", max_size=60)
 
 
