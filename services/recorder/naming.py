@@ -52,9 +52,10 @@ class Namer:
             if place not in seen:
                 if caller and caller != frame.pc and (between := self._go.find(caller - 1)):
                     yield self._go_frame(caller, between)
-                go = self._go_function(frame, called)
+                symbol = _symbol_of(frame)
+                go = None if symbol or frame.function_name else self._go_function(frame, called)
                 caller = self._go_caller(frame, called, go) if go else None
-                named = self._go_frame(frame.pc, go) if go else self._frame(frame, called)
+                named = self._go_frame(frame.pc, go) if go else self._frame(frame, symbol, called)
                 called = named.symbol
                 yield named
             if not frame.is_inline:
@@ -69,10 +70,10 @@ class Namer:
             # A return address may already be the next function's.
             yield self._plain(pc, pc - 1 if position else pc)
 
-    def _frame(self, frame: drgn.StackFrame, called: str | None) -> Frame:
-        symbol, source, name, offset = None, None, frame.function_name, None
-        with suppress(LookupError):
-            symbol = frame.symbol()
+    def _frame(
+        self, frame: drgn.StackFrame, symbol: drgn.Symbol | None, called: str | None
+    ) -> Frame:
+        source, name, offset = None, frame.function_name, None
         if symbol is None and not name and self._is_begun(frame.pc, called):
             return self._plain(frame.pc, frame.pc)
         if symbol is not None:
@@ -87,12 +88,7 @@ class Namer:
         return self._made(frame.pc, name, offset, source, frame.is_inline)
 
     def _go_function(self, frame: drgn.StackFrame, called: str | None) -> Function | None:
-        """Return the Go function of a frame that has no other name."""
-        if frame.function_name:
-            return None
-        with suppress(LookupError):
-            frame.symbol()
-            return None
+        """Return the Go function of a frame."""
         return self._go.find(frame.pc if self._is_exact(frame, called) else frame.pc - 1)
 
     def _is_exact(self, frame: drgn.StackFrame, called: str | None) -> bool:
@@ -111,9 +107,12 @@ class Namer:
         """Return to where a Go function returns whose frame tells nothing of it.
 
         Without debug information drgn follows frame pointers, and a function that calls none sets
-        up none: its caller would be missing.
+        up none: its caller would be missing. Only x86-64 has the address there: elsewhere a call
+        leaves it in a register.
         """
-        size = function.stack
+        size, platform = function.stack, self._program.platform
+        if platform is None or platform.arch != drgn.Architecture.X86_64:
+            return None
         if size is None or size < 0 or not self._is_exact(frame, called):
             return None
         with suppress(LookupError, drgn.FaultError, OverflowError):
@@ -165,6 +164,12 @@ class Namer:
     def _module_of(self, pc: int) -> int | None:
         found = (i for i, one in enumerate(self._modules) if one.start <= pc < one.end)
         return next(found, None)
+
+
+def _symbol_of(frame: drgn.StackFrame) -> drgn.Symbol | None:
+    with suppress(LookupError):
+        return frame.symbol()
+    return None
 
 
 def _is_trampoline(name: str) -> bool:

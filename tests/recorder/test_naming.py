@@ -3,9 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import drgn
 import pytest
 
+from services.recorder import naming
 from services.recorder.backtrace import LoadedModule
+from services.recorder.go_table import Function
 from services.recorder.naming import Namer
 
 
@@ -25,8 +28,10 @@ class Stopped:
     is_inline: bool = False
     interrupted: bool = False
     found: Symbol | None = None
+    asked: int = 0
 
     def symbol(self) -> Symbol:
+        self.asked += 1
         if self.found is None:
             raise LookupError
         return self.found
@@ -48,6 +53,11 @@ class Program:
     """A program by the symbols that it has at addresses."""
 
     symbols: dict[int, Symbol] = field(default_factory=dict)
+    words: dict[int, int] = field(default_factory=dict)
+    platform: drgn.Platform | None = None
+
+    def read_u64(self, address: int) -> int:
+        return self.words[address]
 
     def symbol(self, address: int) -> Symbol:
         try:
@@ -103,3 +113,37 @@ def test_return_address_that_begins_a_function(
     """It is that function's only if it was put there by hand."""
     program = Program({0x40: found})
     assert names(Stopped(0x10, 1, called), Stopped(0x40, 2), program=program) == [called, name]
+
+
+class GoFunctions:
+    """What a Go program's table tells of three functions; the first one keeps 8 bytes."""
+
+    def find(self, pc: int) -> Function | None:
+        name = {0x10: "leaf", 0x20: "between", 0x30: "main.main"}.get(pc & ~0xF)
+        return Function(name, pc & ~0xF, None, 8) if name else None
+
+
+@pytest.mark.parametrize(
+    ("arch", "between"),
+    [
+        (drgn.Architecture.X86_64, ["between"]),
+        (drgn.Architecture.AARCH64, []),
+        (None, []),
+    ],
+)
+def test_caller_that_only_the_stack_tells_is_of_x86_64(
+    monkeypatch: pytest.MonkeyPatch, arch: drgn.Architecture | None, between: list[str]
+) -> None:
+    """Elsewhere a call leaves its return address in a register, and the stack has anything."""
+    monkeypatch.setattr(naming, "GoNames", lambda *_: GoFunctions())
+    program = Program(words={0x1008: 0x25}, platform=drgn.Platform(arch) if arch else None)
+    trace = Stopped(0x14, 0x1000, interrupted=True), Stopped(0x34, 0x2000)
+
+    assert names(*trace, program=program) == ["leaf", *between, "main.main"]
+
+
+def test_symbol_is_asked_for_once() -> None:
+    """It costs drgn a search."""
+    trace = [Stopped(0x10, 1, found=Symbol("f", 0x10)), Stopped(0x24, 2)]
+    assert names(*trace) == ["f", None]
+    assert [frame.asked for frame in trace] == [1, 1]
