@@ -90,7 +90,7 @@ class Rule:
 # Crashbus's own processes, which hold the keys of bus and destinations.
 OWN = tuple(
     Rule("argument", pattern, "CRASHBUS_RECORDER_OWN_CORES")
-    for pattern in (*(f"services.{one}" for one in SERVICES), "*/bin/crashbus")
+    for pattern in (*(f"services.{one}" for one in SERVICES), "crashbus", "*/crashbus")
 )
 
 

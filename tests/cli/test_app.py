@@ -63,6 +63,19 @@ async def test_schema_of_no_message() -> None:
     assert result.err.startswith("crashbus: there is no message 'nope'; take one of SignalEvent")
 
 
+def test_the_command_line_leaves_no_core_where_others_keep_them() -> None:
+    program = (
+        "import resource, sys\n"
+        "from crashbus.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (4096, 4096))\n"
+        "sys.argv = ['crashbus', 'schema', 'SignalEvent']\n"
+        "try: main()\n"
+        "finally: print(resource.getrlimit(resource.RLIMIT_CORE))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.endswith("}\n(0, 0)\n"), result.stderr
+
+
 def without(modules: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command where some modules cannot be imported."""
     program = (

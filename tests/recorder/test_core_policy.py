@@ -15,6 +15,7 @@ from crashbus import layout
 from crashbus.parts import Container, Process
 from services.recorder import core_policy
 from services.recorder.core_policy import CorePolicy, Extent, Rule
+from services.recorder.settings import RecorderSettings
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
 from tests.support.recorder import crash
@@ -79,6 +80,26 @@ def test_rules(rule: str, fitting: Process, other: Process) -> None:
 def test_what_is_no_rule(text: str) -> None:
     with pytest.raises(ValueError, match="is no rule"):
         Rule.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("command", "extent"),
+    [
+        ("python -m services.shipper", Extent.NOTHING),
+        ("python /opt/crashbus/bin/crashbus run", Extent.NOTHING),
+        ("python bin/crashbus run", Extent.NOTHING),
+        ("python ./crashbus run", Extent.NOTHING),
+        ("python crashbus run", Extent.NOTHING),
+        ("python -m crashbus run", Extent.NOTHING),
+        ("python /opt/crashbus/bin/other run", Extent.ALL),
+        ("python -m crashbus_of_others", Extent.ALL),
+    ],
+)
+def test_our_own_processes_leave_no_core_however_they_are_started(
+    command: str, extent: Extent
+) -> None:
+    policy = CorePolicy(Extent.ALL, RecorderSettings().core_off_rules)
+    assert policy.decide(process(arguments=tuple(command.split())), "root").extent is extent
 
 
 class Clock:
