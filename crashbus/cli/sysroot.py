@@ -12,6 +12,7 @@ https://sourceware.org/gdb/current/onlinedocs/gdb.html/Files.html
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -27,6 +28,14 @@ from crashbus.layout import Kind
 from crashbus.parts import CrashFile, Module
 
 _DELETED = " (deleted)"  # proc_pid_maps(5)
+# The binaries are whoever's that crashed: gdb runs no script out of them or beside them, also where
+# its user trusts all directories; those that came with it show what containers of C++ hold.
+_SCRIPTS = (
+    "set auto-load off",
+    "set auto-load python-scripts on",
+    "set auto-load safe-path $datadir/auto-load",
+    "set auto-load scripts-directory $datadir/auto-load",
+)
 
 
 @dataclass
@@ -51,9 +60,7 @@ class Sysroot:
             "solib-search-path": self.directory / "lib",
             "debug-file-directory": f"{self.directory / 'debug'}:/usr/lib/debug",
         }
-        # The binaries are whoever's that crashed: gdb runs no script out of them or beside them,
-        # also where its user trusts all directories (auto-load safe-path).
-        commands = ("set auto-load off", *(f"set {k} {v}" for k, v in settings.items()))
+        commands = (*_SCRIPTS, *(f"set {k} {v}" for k, v in settings.items()))
         arguments = [part for command in commands for part in ("-iex", command)]
         return [*arguments, *([f"--se={self.executable}"] if self.executable else [])]
 
@@ -66,17 +73,17 @@ def build(found: Found, directory: Path) -> Sysroot:
         try:
             place = _place(module, made.directory / "sysroot")
             binary = _binary(found, module, made.directory / "binaries")
-            _link(binary, place)
+            _link(made, binary, place)
             for name in (place.name, _soname(binary)):
                 if name:
-                    _link(binary, made.directory / "lib" / name)
+                    _link(made, binary, made.directory / "lib" / name)
         except (Trouble, OSError) as error:
             made.missing.append(plain(f"{module.path} is missing: {error}"))
             continue
         made.modules += 1
         if manifest and _plain_path(module.path) == _plain_path(manifest.process.executable or ""):
             made.executable = place
-        made.missing.extend(_add_debuginfo(found, module, made.directory))
+        made.missing.extend(_add_debuginfo(found, module, made))
     return made
 
 
@@ -136,29 +143,29 @@ def _fetch(found: Found, file: CrashFile, directory: Path) -> Path:
     return path if is_whole(path, file) else save(found, file, directory, lambda _: None)
 
 
-def _add_debuginfo(found: Found, module: Module, directory: Path) -> Iterator[str]:
+def _add_debuginfo(found: Found, module: Module, made: Sysroot) -> Iterator[str]:
     for file in module.files():
         if file.kind is Kind.DEBUGINFO:
-            folder = directory / "debug" / ".build-id" / module.build_id[:2]
+            folder = made.directory / "debug" / ".build-id" / module.build_id[:2]
             try:
-                fetched = _fetch(found, file, directory / "binaries")
-                _link(fetched, folder / f"{module.build_id[2:]}.debug")
+                fetched = _fetch(found, file, made.directory / "binaries")
+                _link(made, fetched, folder / f"{module.build_id[2:]}.debug")
             except (Trouble, OSError) as error:
                 yield plain(f"debug information of {module.path} is missing: {error}")
 
 
-def _link(binary: Path, place: Path) -> None:
+def _link(made: Sysroot, binary: Path, place: Path) -> None:
     """Give a binary a further name; of two that want the same, the first has it.
 
-    A hard link where that can be, because gdb shows what a symbolic one leads to.
+    gdb shows what a symbolic link leads to, and looks for its own scripts by that: right for what
+    is this machine's own.
     """
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        place.hardlink_to(binary)
-    except FileExistsError:
-        pass
-    except OSError:  # this machine's own, on another file system
-        place.symlink_to(binary)
+    with suppress(FileExistsError):
+        if made.directory in binary.parents:
+            place.hardlink_to(binary)
+        else:
+            place.symlink_to(binary)
 
 
 def _soname(path: Path) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from crashbus import elf
 from crashbus.layout import BINARIES, Kind
 from crashbus.parts import Module
 from tests.cli.support import NO_BUS, binary_of, crashbus, make
@@ -29,9 +30,10 @@ def crashing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def make_core(source: Path, program: Path, core: Path) -> None:
-    need_program("gcc")
+    compiler = "g++" if source.suffix == ".cc" else "gcc"
+    need_program(compiler)
     need_program("gdb")
-    subprocess.run(["gcc", "-g", "-O0", "-o", program, source], check=True)
+    subprocess.run([compiler, "-g", "-O0", "-o", program, source], check=True)
     script = ("run", f"generate-core-file {core}", "kill")
     arguments = [part for command in script for part in ("-ex", command)]
     subprocess.run(["gdb", "-batch", "-nx", *arguments, program], check=True, capture_output=True)
@@ -112,7 +114,9 @@ async def test_debug_takes_the_binary_that_was_mapped_and_nothing_out_of_its_pla
 
 SCRIPT = """
 __asm__(".pushsection .debug_gdb_scripts, \\"MS\\", @progbits, 1\\n"
-        ".byte 4\\n.ascii \\"script\\\\nopen('%s/embedded', 'w')\\\\n\\"\\n.byte 0\\n"
+        ".byte 4\\n.ascii \\"script\\\\nopen('{0}/embedded', 'w')\\\\n\\"\\n.byte 0\\n"
+        ".byte 1\\n.asciz \\"{0}/named.py\\"\\n"
+        ".byte 1\\n.asciz \\"/usr/share/gdb/auto-load/../../../..{0}/named.py\\"\\n"
         ".popsection\\n");
 """
 
@@ -121,35 +125,78 @@ async def test_gdb_runs_no_script_that_came_with_the_binaries(
     delivered: Path, tmp_path: Path
 ) -> None:
     source, program, core = (tmp_path / name for name in ("null.c", "null", "core"))
-    source.write_text(NULL_POINTER + SCRIPT % tmp_path)
+    source.write_text(NULL_POINTER + SCRIPT.format(tmp_path))
+    (tmp_path / "named.py").write_text(f"open('{tmp_path}/by-name', 'w')")
     make_core(source, program, core)
-    beside = f"shell touch {tmp_path}/beside".encode()
-    program_kept, script_kept = binary_of(program.read_bytes()), binary_of(beside)
+    kept = {
+        "/gone/program": program.read_bytes(),
+        "/gone/program-gdb.gdb": f"shell touch {tmp_path}/beside".encode(),
+        "/gone/program-gdb.py": f"open('{tmp_path}/beside', 'w')".encode(),
+    }
+    build_ids = dict(zip(kept, ("ab" * 20, "cd" * 20, "ef" * 20), strict=True))
     made = make(core=core.read_bytes(), executable="/gone/program")
-    modules = (
-        Module(path="/gone/program", build_id="ab" * 20, kept=(program_kept,)),
-        Module(path="/gone/program-gdb.gdb", build_id="cd" * 20, kept=(script_kept,)),
+    modules = tuple(
+        Module(path=path, build_id=build_ids[path], kept=(binary_of(content),))
+        for path, content in kept.items()
     )
     folder = made.deliver(delivered)
     manifest = made.manifest.model_copy(update={"modules": modules})
     (folder / "manifest.json").write_text(manifest.model_dump_json())
-    for place, content in (("ab", program.read_bytes()), ("cd", beside)):
-        at = delivered / BINARIES / place / (place * 19)
+    for path, content in kept.items():
+        at = delivered / BINARIES / build_ids[path][:2] / build_ids[path][2:]
         at.mkdir(parents=True)
         (at / "executable").write_bytes(content)
     home = tmp_path / "home"
     home.mkdir()
-    (home / ".gdbinit").write_text("set auto-load safe-path /\n")  # many do
+    trusting = "set auto-load safe-path /\nset auto-load scripts-directory /\n"  # many do
+    (home / ".gdbinit").write_text(trusting)
+    (tmp_path / ".gdbinit").write_text(f"shell touch {tmp_path}/local\n")
     env = {**NO_BUS, "HOME": str(home), "XDG_CONFIG_HOME": str(home)}
 
     arguments = ("-o", str(tmp_path / "out"), "--from", delivered.as_uri(), "--", "-batch")
-    debugged = await crashbus("debug", made.id, *arguments, "-ex", "bt", env=env)
+    debugged = await crashbus("debug", made.id, *arguments, "-ex", "bt", env=env, cwd=tmp_path)
 
     assert debugged.status == 0, debugged.err
     assert "depth (p=0x0)" in debugged.out
     assert (tmp_path / "out/sysroot/gone/program-gdb.gdb").exists()
-    assert not (tmp_path / "embedded").exists()
-    assert not (tmp_path / "beside").exists()
+    assert (tmp_path / "out/sysroot/gone/program-gdb.py").exists()
+    for made_by in ("embedded", "by-name", "beside", "local"):
+        assert not (tmp_path / made_by).exists(), made_by
+
+
+def build_id_of(path: Path) -> str:
+    with path.open("rb") as file:
+        found = elf.build_id(file.fileno())
+    assert found is not None
+    return found
+
+
+CONTAINER = """
+#include <string>
+#include <vector>
+int crash(std::vector<std::string> &held, int *p) { return *p + held.size(); }
+int main() { std::vector<std::string> held{"alpha", "beta"}; return crash(held, nullptr); }
+"""
+
+
+async def test_gdb_shows_what_a_container_holds_by_its_own_scripts(
+    delivered: Path, tmp_path: Path
+) -> None:
+    source, program, core = (tmp_path / name for name in ("held.cc", "held", "core"))
+    source.write_text(CONTAINER)
+    make_core(source, program, core)
+    loaded = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    library = Path(loaded.partition("libstdc++.so.6 => ")[2].split()[0]).resolve()
+    modules = tuple(Module(path=str(one), build_id=build_id_of(one)) for one in (program, library))
+    made = make(core=core.read_bytes(), executable=str(program))
+    folder = made.deliver(delivered)
+    manifest = made.manifest.model_copy(update={"modules": modules})
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+
+    arguments = ("--from", delivered.as_uri(), "--", "-batch", "-nx", "-ex", "print held")
+    debugged = await crashbus("debug", made.id, *arguments, env=NO_BUS)
+
+    assert 'std::vector of length 2, capacity 2 = {"alpha", "beta"}' in debugged.out, debugged.err
 
 
 async def test_debug_opens_nothing_of_this_machine_but_files(
