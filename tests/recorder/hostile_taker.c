@@ -109,6 +109,39 @@ static void check_that_both_ways_to_find_pages_agree(void) {
     close(pagemap);
 }
 
+/* The most mounts and mappings that are looked at, and each mapping on another device than the last. */
+static void check_that_devices_are_found_at_once(void) {
+    static char mounts[LONGEST_MOUNTS];
+    static const char *const files[] = {"fd:1 7 /a\n", "fd:6a4 7 /b\n"};
+    size_t size = 0;
+    for (int one = 1; size + 64 < sizeof mounts; one++)
+        size += (size_t)sprintf(mounts + size, "%d 1 253:%d / /m rw - ext4 m rw\n", one, one);
+    crash.mappings_found = MAPPINGS;
+    for (int one = 0; one < MAPPINGS; one++) crash.mappings[one].file = files[one % 2];
+    clock_t begin = clock();
+    int local = are_all_local(&crash, mounts);
+    if (!local || clock() - begin > CLOCKS_PER_SEC / 4) {
+        fprintf(stderr, "%d after %ld us\n", local, (long)(clock() - begin));
+        exit(1);
+    }
+    char many[DEVICES + 1][16];
+    for (int one = 0; one <= DEVICES; one++)
+        sprintf(many[one], "fd:%x 7 /a\n", one + 1), crash.mappings[one].file = many[one];
+    crash.mappings_found = DEVICES;
+    local = are_all_local(&crash, mounts);
+    crash.mappings_found++; /* one more than are remembered */
+    int others = are_all_local(&crash, mounts);
+    crash.mappings[0].file = "fc:1 7 /a\n", crash.mappings_found = 1;
+    others += are_all_local(&crash, mounts);
+    memcpy(strstr(mounts, "ext4"), "nfs4", 4);
+    crash.mappings[0].file = files[0];
+    others += are_all_local(&crash, mounts);
+    if (!local || others) {
+        fprintf(stderr, "other devices are local\n");
+        exit(1);
+    }
+}
+
 int main(int count, char **words) {
     if (count != 4) return 2;
     int place = open(words[1], O_DIRECTORY | O_RDONLY), rounds = atoi(words[2]), taken = 0;
@@ -118,6 +151,7 @@ int main(int count, char **words) {
     crash.arena = malloc(ARENA), crash.head = malloc(HEAD);
     srand((unsigned)atoi(words[3]));
     check_that_both_ways_to_find_pages_agree();
+    check_that_devices_are_found_at_once();
     for (int one = 0; one < CORE; one++) {
         char path[64];
         snprintf(path, sizeof path, "/proc/self/%s", names[one]);

@@ -27,6 +27,7 @@
 #define LONGEST_MAPS (256 * 1024)
 #define LONGEST_STATUS (64 * 1024)
 #define LONGEST_MOUNTS (64 * 1024)
+#define DEVICES 16                  /* that its files lie on; each is looked for among the mounts */
 #define SMALL_FILE (64 * 1024)      /* bytes of a mapped file that are read, whatever it is */
 #define SPIN_NS (300 * 1000)        /* longer than a wake-up takes; what comes at all comes at once */
 #define LAST_OFFSET INT64_MAX       /* of a file; only x86-64's vsyscall page lies beyond */
@@ -388,12 +389,28 @@ static int is_local_type(const char *type) {
     return 0;
 }
 
-static int is_local_device(const char *mounts, unsigned major_number, unsigned minor_number) {
+struct device {
+    uint64_t major_number, minor_number;
+};
+
+static int parse_device(const char *at, int base, struct device *device) {
+    return parse_number(&at, base, ':', &device->major_number) ||
+           parse_number(&at, base, ' ', &device->minor_number) ? -1 : 0;
+}
+
+static int is_same(const struct device *one, const struct device *other) {
+    return one->major_number == other->major_number && one->minor_number == other->minor_number;
+}
+
+/* No sscanf(3) here: it looks for the end of all mounts for each of them. */
+static int is_local_device(const char *mounts, const struct device *device) {
     for (const char *line = mounts, *end; *line; line = *end ? end + 1 : end) {
-        unsigned found_major, found_minor;
+        struct device found;
+        uint64_t ignored;
+        const char *at = line;
         end = strchrnul(line, '\n');
-        if (sscanf(line, "%*u %*u %u:%u ", &found_major, &found_minor) != 2) continue;
-        if (found_major != major_number || found_minor != minor_number) continue;
+        if (parse_number(&at, 10, ' ', &ignored) || parse_number(&at, 10, ' ', &ignored)) continue;
+        if (parse_device(at, 10, &found) || !is_same(&found, device)) continue;
         const char *type = memmem(line, (size_t)(end - line), " - ", 3);
         return type && is_local_type(type + 3);
     }
@@ -401,14 +418,16 @@ static int is_local_device(const char *mounts, unsigned major_number, unsigned m
 }
 
 static int are_all_local(const struct crash *crash, const char *mounts) {
-    unsigned last_major = 0, last_minor = 0, major_number, minor_number;
-    int asked = 0; /* the last one: most follow one of the same device */
+    struct device local[DEVICES], device;
+    uint32_t found = 0;
     for (uint32_t one = 0; one < crash->mappings_found; one++) {
         if (!crash->mappings[one].file) continue;
-        if (sscanf(crash->mappings[one].file, "%x:%x ", &major_number, &minor_number) != 2) return 0;
-        asked = asked && major_number == last_major && minor_number == last_minor;
-        if (!asked && !is_local_device(mounts, major_number, minor_number)) return 0;
-        last_major = major_number, last_minor = minor_number, asked = 1;
+        if (parse_device(crash->mappings[one].file, 16, &device)) return 0;
+        uint32_t known = 0;
+        while (known < found && !is_same(&local[known], &device)) known++;
+        if (known < found) continue;
+        if (found == DEVICES || !is_local_device(mounts, &device)) return 0;
+        local[found++] = device;
     }
     return 1;
 }
@@ -545,7 +564,11 @@ static int find_pieces(struct crash *crash) {
 
 static int field(const char *text, const char *name, uint64_t *number) {
     const char *found = strstr(text, name);
-    return found && sscanf(found + strlen(name), "%llu", (unsigned long long *)number) == 1 ? 0 : -1;
+    if (!found) return -1;
+    char *end;
+    found += strlen(name);
+    *number = strtoull(found, &end, 10);
+    return end == found ? -1 : 0;
 }
 
 /* NSpid has one number for each PID namespace that it is in. */
