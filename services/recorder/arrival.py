@@ -171,7 +171,12 @@ def _from_helper(hold: Hold) -> Arrival:
         helper.send(_TURN)
     except OSError as error:
         raise KeptByHelper from error
-    text, descriptors, _, _ = socket.recv_fds(helper, 256, 1, socket.MSG_CMSG_CLOEXEC)
+    try:
+        text, descriptors, _, _ = socket.recv_fds(helper, 256, 1, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError as error:  # it ended with our turn unread
+        raise KeptByHelper from error
+    if not text:
+        raise KeptByHelper
     match = _HELPER_MESSAGE.fullmatch(text)
     if not match or len(descriptors) != 1:
         for descriptor in descriptors:
