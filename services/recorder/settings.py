@@ -141,7 +141,8 @@ class RecorderSettings(Settings):
         120,
         gt=0,
         le=3600,
-        description="seconds without progress, or waiting, until a held process is let go",
+        description="seconds without progress, or waiting, until a held process is let go; where a "
+        "pipe helper brings crashes, one that waits is kept by the helper after 60 s at most",
     )
     hold_deadline: float = Field(
         300, gt=0, le=86400, description="seconds until a held process is let go in any case"
