@@ -93,15 +93,16 @@ class Hold:
         return time.monotonic() - self._arrived
 
     @property
-    def pid_is_free(self) -> bool:
-        """Whether the process is gone so wholly that another may have its PID."""
-        if self._process < 0:
-            return False
-        try:
-            signal.pidfd_send_signal(self._process, 0)
-        except ProcessLookupError:
+    def has_its_pid(self) -> bool:
+        """Whether the process is held, and its PID can be nobody else's."""
+        with self._lock:
+            if not self._held or self._process < 0:
+                return False
+            try:
+                signal.pidfd_send_signal(self._process, 0)
+            except ProcessLookupError:
+                return False
             return True
-        return False
 
     def belongs_to(self, pidfd: int) -> None:
         """Say whose hold it is, so that the process can be made to end as well.

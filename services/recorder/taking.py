@@ -5,8 +5,7 @@ comes later, from what was read. Whatever is not small, or cannot be read for su
 waiting, stays held.
 
 What is done meanwhile is counted in microseconds, so the reading itself is C, `taker/taker.c`, in
-two calls that wait for no interpreter lock, and what they brought is parsed when the process is
-gone.
+three calls that wait for no interpreter lock; Python decides before and after.
 """
 
 import ctypes
@@ -22,6 +21,8 @@ from mmap import MADV_HUGEPAGE, mmap
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from crashbus import identity
 from services.common import process as processes
 from services.common import resources
@@ -34,13 +35,16 @@ from services.recorder.core_head import Head
 from services.recorder.core_memory import PAGE, Kept
 from services.recorder.hold import Hold
 
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
 LIBRARY = "taker.so"
 LARGEST = 16 * 1024 * 1024  # bytes of touched memory
-AT_ONCE = 2 * LARGEST  # bytes of all that were read and are not written yet
+AT_ONCE = 2 * LARGEST  # bytes of all that was read and is not written yet, /proc and heads too
 _RESIDENT = 4 * LARGEST  # bytes, shared pages too; of more it is not asked what is touched
 _LARGEST_CORE = 1024**3  # bytes, untouched memory too
 _MOST_THREADS = 256
 _SPARE = 4 * 1024 * 1024  # bytes of room that is used again: new memory costs as much as to read
+_SPARES = 2  # of these, and of what a crash is read to; more are made when crashes come in bursts
 _PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 # Read beside what taker.c reads by itself, because it must know it.
@@ -190,11 +194,11 @@ class Taker:
         self._lock = threading.Lock()
         self._bytes = 0
         self._mounts = Mounts()
-        self._spare = [_new_room(_SPARE)]
+        self._spare = [_new_room(_SPARE) for _ in range(_SPARES)]
         self._crashes = [self._new_crash()]
 
     def take(self, pid: int, hold: Hold, mark: int, module_files: int) -> Taken:
-        """Read a held process and let it go, or leave it held, with no memory in what was taken.
+        """Read a held process and let it go, or leave it held, with nothing in what was taken.
 
         Args:
             mark: bytes before its core.
@@ -213,32 +217,42 @@ class Taker:
             with self._crash(hold) as crash:
                 crash.pid, crash.place = pid, place
                 crash.mark, crash.modules = mark, module_files
-                if not self._take(crash, hold, taken):
-                    hold.unread(ctypes.string_at(crash.head, crash.head_size))
+                if self._take(crash, hold, taken):
+                    return taken
+        except Exception:  # there is the longer way, which needs less memory
+            log.error("a small process could not be read at once: it stays held", exc_info=True)
         finally:
             os.close(place)
-        return taken
+        taken.close()
+        return Taken()
 
     def greet(self, hold: Hold) -> int | None:
         """Return who crashes, and acknowledge the kernel's request, if that comes at once."""
-        with self._crash(hold) as crash:
-            if self._taking.greet(ctypes.addressof(crash)):
-                hold.unread(ctypes.string_at(crash.head, crash.head_size))
-                return None
-            hold.belongs_to(crash.pidfd)
-            return int(crash.pid)
+        try:
+            with self._crash(hold) as crash:
+                if self._taking.greet(ctypes.addressof(crash)):
+                    return None
+                crash.head_size = 0  # that was the request
+                hold.belongs_to(crash.pidfd)
+                return int(crash.pid)
+        except (OSError, MemoryError):  # no memory to read it to; nothing was asked yet
+            return None
 
     @contextmanager
     def _crash(self, hold: Hold) -> Iterator[_Crash]:
-        """Give what a crash is read to; it is used again."""
+        """Give what a crash is read to; what is left of the core's head is put back."""
         with self._lock:
-            crash = self._crashes.pop() if self._crashes else self._new_crash()
+            crash = self._crashes.pop() if self._crashes else None
+        crash = crash or self._new_crash()
         crash.core, crash.patience = hold.descriptor, int(hold.patience * 1000)
+        crash.head_size = 0
         try:
             yield crash
         finally:
+            hold.unread(ctypes.string_at(crash.head, crash.head_size))
             with self._lock:
-                self._crashes.append(crash)
+                if len(self._crashes) < _SPARES:
+                    self._crashes.append(crash)
 
     def _new_crash(self) -> _Crash:
         crash = _Crash.from_buffer(bytearray(b"\1") * self._taking.crash_size())
@@ -256,7 +270,7 @@ class Taker:
             return False
         opened = crash.files[: crash.files_found]
         taken.files = {f"{one.start:x}-{one.end:x}": one.file for one in opened}
-        room = self._room(crash.memory, taken)
+        room = self._room(crash, taken)
         if room is None:
             return False
         if self._taking.read_memory(ctypes.addressof(crash), _address(room)):
@@ -265,16 +279,19 @@ class Taker:
         # These are asked through the process; most have none.
         sockets = tuple(resources.sockets(crash.pid, told.open_files)) if crash.sockets else ()
         told.understand(crash, sockets, taken)
-        # What was read by its PID could be another's.
         note = self._note(crash.pid, hold, taken)
-        if hold.pid_is_free or not self._unrecorded.begin(crash.pid, note):
-            taken.head = None  # it is read again
+        # Without these it could not be named or written; and what was read by its PID could be
+        # another's.
+        if taken.head is None or taken.head.fault or not note["stat"] or not hold.has_its_pid:
+            return False
+        if not self._unrecorded.begin(crash.pid, note):
             return False
         taken.note = partial(self._unrecorded.end, crash.pid)
         taken.proc.seal()
-        hold.memory_was_read = True
         hold.let_go()
+        crash.head_size = 0  # it is taken
         taken.memory = Kept(_content(crash, room))
+        hold.memory_was_read = True
         return True
 
     def _note(self, pid: int, hold: Hold, taken: Taken) -> dict[str, bytes]:
@@ -290,22 +307,24 @@ class Taker:
             **{name: proc.link(f"{pid}/{name}") or b"" for name in ("exe", "cwd", "root")},
         }
 
-    def _room(self, size: int, taken: Taken) -> mmap | None:
-        """Return room for that many bytes, until what was taken is closed."""
+    def _room(self, crash: _Crash, taken: Taken) -> mmap | None:
+        """Return room for its memory, until what was taken is closed; None: there is too much."""
         with self._lock:
-            if self._bytes + size > AT_ONCE:
+            is_spare = bool(self._spare) and crash.memory <= _SPARE
+            size = _SPARE if is_spare else max(crash.memory, PAGE)
+            counted = size + crash.used + crash.head_size
+            if self._bytes + counted > AT_ONCE:
                 return None
-            self._bytes += size
-            room = self._spare.pop() if size <= _SPARE and self._spare else None
-        room = room or _new_room(max(size, _SPARE))
-        taken.give_back.append(partial(self._give_back, size, room))
-        return room
+            self._bytes += counted
+            spare = self._spare.pop() if is_spare else None
+        taken.give_back.append(partial(self._give_back, counted, spare))
+        return spare or _new_room(size)
 
-    def _give_back(self, size: int, room: mmap) -> None:
+    def _give_back(self, counted: int, spare: mmap | None) -> None:
         with self._lock:
-            self._bytes -= size
-            if len(room) == _SPARE:
-                self._spare.append(room)
+            self._bytes -= counted
+            if spare is not None:
+                self._spare.append(spare)
 
 
 def _address(room: mmap) -> int:

@@ -121,7 +121,7 @@ def test_process_whose_pid_may_be_anothers_is_not_taken(
     coredump_socket: socket.socket, taker: Taker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crash = Crash(coredump_socket, crasher("null_pointer"), reads_head=False)
-    monkeypatch.setattr(Hold, "pid_is_free", True)
+    monkeypatch.setattr(Hold, "has_its_pid", False)
     taken = take(taker, crash)
     try:
         assert taken.memory is None
@@ -130,18 +130,18 @@ def test_process_whose_pid_may_be_anothers_is_not_taken(
         taken.close()
 
 
-def test_pid_is_free_when_its_process_was_waited_for() -> None:
+def test_pid_is_its_own_until_its_process_was_waited_for() -> None:
     read, write = os.pipe()
     process = subprocess.Popen(["cat"], stdin=read)
     hold = Hold(read, 1)
     hold.belongs_to(os.pidfd_open(process.pid))
     try:
-        assert not hold.pid_is_free
+        assert hold.has_its_pid
         os.close(write)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert not hold.pid_is_free  # nobody has waited for it yet
+        assert hold.has_its_pid  # nobody has waited for it yet
         process.wait()
-        assert hold.pid_is_free
+        assert not hold.has_its_pid
     finally:
         hold.close()
 

@@ -1,0 +1,239 @@
+"""What cannot be read at once, or not for sure, stays held as it came; and the bounds of it."""
+
+import errno
+import os
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from services.common.mounts import Mounts
+from services.common.proc import LIVE
+from services.common.unrecorded import Unrecorded
+from services.recorder import arrival, core_head, taking
+from services.recorder.hold import Hold
+from services.recorder.mechanism import Mechanism
+from services.recorder.taking import Taken, Taker
+from tests.recorder.test_taking import taker
+
+__all__ = ("taker",)
+
+KIB = 1024
+MIB = 1024 * KIB
+STATUS = bytes(336)  # struct elf_prstatus on x86-64
+REQUEST = struct.pack("=IIQ", 16, 16, 0xF)
+
+
+class Waiting:
+    """A living process that waits, held, and the head of a core of its stack.
+
+    Args:
+        status: content of the core's NT_PRSTATUS.
+        known: whether the hold has its pidfd.
+    """
+
+    def __init__(self, status: bytes, *, known: bool) -> None:
+        self.process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(b"x")
+        self.process.stdin.flush()
+        assert self.process.stdout.read(1) == b"x"  # it has come to its loop
+        self.pid = self.process.pid
+        self.head = self._head(struct.pack("=III8s", 5, len(status), 1, b"CORE") + status)
+        ours, self.kernels = socket.socketpair()
+        self.kernels.sendall(self.head)
+        self.hold = Hold(ours.detach(), 20)
+        if known:
+            self.hold.belongs_to(os.pidfd_open(self.pid))
+
+    def _head(self, notes: bytes) -> bytes:
+        maps = Path(f"/proc/{self.pid}/maps").read_text()
+        stack = next(line for line in maps.splitlines() if line.endswith("[stack]"))
+        start, end = (int(bound, 16) for bound in stack.split()[0].split("-"))
+        size, notes_at = end - start, 64 + 2 * 56
+        ident = b"\x7fELF\2\1\1".ljust(16, b"\0")
+        return b"".join(
+            (
+                ident + struct.pack("=HHIQQQIHHHHHH", 4, 62, 1, 0, 64, 0, 0, 64, 56, 2, 0, 0, 0),
+                struct.pack("=IIQQQQQQ", 4, 0, notes_at, 0, 0, len(notes), 0, 4),
+                struct.pack("=IIQQQQQQ", 1, 6, notes_at + len(notes), start, 0, size, size, 1),
+                notes,
+            )
+        )
+
+    def end(self) -> None:
+        self.hold.close()
+        self.kernels.close()
+        self.process.communicate()
+
+
+@contextmanager
+def waiting(status: bytes = STATUS, *, known: bool = True) -> Iterator[Waiting]:
+    one = Waiting(status, known=known)
+    try:
+        yield one
+    finally:
+        one.end()
+
+
+def take(taker: Taker, one: Waiting) -> Taken:
+    return taker.take(one.pid, one.hold, 0, 64)
+
+
+def is_as_it_came(taken: Taken, one: Waiting) -> bool:
+    """Tell whether the process is held, and everything can be read as if nothing had been."""
+    return (
+        taken.head is taken.memory is taken.resources is taken.code is taken.files is None
+        and not taken.give_back
+        and not taken.proc._files
+        and one.hold.is_held
+        and one.hold.read_exactly(len(one.head)) == one.head
+    )
+
+
+def room_there() -> int:
+    """Return how many bytes of what crashes are read to are there: proc_pid_status(5)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("\nRssShmem:")[2].split()[0]) * KIB
+
+
+def no_memory(*_: object) -> None:
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def too_long(hold: Hold) -> Callable[[core_head.Read], core_head.Head]:
+    """Read a core's head while the process is let go, by who looks after those that wait."""
+    read = core_head.read
+
+    def let_go_meanwhile(read_bytes: core_head.Read) -> core_head.Head:
+        hold.let_go("it waited too long")
+        return read(read_bytes)
+
+    return let_go_meanwhile
+
+
+def test_process_without_a_pidfd_stays_as_it_came(taker: Taker) -> None:
+    with waiting(known=False) as one:
+        assert is_as_it_came(take(taker, one), one)
+
+
+def test_process_whose_core_has_a_strange_head_stays_as_it_came(taker: Taker) -> None:
+    with waiting(b"too short") as one:
+        assert is_as_it_came(take(taker, one), one)
+
+
+def test_process_that_could_not_be_named_stays_as_it_came(
+    taker: Taker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(taking._WANTED[0], "name", b"absent")  # instead of stat
+    with waiting() as one:
+        assert is_as_it_came(take(taker, one), one)
+
+
+def test_process_that_was_let_go_meanwhile_is_not_taken(
+    taker: Taker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with waiting() as one:
+        monkeypatch.setattr(core_head, "read", too_long(one.hold))
+        taken = take(taker, one)
+
+        assert taken.memory is taken.head is None
+        assert not one.hold.has_memory
+
+
+@pytest.mark.parametrize(
+    ("of", "what"),
+    [(Mounts, "now"), (taking, "_new_room"), (core_head, "read"), (Unrecorded, "begin")],
+)
+def test_error_meanwhile_leaves_a_process_as_it_came(
+    taker: Taker, monkeypatch: pytest.MonkeyPatch, of: object, what: str
+) -> None:
+    with waiting() as other:  # of whose core nothing may come up
+        taken = take(taker, other)
+        assert taken.memory is not None
+        taken.close()
+
+    with waiting() as one, monkeypatch.context() as patch:
+        opened = LIVE.list("self/fd", 10_000)
+        patch.setattr(of, what, no_memory)
+        if what == "_new_room":
+            patch.setattr(taker, "_spare", [])
+        assert is_as_it_came(take(taker, one), one)
+        assert LIVE.list("self/fd", 10_000) == opened
+
+    monkeypatch.setattr(taking, "AT_ONCE", 5 * MIB)  # so nothing is left that counts
+    with waiting() as one:
+        taken = take(taker, one)
+        assert taken.memory is not None
+        taken.close()
+    assert taker._bytes == 0
+
+
+def test_who_crashes_is_told_without_room_for_it(
+    taker: Taker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(taking, "_new_room", no_memory)
+    monkeypatch.setattr(taker, "_crashes", [])
+    ours, kernels = socket.socketpair()
+    hold = Hold(ours.detach(), 20)
+    with kernels:
+        kernels.sendall(REQUEST)
+        assert arrival.receive(Mechanism.SOCKET_REQUEST, hold, taker.greet).pid == os.getpid()
+    hold.close()
+
+
+def test_room_for_what_waits_to_be_written_is_bounded(
+    taker: Taker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = room_there()
+    with ExitStack() as ends:
+        taken = [take(taker, ends.enter_context(waiting())) for _ in range(8)]
+        assert all(one.memory is not None for one in taken)
+        assert room_there() - before < 6 * MIB
+        assert taker._bytes >= 8 * MIB  # two are in rooms of 4 MiB
+
+        monkeypatch.setattr(taking, "AT_ONCE", taker._bytes)
+        late = ends.enter_context(waiting())
+        assert is_as_it_came(take(taker, late), late)
+        for one in taken:
+            one.close()
+        del one, taken
+        assert taker._bytes == 0
+        assert room_there() - before < 2 * MIB
+
+
+def test_what_many_were_read_to_at_once_is_not_kept(taker: Taker) -> None:
+    together = threading.Barrier(6)
+
+    class Together(Hold):
+        @property
+        def patience(self) -> float:
+            together.wait(60)
+            return 20
+
+        @patience.setter
+        def patience(self, _: float) -> None:
+            """It is what it is."""
+
+    def greet() -> None:
+        ours, kernels = socket.socketpair()
+        hold = Together(ours.detach(), 20)
+        with kernels:
+            kernels.sendall(REQUEST)
+            pids.append(taker.greet(hold))
+        hold.close()
+
+    before, pids = room_there(), list[int | None]()
+    threads = [threading.Thread(target=greet) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert pids == 6 * [os.getpid()]
+    assert room_there() - before < 3 * MIB
