@@ -5,6 +5,7 @@ services.
 """
 
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from typing import TypeVar
@@ -25,6 +26,7 @@ from crashbus.errors import (
     MalformedMessage,
     MessageTooLarge,
     NoStreams,
+    NotPermitted,
 )
 from crashbus.message_base import Message
 from crashbus.messages import DeadLetter
@@ -32,6 +34,8 @@ from crashbus.reading import StreamReader, follow
 from crashbus.subjects import chunk_subject
 
 log = logging.getLogger("crashbus.bus")
+
+REFUSED_FOR = 10.0  # seconds; a removal that is refused takes half of that, for nobody answers
 
 M = TypeVar("M", bound=Message)
 
@@ -112,18 +116,35 @@ class Bus(Connection):
         return True
 
     async def purge_chunks(self, crash_id: str, file: str) -> None:
-        """Remove all chunks of a crash file from the bus."""
+        """Remove all chunks of a crash file from the bus.
+
+        Raises:
+            NotPermitted: there are some, and the server does not let us.
+            BusUnreachable: the bus does not answer.
+        """
         await self._remove(streams.chunks_of(file), chunk_subject(crash_id, file))
 
     async def purge_crash(self, crash_id: str) -> None:
-        """Remove all chunks and work items of a crash from the bus."""
+        """Remove all chunks and work items of a crash from the bus; raises as `purge_chunks`."""
         for stream, subject in streams.on_the_way(crash_id):
             await self._remove(stream, subject)
 
     async def _remove(self, stream: str, subject: str) -> None:
-        server = self._client.connected_server_version
-        with suppress(NoStreams), as_bus_errors():
-            await removing.remove(self._js, server, stream, subject)
+        if time.monotonic() < self._refused_until:
+            with suppress(NoStreams), as_bus_errors():
+                there = await self._js.stream_info(stream, subjects_filter=subject)
+                if there.state.subjects:
+                    raise NotPermitted(f"the bus does not let us remove {subject}")
+            return
+        server, refusals = self._client.connected_server_version, self._client.refusals
+        try:
+            with suppress(NoStreams), as_bus_errors():
+                await removing.remove(self._js, server, stream, subject)
+        except BusUnreachable as error:
+            if self._client.refusals == refusals:
+                raise
+            self._refused_until = time.monotonic() + REFUSED_FOR
+            raise NotPermitted(f"the bus does not let us remove {subject}") from error
 
     async def subscribe(self, kind: type[M], subject: str | None = None) -> AsyncIterator[M]:
         """Yield messages from now on, in order, each once; over reconnects and restarts, too.

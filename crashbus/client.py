@@ -35,6 +35,8 @@ logging.getLogger("asyncio").addFilter(
 class Client(NatsClient):
     """A NATS client that hears on, whatever it hears."""
 
+    refusals = 0  # times that the server did not permit a subject
+
     @property
     def is_listening(self) -> bool:
         """Whether it is connected and its reader is at work."""
@@ -73,6 +75,7 @@ class Client(NatsClient):
         nats-py would close for good, as after a change of keys or too many connections.
         """
         if "permissions violation" in err_msg:
+            self.refusals += 1
             await super()._process_err(err_msg)
         else:
             await self._process_op_err(nats.errors.Error(f"nats: {err_msg}"))

@@ -34,6 +34,7 @@ class Connection:
         self._host = host
         # Room for chunks and replicas, set where this connection makes streams.
         self._streams: tuple[int, int] | None = None
+        self._refused_until = 0.0  # monotonic seconds; until then no removal is tried
         self.malformed = 0  # messages skipped or put aside since the start
 
     @property

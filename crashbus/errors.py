@@ -43,5 +43,9 @@ class MessageTooLarge(CrashbusError):
     """A message is above the server's limit (max_payload); it will never be stored."""
 
 
+class NotPermitted(BusUnreachable):
+    """The server does not let this user do it; it says so only beside, and answers nothing."""
+
+
 class NoStreams(BusUnreachable):
     """The server answers, but has no Crashbus streams: no collector ever ran on it."""

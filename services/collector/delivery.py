@@ -9,13 +9,14 @@ the next crash never wait behind a core.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import suppress
 from typing import Any
 
 import structlog
 
 from crashbus.bus import Bus
 from crashbus.consuming import Delivery
-from crashbus.errors import BusFull, BusUnreachable
+from crashbus.errors import BusFull, BusUnreachable, NotPermitted
 from crashbus.layout import LARGE, MANIFEST_NAME, Kind
 from crashbus.messages import DeadLetter, Receipt, Replay, WorkItem
 from crashbus.names import token
@@ -155,6 +156,8 @@ class Deliverer:
                 crash = self._ledger.get(crash_id)
                 if crash is not None and crash.delivered_at is None:
                     await self._work_on(crash, core)
+            except NotPermitted as error:  # trying at once would only keep others waiting
+                log.warning("delivery waits", crash_id=crash_id, error=str(error))
             except (BusUnreachable, BusFull, OSError) as error:
                 log.warning("delivery waits", crash_id=crash_id, error=str(error))
                 self._again.add(key)
@@ -256,13 +259,15 @@ class Deliverer:
                 mend=_MEND.get(error.reason, _NO_MEND),
             )
         )
-        await self._bus.purge_chunks(crash.crash_id, source.name)
         metrics.FAILED.inc()
         for place in waiting(crash, source):
             source.failed[place] = error.reason
         source.lost = error.reason in _LOST
         crash.notes.append(str(error))
-        await self._ledger.save(crash)
+        await self._ledger.save(crash)  # first of all, lest it be told again
+        with suppress(BusUnreachable):  # tried again when the crash is looked at
+            await self._bus.purge_chunks(crash.crash_id, source.name)
+            source.released = True
 
     async def _offer(self, crash: Crash, items: list[WorkItem]) -> None:
         """Publish work items, but for those that still wait on the bus or were settled.
@@ -309,13 +314,22 @@ class Deliverer:
         log.info("reported", crash_id=crash.crash_id, revision=crash.revision)
 
     async def _release_chunks(self, crash: Crash) -> None:
-        """Remove from the bus the chunks that no destination waits for any more."""
+        """Remove from the bus the chunks that no destination waits for any more.
+
+        Where the bus does not let us, they stay, and nothing waits for that: the connection tells
+        once what to permit, and from then on `late` removes what is there of delivered crashes.
+        """
         for source in all_sources(crash):
             if source.removed and source.failed:
                 continue  # no other copy is left for a replay
-            if source.file and not source.released and not waiting(crash, source):
+            if source.released or waiting(crash, source) or not (source.file or source.failed):
+                continue
+            try:
                 await self._bus.purge_chunks(crash.crash_id, source.name)
-                source.released = True
+            except NotPermitted as error:
+                log.debug("chunks stay on the bus", crash_id=crash.crash_id, error=str(error))
+                return
+            source.released = True
 
     async def _send_manifest(self, crash: Crash) -> None:
         """Offer manifest.json to each destination that has all other files of the crash."""

@@ -164,7 +164,7 @@ class SecuredNats(NatsServer):
     """The bus as deploy/nats/ secures it: a key for each user, and TLS."""
 
     def _configure(self, extra: str) -> None:
-        shutil.copy(DEPLOY / "nats.conf", self.config)
+        self.forbid_deleting()
         if not self.counts_purges:
             self.permit_deleting()
         self.keys = self._directory / "keys"
@@ -179,6 +179,10 @@ class SecuredNats(NatsServer):
         """Whether it is one for which nats.conf is whole as it is."""
         said = subprocess.run([self._program, "--version"], capture_output=True, check=True).stdout
         return removing.counts_purges(ServerVersion(said.decode().split()[-1].lstrip("v")))
+
+    def forbid_deleting(self) -> None:
+        """Take nats.conf as it comes, whatever the server."""
+        shutil.copy(DEPLOY / "nats.conf", self.config)
 
     def permit_deleting(self) -> None:
         """Do what nats.conf says of a server before 2.9.15."""

@@ -1,0 +1,136 @@
+"""A nats-server before 2.9.15 with nats.conf as it comes: nothing may be removed from the bus."""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from crashbus import Bus, DeadLetter, connect
+from crashbus.errors import BusUnreachable
+from crashbus.layout import Kind
+from services.collector.ahead import Ahead
+from services.collector.delivery import Deliverer
+from services.collector.ledger import Crash, Ledger, Source
+from services.collector.publish import Publisher
+from tests.collector.stand_in import StandInShipper, signal_event, write_set
+from tests.support.nats import SecuredNats
+from tests.support.requirements import need_program, need_root
+from tests.support.service import ServiceProcess
+from tests.support.wait import until
+
+FILE = "file:///delivered"
+
+
+@pytest.fixture
+def refusing(tmp_path: Path) -> Iterator[SecuredNats]:
+    need_program("openssl")
+    need_program("nats-server")
+    (tmp_path / "nats").mkdir()
+    server = SecuredNats(tmp_path / "nats")
+    if server.counts_purges:
+        pytest.skip("this nats-server needs no more than nats.conf permits")
+    server.forbid_deleting()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def operator(refusing: SecuredNats) -> AsyncIterator[Bus]:
+    async with connect(**refusing.options("operator"), host="test-host") as bus:
+        await bus.ensure_streams()
+        yield bus
+
+
+async def test_crashes_are_finished_and_their_chunks_go_when_it_is_permitted(
+    refusing: SecuredNats, operator: Bus, tmp_path: Path
+) -> None:
+    need_root()
+    spool, state = tmp_path / "appscope", tmp_path / "state"
+    spool.mkdir(mode=0o755)
+    ids = {
+        write_set(spool, pid, {Kind.INFO: b"info", Kind.BACKTRACE: b"trace", Kind.CORE: b"core"})
+        for pid in (7, 8)
+    }
+    collector = ServiceProcess(
+        "collector",
+        tmp_path,
+        {
+            **refusing.settings("collector"),
+            "CRASHBUS_HOST": "test-host",
+            "CRASHBUS_SPOOL": str(spool),
+            "CRASHBUS_STATE": str(state),
+            "CRASHBUS_DESTINATIONS": FILE,
+            "CRASHBUS_COLLECTOR_RECHECK": "0.5",
+        },
+    )
+    shipping = StandInShipper(operator).start()
+    try:
+        await collector.start()
+        await until(lambda: finished(state) == ids, within=120)
+        assert "needs the lines that deploy/nats/nats.conf has" in collector.log
+        assert ids <= await operator.crashes_on_the_way("test-host")
+
+        refusing.permit_deleting()
+        refusing.reload()
+
+        await until(lambda: nothing_left(operator), within=120)
+    finally:
+        shipping.cancel()
+        await collector.stop()
+
+
+def finished(state: Path) -> set[str]:
+    """Return the crashes that the ledger holds to be delivered, manifest.json and all."""
+    found = set()
+    for entry in (state / "collector").glob("*.json"):
+        with suppress(FileNotFoundError):
+            crash = json.loads(entry.read_text())
+            if crash["delivered_at"] is not None and crash["manifest"]["delivered"] == [FILE]:
+                found.add(crash["crash_id"])
+    return found
+
+
+async def nothing_left(bus: Bus) -> bool:
+    try:
+        return not await bus.crashes_on_the_way("test-host")
+    except BusUnreachable:  # the server is reading its permissions
+        return False
+
+
+async def test_a_file_that_is_dropped_there_is_told_once(
+    refusing: SecuredNats, operator: Bus, tmp_path: Path
+) -> None:
+    event = signal_event(1)
+    source = Source(directory="7", name="core_1", kind=Kind.CORE)
+    crash = Crash(
+        crash_id=event.crash_id,
+        host="test-host",
+        crashed_at=1.0,
+        process=event.process,
+        destinations=(FILE,),
+        reported=("core_1",),
+        sources={"core_1": source},
+    )
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "core_1").write_bytes(b"core")
+    ledger = Ledger(tmp_path / "ledger")
+    ledger.load()
+    async with connect(**refusing.options("collector"), host="test-host") as bus:
+        publisher = Publisher(bus, tmp_path, 1, 1 << 30)
+        ahead = Ahead(bus, ledger, publisher, tmp_path / "ahead")
+        deliverer = Deliverer("test-host", bus, ledger, publisher, ahead, 60)
+        source.file = await publisher.publish(crash.crash_id, source)
+        await ledger.save(crash)
+
+        await deliverer.drop(crash, source)
+
+        assert await bus.chunk_count(crash.crash_id, "core_1") == 1
+    again = Ledger(tmp_path / "ledger")
+    again.load()
+    entry = again.get(crash.crash_id)
+    assert entry is not None and entry.sources["core_1"].lost and entry.delivered_at is not None
+    letters = await operator.stored(DeadLetter)
+    assert [letter.reason for letter in letters] == ["dropped_for_room"]
