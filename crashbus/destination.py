@@ -86,12 +86,14 @@ def parse(url: str) -> Destination:
         DestinationError: with what is wrong and how it should look.
     """
     text = url.strip()
+    scheme, _, rest = text.partition("://")
     if not text.isprintable() or " " in text or len(text) > MAX_LENGTH:
         raise DestinationError(
-            f"destination {text[:80]!r}: blank, unprintable or more than {MAX_LENGTH} characters"
+            f"destination {scheme[:8]!r}://…: "
+            f"blank, unprintable or more than {MAX_LENGTH} characters"
         )
-    scheme, _, rest = text.partition("://")
-    if "@" in rest.partition("/")[0]:  # first of all, so that no other error shows a password
+    # First of all, so that no other error shows a password. A stream's URL has no path.
+    if "@" in (rest if scheme in ("tcp", "tls") else rest.partition("/")[0]):
         raise DestinationError(
             f"destination {scheme}://…: user name and password do not belong in the URL, "
             "give them as settings"
@@ -99,8 +101,9 @@ def parse(url: str) -> Destination:
     try:
         parts = urlsplit(text)
         port = parts.port or 0
-    except ValueError as error:
-        raise _wrong(text, f"{error}, such as tcp://collector.example:10060") from None
+    except ValueError:  # it shows what it took for a port
+        mend = "this is no host and port, such as tcp://collector.example:10060"
+        raise _wrong(text, mend) from None
     if parts.fragment:
         raise _wrong(text, "'#' has no meaning here, remove it and what follows")
     match parts.scheme:

@@ -118,16 +118,25 @@ def text(value: str) -> str:
     if _more_forms is not None:
         value = _more_forms.sub(REDACTED, value)
     value = _PRIVATE_KEY.sub(REDACTED, value)
-    value = url_users(value)
+    value = _URL_USER.sub(rf"\g<1>{REDACTED}@", value)
     value = _TOKEN.sub(REDACTED, value)
     value = _BEARER.sub(rf"\g<1>{REDACTED}", value)
     value = _CONNECTION_VALUE.sub(rf"\g<1>\g<2>{REDACTED}", value)
     return _JSON_VALUE.sub(_json, _inner(value))
 
 
-def url_users(value: str) -> str:
-    """Return text without the users and passwords of URLs in it."""
-    return _URL_USER.sub(rf"\g<1>{REDACTED}@", value)
+def whole_urls(value: str) -> str:
+    """Return text without anything that stands before an @ in a URL, be it a path.
+
+    For what may be no URL at all: a password can hold what ends one, such as / or #.
+    """
+    return re.sub(r"\S+", _whole_url, value)
+
+
+def _whole_url(word: re.Match[str]) -> str:
+    before, slashes, rest = word[0].partition("//")
+    _, sign, after = rest.rpartition("@")
+    return f"{before}{slashes}{REDACTED}@{after}" if sign else word[0]
 
 
 def _inner(value: str) -> str:

@@ -16,7 +16,7 @@ import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -140,6 +140,13 @@ class Settings(BaseSettings):
             raise SettingsError("\n".join(lines)) from None
 
 
+def _need_port(parts: SplitResult) -> None:
+    try:
+        _ = parts.port
+    except ValueError:  # it shows what stands there, which may be of a password that holds a /
+        raise ValueError("a server's port is a number up to 65535") from None
+
+
 def _closest(name: str, known: set[str]) -> str:
     found = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {found[0]}?" if found else ""
@@ -148,10 +155,12 @@ def _closest(name: str, known: set[str]) -> str:
 def _fault(cls: type[Settings], fault: Any) -> str:
     field = str(fault["loc"][0]) if fault["loc"] else ""
     info = cls.model_fields.get(field)
-    given = "" if info is None or _is_secret(info) else f" (given: {fault.get('input')!r:.200})"
+    # Whoever put a password into a URL shall not find it in a log. What is cut off before that
+    # could be the @ which tells that there is one.
+    shown = redact.whole_urls(repr(fault.get("input")))
+    given = "" if info is None or _is_secret(info) else f" (given: {shown:.200})"
     place = f"{variable_of(cls, field)}: " if field else ""  # several at once name themselves
-    # Whoever put a password into a URL shall not find it in a log.
-    return redact.url_users(f"{place}{fault['msg'].removeprefix('Value error, ')}{given}")
+    return f"{place}{redact.whole_urls(fault['msg'].removeprefix('Value error, '))}{given}"
 
 
 def _is_secret(field: FieldInfo) -> bool:
@@ -252,7 +261,7 @@ class BusSettings(Settings):
             parts = urlsplit(one.strip() if "://" in one else f"nats://{one.strip()}")
             if parts.scheme not in ("nats", "tls", "ws", "wss") or not parts.hostname:
                 raise ValueError("a server is given as nats://host:4222 or tls://host:4222")
-            _ = parts.port  # raises ValueError for what is no port
+            _need_port(parts)
         return given
 
     @field_validator("destinations", mode="before")
@@ -264,7 +273,8 @@ class BusSettings(Settings):
             # Not a ValueError: pydantic would show the input, which may hold a password.
             found = [parse(str(url)).url for url in urls if str(url).strip()]
         except DestinationError as error:
-            raise SettingsError(f"{variable_of(cls, 'destinations')}: {error}") from None
+            said = redact.whole_urls(str(error))
+            raise SettingsError(f"{variable_of(cls, 'destinations')}: {said}") from None
         return tuple(dict.fromkeys(found))
 
     def connection_options(self, name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -13,6 +14,16 @@ from services.recorder.core_policy import OWN, Rule
 from services.recorder.debug_sources import S3, Sources
 
 _BUILT_HELPER = Path(__file__).parents[2] / "build" / "corepipe"
+
+
+def _is_server(url: str) -> bool:
+    """Tell whether it is what those who ask there take it for."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return False
+    return bool(parts.hostname) and url == f"{parts.scheme}://{parts.netloc}{parts.path}"
 
 
 class RecorderSettings(Settings):
@@ -205,8 +216,13 @@ class RecorderSettings(Settings):
                     raise ValueError(str(error)) from None
             elif not one.startswith(("http://", "https://")):
                 raise ValueError(f"{one!r} is no URL of http://, https:// or s3://")
-            elif "@" in one.split("/")[2]:
-                raise ValueError("user name and password are told to no server: leave them out")
+            elif "@" in one:  # behind a / or #, too, which a password may hold
+                raise ValueError(
+                    "user name and password are told to no server: leave them out; an @ in a path "
+                    "is written as %40"
+                )
+            elif not _is_server(one):
+                raise ValueError(f"{one!r} must be http(s)://host[:port][/path]")
         return given
 
     @field_validator("s3_endpoint")

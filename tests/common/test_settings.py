@@ -211,6 +211,25 @@ def test_an_empty_secret_file_is_no_secret(tmp_path: Path, monkeypatch: pytest.M
         (RecorderSettings, "CRASHBUS_RECORDER_S3_ENDPOINT", "https://me:s3cret@host"),
         (RecorderSettings, "CRASHBUS_RECORDER_DEBUGINFOD_URLS", "https://me:s3cret@host/x"),
         (RecorderSettings, "CRASHBUS_RECORDER_DEBUGINFOD_URLS", "ftp://me:s3cret@host"),
+        *(
+            (cls, variable, f"{scheme}://{user}@host:4222")
+            for cls, variable, scheme in (
+                (BusSettings, "CRASHBUS_NATS_URL", "http"),
+                (BusSettings, "CRASHBUS_DESTINATIONS", "s3"),
+                (BusSettings, "CRASHBUS_DESTINATIONS", "tcp"),
+                (RecorderSettings, "CRASHBUS_RECORDER_DEBUGINFOD_URLS", "https"),
+                (RecorderSettings, "CRASHBUS_RECORDER_S3_ENDPOINT", "https"),
+            )
+            for user in (
+                "s3cret" * 60,
+                "s3cret" * 200,
+                f"me:{'s3cret' * 60}",
+                "me:x#s3cret",
+                "me:x/s3cret",
+            )
+        ),
+        (BusSettings, "CRASHBUS_NATS_URL", "nats://me:s3cret/x@host"),
+        (BusSettings, "CRASHBUS_DESTINATIONS", "s3://me:s3cret/x@bucket"),
     ],
 )
 def test_a_password_in_a_url_that_is_refused_is_not_shown(
@@ -220,3 +239,32 @@ def test_a_password_in_a_url_that_is_refused_is_not_shown(
     with pytest.raises(SettingsError, match=variable) as error:
         cls.load()
     assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://user:12/ss@host", "leave them out"),
+        ("https://host/a@b", "%40"),
+        ("https://host:port/", "host\\[:port"),
+        ("https://host:99999", "host\\[:port"),
+        ("https:///path", "host\\[:port"),
+        ("https://host?x=1", "host\\[:port"),
+        ("https://host/x#y", "host\\[:port"),
+        ("https://[::1/", "host\\[:port"),
+    ],
+)
+def test_server_of_debug_information_that_others_would_read_otherwise_is_refused(
+    monkeypatch: pytest.MonkeyPatch, url: str, said: str
+) -> None:
+    monkeypatch.setenv("CRASHBUS_RECORDER_DEBUGINFOD_URLS", f"https://good {url}")
+    with pytest.raises(SettingsError, match=said):
+        RecorderSettings.load()
+
+
+@pytest.mark.parametrize("url", ["https://host/a%40b", "http://[::1]:8002", "http://h:1/p/"])
+def test_server_of_debug_information_is_taken_as_given(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("CRASHBUS_RECORDER_DEBUGINFOD_URLS", url)
+    assert RecorderSettings.load().debug_sources.urls("ab")[0].startswith(url.rstrip("/"))
