@@ -34,7 +34,14 @@ def receive(
     ] = None,
     max_file: Annotated[int, typer.Option(min=1, help="MiB that one file may have.")] = 262144,
     keep_free: Annotated[int, typer.Option(min=0, help="MiB of the disk to leave free.")] = 1024,
-    connections: Annotated[int, typer.Option(min=1, help="Senders at a time, 32 MiB each.")] = 32,
+    connections: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Senders at a time. Each can take 80 MiB of memory; and the one whose line is "
+            "read as JSON, one at a time, 1.5 GiB if it means harm.",
+        ),
+    ] = 32,
 ) -> None:
     """Receive crash files over TCP, and put core dumps together again.
 
