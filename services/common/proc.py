@@ -5,7 +5,9 @@ than the kernel needs for most of these files.
 """
 
 import os
+from collections.abc import Iterator
 from itertools import islice
+from typing import NamedTuple
 
 MAX_READ = 64 * 1024  # bytes, of most files
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC
@@ -32,6 +34,50 @@ def read_file(path: str | os.PathLike[str], limit: int = MAX_READ, at: int | Non
     finally:
         os.close(file)
     return b"".join(parts)
+
+
+class Mapping(NamedTuple):
+    """A line of proc_pid_maps(5).
+
+    Attributes:
+        device: as the file has it, ``fe:00``.
+        path: empty for memory without a name.
+    """
+
+    start: int
+    end: int
+    access: bytes
+    offset: int
+    device: bytes
+    inode: bytes
+    path: bytes
+
+    @property
+    def is_code(self) -> bool:
+        """Whether it may be executed."""
+        return b"x" in self.access
+
+
+def lines(raw: bytes) -> list[bytes]:
+    """Return the lines of a file in /proc that have anything in them.
+
+    The kernel escapes in names what ends its lines, the line feed. `splitlines` sees more ends:
+    whoever names a file or a process could make lines of their own.
+    """
+    return [line for line in raw.split(b"\n") if line]
+
+
+def mappings(maps: bytes) -> Iterator[Mapping]:
+    """Give what proc_pid_maps(5) tells; a line that is cut off, or damaged on disk, is left out."""
+    for line in lines(maps):
+        parts = line.split(maxsplit=5)
+        try:
+            low, high = parts[0].split(b"-")
+            start, end, offset = int(low, 16), int(high, 16), int(parts[2], 16)
+            path = parts[5] if len(parts) > 5 else b""
+            yield Mapping(start, end, parts[1], offset, parts[3], parts[4], path)
+        except (ValueError, IndexError):
+            continue
 
 
 class Proc:

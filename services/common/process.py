@@ -11,7 +11,7 @@ from crashbus import identity, names
 from crashbus.fields import MAX_PATH
 from crashbus.parts import Container, Process
 from services.common import redact
-from services.common.proc import LIVE, Proc
+from services.common.proc import LIVE, Proc, lines
 
 MAX_ARGUMENTS = 64
 MAX_ARGUMENT_BYTES = 4096
@@ -111,8 +111,8 @@ def cgroup(pid: int, proc: Proc = LIVE) -> str | None:
 def cgroup_in(raw: bytes) -> str | None:
     """Return the cgroup path that a proc_pid_cgroup(5) tells, as `cgroup` does."""
     paths = {}
-    for line in names.text(raw).splitlines():
-        hierarchy, _, rest = line.partition(":")
+    for line in lines(raw):
+        hierarchy, _, rest = names.text(line).partition(":")
         paths[hierarchy] = rest.partition(":")[2]
     unified = paths.pop("0", "")
     return max([unified, *paths.values()], key=len)[:MAX_PATH] or None
@@ -129,5 +129,5 @@ def container_of(group: str | None) -> Container | None:
 
 def status_in(raw: bytes) -> dict[str, str]:
     """Return the fields of a proc_pid_status(5)."""
-    lines = names.text(raw).splitlines()
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    fields = (names.text(line).partition(":") for line in lines(raw))
+    return {key: value.strip() for key, _, value in fields}

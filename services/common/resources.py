@@ -17,7 +17,7 @@ from typing import Any
 
 from crashbus import names
 from services.common import redact
-from services.common.proc import LIVE, Proc, read_file
+from services.common.proc import LIVE, Proc, lines, read_file
 
 MAX_FILES = 1024  # descriptors looked at
 MAX_SOCKETS = 256  # asked for their ends
@@ -200,14 +200,14 @@ def describe(found: Resources) -> dict[str, Any]:
             {k: redact.text(v) if isinstance(v, str) else v for k, v in one.items()}
             for one in found.sockets
         ],
-        "Mounts": [redact.text(names.text(line)) for line in found.mounts.splitlines()],
+        "Mounts": [redact.text(names.text(line)) for line in lines(found.mounts)],
         "CgroupNumbers": {k: names.text(v.strip()) for k, v in found.cgroup.items()},
     }
 
 
 def _fields(raw: bytes) -> Iterator[tuple[str, str]]:
-    for line in names.text(raw).splitlines():
-        name, colon, value = line.partition(":")
+    for line in lines(raw):
+        name, colon, value = names.text(line).partition(":")
         if colon and re.fullmatch(r"\w+", name):
             yield name, " ".join(value.split())
 

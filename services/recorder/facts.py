@@ -14,7 +14,7 @@ from crashbus import names, signals
 from crashbus.parts import Process
 from services.common import process as processes
 from services.common import redact, resources
-from services.common.proc import LIVE, Proc
+from services.common.proc import LIVE, Proc, mappings
 from services.common.resources import Resources
 from services.recorder.core_head import Head
 from services.recorder.errors import CaptureFailed
@@ -182,12 +182,8 @@ def read_code(task: int, address: int, maps: bytes) -> bytes:
 
 def _end_of_code(maps: bytes, address: int) -> int:
     """Return where the executable mapping at an address ends; the address if there is none."""
-    for line in maps.splitlines():
-        bounds, _, rest = line.partition(b" ")
-        low, _, high = bounds.partition(b"-")
-        if rest[2:3] == b"x" and int(low, 16) <= address < int(high, 16):
-            return int(high, 16)
-    return address
+    ends = (one.end for one in mappings(maps) if one.start <= address < one.end and one.is_code)
+    return next(ends, address)
 
 
 def _living_task(pid: int, proc: Proc) -> int:
@@ -255,7 +251,7 @@ def _username(uid: int) -> str:
 def parse_limits(text: str) -> dict[str, str]:
     """Return ``{"Max open files": "1024 / 4096 files"}`` from /proc/<pid>/limits."""
     limits = {}
-    for line in text.splitlines()[1:]:
+    for line in text.split("\n")[1:]:
         name, values = line[:26].strip(), line[26:].split()
         if name and len(values) >= 2:
             limits[name] = " / ".join(values[:2]) + (f" {values[2]}" if values[2:] else "")
@@ -279,17 +275,15 @@ def parse_maps(raw: bytes) -> list[tuple[str, int, int, str]]:
         raw: /proc/<pid>/maps, or its beginning.
     """
     files: dict[tuple[bytes, bytes, bytes], _Mapped] = {}
-    for line in raw.splitlines():
-        parts = line.split(maxsplit=5)
-        if len(parts) < 6 or parts[4] == b"0":
+    for one in mappings(raw):
+        if not one.path or one.inode == b"0":
             continue
-        low, _, high = parts[0].partition(b"-")
-        start, end, code = int(low, 16), int(high, 16), b"x" in parts[1]
         mapped = files.setdefault(
-            (parts[3], parts[4], parts[5]), _Mapped(start, end, False, f"{start:x}-{end:x}")
+            (one.device, one.inode, one.path),
+            _Mapped(one.start, one.end, False, f"{one.start:x}-{one.end:x}"),
         )
-        mapped.end = max(mapped.end, end)
-        mapped.code = mapped.code or code
+        mapped.end = max(mapped.end, one.end)
+        mapped.code = mapped.code or one.is_code
     return [
         (names.text(path), one.start, one.end, one.first)
         for (_, _, path), one in files.items()
@@ -304,12 +298,17 @@ def with_modules(facts: Facts, files: int, opened: Mapping[str, int] | None = No
 
     Args:
         files: how many descriptors may be opened.
-        opened: what `open_modules` returned, if they are open already.
+        opened: what `open_modules` returned, if they are open already; what is of no use is closed.
     """
     if opened is None:
         opened = open_modules(facts.task, facts.maps, files)
-    found = parse_maps(facts.maps)
-    modules = (Module(path, start, end, opened.get(name, -1)) for path, start, end, name in found)
+    unused = dict(opened)
+    try:
+        found = parse_maps(facts.maps)
+        modules = [Module(path, low, high, unused.pop(name, -1)) for path, low, high, name in found]
+    finally:
+        for file in unused.values():
+            os.close(file)
     return replace(facts, modules=tuple(modules))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from crashbus import names
+from services.common.proc import mappings
 
 _NULL_PAGES = 64 * 1024  # bytes; vm.mmap_min_addr, below which nobody may map anything
 # An overflowing stack faults just below what it may grow to: a frame is seldom larger.
@@ -61,12 +62,6 @@ def _between(below: _Mapping | None, above: _Mapping | None, address: int) -> st
 
 
 def _parse(maps: bytes) -> Iterator[_Mapping]:
-    for line in maps.splitlines():
-        parts = line.split(maxsplit=5)
-        bounds = parts[0].partition(b"-") if len(parts) >= 5 else None
-        if bounds is None:
-            return  # cut off in the middle of a line
-        name = names.text(parts[5][:_MAX_PATH]) if len(parts) == 6 else "anonymous memory"
-        yield _Mapping(
-            int(bounds[0], 16), int(bounds[2], 16), names.text(parts[1]), int(parts[2], 16), name
-        )
+    for one in mappings(maps):
+        name = names.text(one.path[:_MAX_PATH]) or "anonymous memory"
+        yield _Mapping(one.start, one.end, names.text(one.access), one.offset, name)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from services.common import proc
 from services.recorder.errors import CaptureFailed
 from services.recorder.hold import Hold
 from services.recorder.registers import AARCH64, X86_64
@@ -167,7 +168,7 @@ def _changed_mappings(pid: int) -> set[int]:
     changed, start = set(), 0
     try:
         with Path(f"/proc/{pid}/smaps").open("rb") as smaps:
-            for line in smaps.read(_MAX_SMAPS).splitlines():
+            for line in proc.lines(smaps.read(_MAX_SMAPS)):
                 first, _, rest = line.partition(b" ")
                 if first in (b"Anonymous:", b"Swap:") and not rest.strip().startswith(b"0 "):
                     changed.add(start)
@@ -180,20 +181,12 @@ def _changed_mappings(pid: int) -> set[int]:
 
 def _mappings(pid: int) -> Iterator[_Mapping]:
     try:
-        lines = Path(f"/proc/{pid}/maps").read_bytes().splitlines()
+        maps = Path(f"/proc/{pid}/maps").read_bytes()
     except OSError:
         return
-    for line in lines:
-        parts = line.split(maxsplit=5)
-        start, _, end = parts[0].partition(b"-")
-        yield _Mapping(
-            int(start, 16),
-            int(end, 16),
-            parts[1].decode(),
-            int(parts[2], 16),
-            b"" if parts[4] == b"0" else parts[3],
-            parts[5] if len(parts) > 5 else b"",
-        )
+    for one in proc.mappings(maps):
+        device = b"" if one.inode == b"0" else one.device
+        yield _Mapping(one.start, one.end, one.access.decode(), one.offset, device, one.path)
 
 
 def _dumped(one: _Mapping, changed: set[int]) -> int:
@@ -264,7 +257,7 @@ def _notes(
 
 def _ns_tid(pid: int, thread: int) -> int:
     with suppress(OSError, StopIteration):
-        for line in Path(f"/proc/{pid}/task/{thread}/status").read_bytes().splitlines():
+        for line in proc.lines(Path(f"/proc/{pid}/task/{thread}/status").read_bytes()):
             if line.startswith(b"NSpid:"):
                 return int(line.split()[-1])
     return thread

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import cache
 
+from services.common.proc import Mapping, mappings
 from services.recorder import facts
 from services.recorder.core_head import Load
 from services.recorder.core_memory import PAGE, PagesUnreadable, Piece, Runs, in_blocks
@@ -43,18 +44,14 @@ class _Mappings:
         self._ends = array("Q")
         self._offsets = array("Q")
         self._kinds = bytearray()
-        for line in maps.splitlines():
-            parts = line.split(maxsplit=5)
-            if len(parts) < 5:
-                continue
-            start, _, end = parts[0].partition(b"-")
-            self._starts.append(int(start, 16))
-            self._ends.append(int(end, 16))
-            self._offsets.append(int(parts[2], 16))
+        for one in mappings(maps):
+            self._starts.append(one.start)
+            self._ends.append(one.end)
+            self._offsets.append(one.offset)
             self._kinds.append(
-                _PRIVATE * _is_private_memory(parts)
-                | _READABLE * parts[1].startswith(b"r")
-                | _FILE * (parts[4] != b"0")
+                _PRIVATE * _is_private_memory(one)
+                | _READABLE * one.access.startswith(b"r")
+                | _FILE * (one.inode != b"0")
             )
 
     def kind(self, load: Load) -> int:
@@ -74,11 +71,11 @@ class _Mappings:
         return place
 
 
-def _is_private_memory(parts: list[bytes]) -> bool:
-    """Tell whether a line of maps is memory that is nowhere but in this process."""
-    path = parts[5].strip() if len(parts) > 5 else b""
+def _is_private_memory(one: Mapping) -> bool:
+    """Tell whether a mapping is memory that is nowhere but in this process."""
+    path = one.path.strip()
     named = path in (b"", b"[heap]", b"[stack]") or path.startswith(b"[anon:")
-    return parts[4] == b"0" and parts[1].endswith(b"p") and named
+    return one.inode == b"0" and one.access.endswith(b"p") and named
 
 
 class Touched:

@@ -40,6 +40,12 @@ def test_arguments_within_the_bound_are_all_kept() -> None:
     assert process.split_arguments(b"") == ()
 
 
+def test_names_cannot_make_fields_of_their_own() -> None:
+    status = process.status_in("Name:\tx\rUid:\t0\x85Gid:\t0\nPid:\t7\n".encode())
+    assert status == {"Name": "x\rUid:\t0\x85Gid:\t0", "Pid": "7"}
+    assert process.cgroup_in(b"0::/a\r1:x:/a/much/longer/one\n") == "/a\r1:x:/a/much/longer/one"
+
+
 @pytest.fixture
 async def odd_process(tmp_path: Path) -> AsyncIterator[int]:
     """A living process whose path and arguments are long and not UTF-8."""

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from services.recorder import facts
 
 MAPS = b"""\
@@ -26,6 +28,38 @@ def test_files_that_are_mapped_as_code() -> None:
 def test_maps_cut_within_a_line_do_not_hurt() -> None:
     for length in range(len(MAPS)):
         facts.parse_maps(MAPS[:length])
+
+
+def test_name_cannot_make_a_line_of_its_own() -> None:
+    name, other = b"/x\rzz-1 a b c d e", b"/x\r1-2 r-xp 0 fe:00 9 /y"
+    line = b"7f0%d-7f1%d r-xp 00000000 fe:00 12 %s\n"
+
+    found = facts.parse_maps(line % (0, 0, name) + line % (2, 2, other))
+
+    assert [path.encode() for path, *_ in found] == [name, other]
+
+
+def test_line_that_cannot_be_parsed_costs_no_other() -> None:
+    lines = MAPS.splitlines(keepends=True)
+    for number in range(len(lines)):
+        torn = b"".join((*lines[:number], b"zz-1 r-xp 0 0 1 /z\n", *lines[number:]))
+        assert facts.parse_maps(torn) == facts.parse_maps(MAPS)
+
+
+def test_files_of_no_use_are_closed() -> None:
+    process = facts.read_identity(os.getpid(), "boot")
+    rest = facts.read_rest(process)
+    opened = facts.open_modules(rest.task, rest.maps, 2)
+    unused, end = os.pipe()
+    try:
+        known = facts.with_modules(rest, 2, opened | {"1-2": unused})
+        assert {one.file for one in known.modules if one.file >= 0} == set(opened.values())
+        known.close()
+        for file in (*opened.values(), unused):
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(file)
+    finally:
+        os.close(end)
 
 
 def test_limits() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,20 @@ def test_core_of_a_living_process_opens_in_gdb(
     assert re.search(r"#\d+ .* main \(\)", shown)
     assert "107 'k'" in shown
     assert "libc.so" in shown
+
+
+def test_process_whose_name_has_what_looks_like_a_line_is_shown(
+    tmp_path: Path, program: Path
+) -> None:
+    odd = Living(shutil.copy(program, tmp_path / "x\rNSpid:\tq-1 a b c d e"))
+    try:
+        done, directory = snapshot(tmp_path, odd.pid)
+    finally:
+        odd.process.kill()
+        odd.process.communicate()
+
+    assert done.returncode == 0, done.stderr
+    assert record_of(directory).process.comm == "x\rNSpid:\tq-1 a "
 
 
 def test_signal_that_comes_meanwhile_is_delivered(tmp_path: Path, program: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_core_pages import SMALL_PYTHON, Crash, coredump_socket, same
 from tests.support.crashers import FATAL, crasher
 from tests.support.recorder import FILES, crash
+from tests.support.wait import until
 
 __all__ = ("coredump_socket",)
 
@@ -312,6 +314,27 @@ def test_what_another_put_in_the_place_of_the_lock_is_put_aside(tmp_path: Path, 
     assert not is_unrecorded(tmp_path, 77)
     assert (place.stat().st_uid, place.stat().st_mode & 0o777) == (0, 0o600)
     assert elsewhere.read_text() == "mine"
+
+
+async def test_name_that_looks_like_a_mapping_costs_neither_the_core_nor_descriptors(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    program = shutil.copy(crasher("null_pointer"), tmp_path / "x\rzz-1 a b c d e")
+    recorder = recorder_with()
+    await recorder.start()
+    record = await recorder.captured(crash(program)[0])
+
+    assert len(record.files) == len(FILES)
+    assert not any(file.truncated for file in record.files.values())
+    await until(lambda: program not in open_files(recorder.pid))
+
+
+def open_files(pid: int) -> set[Path]:
+    found = set()
+    for one in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it is closed meanwhile
+            found.add(one.readlink())
+    return found
 
 
 @pytest.mark.parametrize("built", [True, False])
