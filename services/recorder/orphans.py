@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -28,6 +28,7 @@ from crashbus.layout import Kind
 from crashbus.parts import Process
 from services.common import crash_directory
 from services.common import process as processes
+from services.common.proc import mappings
 from services.common.resources import Resources
 from services.recorder import core_head, facts, fault_address
 from services.recorder.core_head import Head
@@ -105,35 +106,46 @@ def read(directory: int) -> Orphan:
     Raises:
         Unreadable: who crashed cannot be told.
     """
-    crash = CRASH.fullmatch(_read(directory, "crash"))
+    core = _open(directory, CORE)
     try:
-        if not crash:
-            raise ValueError("it does not say who crashed")
-        pid, _, number, at = (int(part) for part in crash.groups())
-        process = _process(directory, pid)
-    except (ValueError, KeyError, IndexError) as error:
+        return _orphan(directory, core)
+    except BaseException as error:
+        if core >= 0:
+            os.close(core)
+        if not isinstance(error, ValueError | KeyError | IndexError | OverflowError):
+            raise
         raise Unreadable(
             "capture_failed",
             f"what the pipe helper kept of a crash cannot be read: {error}",
             f"look into {layout.ORPHANS} in CRASHBUS_SPOOL",
         ) from error
+
+
+def _orphan(directory: int, core: int) -> Orphan:
+    crash = CRASH.fullmatch(_read(directory, "crash"))
+    if not crash:
+        raise ValueError("it does not say who crashed")
+    pid, _, number, at = (int(part) for part in crash.groups())
+    process = _process(directory, pid)
     maps = _read(directory, "maps", facts.MAX_MAPS)
-    core = _open(directory, CORE)
     size = os.fstat(core).st_size if core >= 0 else 0
     head = _head(core)
     core_fault = _core_fault(directory, size, head)
-    return Orphan(
+    known = _facts(directory, process, LOST if core_fault == LOST else WHY)
+    orphan = Orphan(
         directory=directory,
         process=process,
         signal=number if number <= 64 else 0,
         crashed_at=float(at),
-        facts=_facts(directory, process, maps, LOST if core_fault == LOST else WHY),
+        facts=known,
         head=head,
         core=core,
         core_size=size,
         core_fault=core_fault,
         fault=_fault(maps, head),
     )
+    # Last: they are open from here on.
+    return replace(orphan, facts=replace(known, modules=_modules(maps)))
 
 
 def _core_fault(directory: int, size: int, head: Head) -> str:
@@ -177,7 +189,7 @@ def _process(directory: int, pid: int) -> Process:
     )
 
 
-def _facts(directory: int, process: Process, maps: bytes, why: str) -> Facts:
+def _facts(directory: int, process: Process, why: str) -> Facts:
     environment = _read(directory, "environ", facts.MAX_ENVIRONMENT + 1)
     if len(environment) > facts.MAX_ENVIRONMENT:
         environment = environment.rpartition(b"\0")[0]  # half a variable may be half a secret
@@ -189,7 +201,7 @@ def _facts(directory: int, process: Process, maps: bytes, why: str) -> Facts:
         root=_link(directory, "root"),
         limits=facts.parse_limits(names.text(_read(directory, "limits"))),
         threads=_threads(_read(directory, "tasks")),
-        modules=_modules(maps),
+        modules=(),
         notes=(why,),
         resources=Resources(
             status=_read(directory, "status"),
@@ -220,10 +232,8 @@ def _threads(tasks: bytes) -> tuple[Task, ...]:
 def _modules(maps: bytes) -> tuple[Module, ...]:
     """Return what was mapped as code; opened where the very file still has its path here."""
     places: dict[str, tuple[bytes, bytes]] = {}
-    for line in maps.splitlines():
-        parts = line.split(maxsplit=5)
-        if len(parts) == 6:
-            places.setdefault(names.text(parts[5]), (parts[3], parts[4]))
+    for one in mappings(maps):
+        places.setdefault(names.text(one.path), (one.device, one.inode))
     found, files = [], 0
     for path, start, end, _ in facts.parse_maps(maps):
         opened = _same_file(path, *places[path]) if files < 64 else -1
@@ -238,10 +248,11 @@ def _same_file(path: str, device: bytes, inode: bytes) -> int:
         if not _is(Path(path).stat(), device, inode):
             return -1
         opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except (OSError, ValueError):
+    except (OSError, ValueError, OverflowError):  # no such device can be
         return -1
-    if _is(os.fstat(opened), device, inode):
-        return opened
+    with suppress(OSError):
+        if _is(os.fstat(opened), device, inode):
+            return opened
     os.close(opened)
     return -1
 
@@ -280,6 +291,14 @@ def _link(directory: int, name: str) -> str | None:
         return names.text(os.readlink(name.encode(), dir_fd=directory))
     except OSError:
         return None
+
+
+def _put_aside(name: str, orphans: int) -> None:
+    """Keep what cannot be read for a human; of those with the same name the newest."""
+    aside = f"unreadable-{name}"
+    with suppress(FileNotFoundError):
+        shutil.rmtree(aside, dir_fd=orphans)
+    os.rename(name, aside, src_dir_fd=orphans, dst_dir_fd=orphans)
 
 
 class Orphans:
@@ -349,9 +368,15 @@ class Orphans:
                 found = sorted(entry.name for entry in entries)
             for name in found:
                 if _NAME.fullmatch(name) and not self._stopping.is_set():
-                    self._take(name, orphans)
+                    self._try_to_take(name, orphans)
         finally:
             os.close(orphans)
+
+    def _try_to_take(self, name: str, orphans: int) -> None:
+        try:
+            self._take(name, orphans)
+        except Exception as error:  # noqa: BLE001 - one must not keep those behind it waiting
+            log.warning("a crash kept by the pipe helper waits", name=name, because=str(error))
 
     def _take(self, name: str, orphans: int) -> None:
         directory = os.open(name, os.O_DIRECTORY | _FLAGS, dir_fd=orphans)
@@ -367,7 +392,7 @@ class Orphans:
             return  # its helper still writes it
         except Unreadable as failure:
             self._failed(failure)
-            os.rename(name, f"unreadable-{name}", src_dir_fd=orphans, dst_dir_fd=orphans)
+            _put_aside(name, orphans)
             return
         finally:
             os.close(directory)

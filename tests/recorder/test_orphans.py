@@ -1,6 +1,7 @@
 """What the pipe helper keeps of crashes that no recorder takes, and what becomes of it."""
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -10,17 +11,23 @@ import signal
 import socket
 import struct
 import subprocess
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from crashbus import Bus, DeadLetter, layout
 from crashbus.identity import crash_id
 from services.recorder import orphan_rules
+from services.recorder import orphans as orphans_module
 from services.recorder.core_policy import SERVICES
+from services.recorder.errors import CaptureFailed
+from services.recorder.orphans import Orphan, Orphans, Unreadable
 from services.recorder.settings import RecorderSettings
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_capture import frames, gdb
@@ -238,6 +245,98 @@ def endless() -> Iterator[tuple[int, int]]:
     yield ends
     for end in ends:
         os.close(end)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, sleeper: int) -> Path:
+    """What the helper keeps of a process."""
+    helper = Helper(tmp_path)
+    assert helper.start(sleeper, subprocess.DEVNULL).wait(60) == 0
+    (orphan,) = helper.orphans.iterdir()
+    return orphan
+
+
+@contextmanager
+def looking(
+    spool: Path, adopt: Callable[[Orphan], None], failed: Callable[[CaptureFailed], None]
+) -> Iterator[None]:
+    looker = Orphans(spool, adopt, failed)
+    looker.start()
+    yield
+    looker.stop(60)
+
+
+async def test_one_that_cannot_be_had_now_keeps_none_behind_it_waiting(kept: Path) -> None:
+    later = shutil.copytree(kept, kept.with_name("1795396544-1"), symlinks=True)
+    seen = []
+
+    def adopt(orphan: Orphan) -> None:
+        orphan.close()
+        seen.append(orphan)
+        if len(seen) == 1:
+            raise OSError(errno.ENOSPC, "no room")
+
+    with looking(kept.parent.parent, adopt, pytest.fail):
+        await until(lambda: not later.exists())
+        assert kept.exists()
+
+
+async def test_those_that_cannot_be_read_are_told_once_each_though_they_have_one_name(
+    kept: Path,
+) -> None:
+    told: list[CaptureFailed] = []
+    (kept / "status").unlink()
+    aside = kept.with_name(f"unreadable-{kept.name}")
+    shutil.copytree(kept, aside, symlinks=True)
+    behind = kept.with_name("1795396544-1")
+    behind.mkdir(mode=0o700)
+    (behind / "crash").touch()
+
+    with looking(kept.parent.parent, pytest.fail, told.append):
+        await until(lambda: len(told) > 1 and not behind.exists())
+
+    assert not kept.exists() and aside.exists() and len(told) == 2
+
+
+# None of the links, which lead to what is not ours.
+FILES_OF_A_CRASH = ("crash", "boot_id", "stat", "status", "cgroup", "maps", "tasks", "limits")
+
+
+@given(data=st.data())
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_damaged_is_read_or_unreadable_and_nothing_stays_open(
+    kept: Path, data: st.DataObject
+) -> None:
+    part = data.draw(st.sampled_from(FILES_OF_A_CRASH))
+    whole = (kept / part).read_bytes()
+    at = data.draw(st.integers(0, len(whole)))
+    damage = data.draw(st.sampled_from([b"\0" * 4096, b"\n", b"-"]) | st.binary(max_size=64))
+    before = set(Path("/proc/self/fd").iterdir())
+    directory = os.open(kept, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        (kept / part).write_bytes(whole[:at] + damage + whole[at + len(damage) :])
+        with suppress(Unreadable):
+            orphans_module.read(directory).close()
+    finally:
+        (kept / part).write_bytes(whole)
+        os.close(directory)
+
+    assert set(Path("/proc/self/fd").iterdir()) == before
+
+
+@pytest.mark.parametrize("line", [b"\0" * 4096, b"zz-1 r-xp 0 00:00 12 /z", b"1-2 r-xp 0 fe 3 /z"])
+def test_damaged_mapping_costs_no_other(kept: Path, line: bytes) -> None:
+    maps = (kept / "maps").read_bytes()
+    begin, end = maps.splitlines(keepends=True)[0], b"1-2 r-xp 0 fffffffff:0 3 /bin/true\n"
+    (kept / "maps").write_bytes(maps.replace(begin, begin + line + b"\n") + end)
+    directory = os.open(kept, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        orphan = orphans_module.read(directory)
+        orphan.close()
+    finally:
+        os.close(directory)
+
+    assert "libc.so" in " ".join(one.path for one in orphan.facts.modules if one.file >= 0)
 
 
 def test_helper_does_not_wait_for_ever_for_a_core(
