@@ -4,6 +4,7 @@ What its note tells of one is laid down as the pipe helper keeps a crash, so tha
 makes crash files of both, `orphans`.
 """
 
+import errno
 import fcntl
 import os
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from services.recorder import orphans
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 _LINKS = ("exe", "cwd", "root")
+_PASSES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # trouble of the disk, not of one note
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -29,10 +31,20 @@ def take_over(spool: Path) -> None:
     """Make orphans of all notes; before this recorder writes its first one."""
     try:
         for note in unrecorded.left_notes(spool):
-            if not _has_record(spool, note):
-                _lay_down(spool, note)
+            _take_one(spool, note)
     except (OSError, SpoolUnusable) as error:
         log.error("what a killed recorder left behind waits for the next start", error=str(error))
+
+
+def _take_one(spool: Path, note: Mapping[str, bytes]) -> None:
+    try:
+        if not _has_record(spool, note):
+            _lay_down(spool, note)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in _PASSES:
+            raise
+        # Else this note would keep the others waiting for ever.
+        log.error("what a killed recorder left of a crash cannot be kept", error=str(error))
 
 
 def _has_record(spool: Path, note: Mapping[str, bytes]) -> bool:
@@ -80,8 +92,19 @@ def _write(directory: int, name: str, content: bytes) -> None:
     """Write a file or link, unless a recorder that did not come to the end of it has."""
     with suppress(FileExistsError):
         if name in _LINKS:
-            os.symlink(content, name, dir_fd=directory)
+            _link(directory, name, content)
             return
         file = os.open(name, _NEW, 0o600, dir_fd=directory)
         with os.fdopen(file, "wb") as to:
             to.write(content)
+
+
+def _link(directory: int, name: str, target: bytes) -> None:
+    """Make a link, unless its target is none: a power cut may have torn the note."""
+    try:
+        os.symlink(target, name, dir_fd=directory)
+    except ValueError:  # a NUL
+        return
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # XFS takes 1024 bytes, symlink(2) 4095
+            raise

@@ -116,6 +116,46 @@ async def test_note_that_cannot_be_read_is_told(
     assert letter.reason == "capture_failed" and "cannot be read" in letter.error
 
 
+_NOTE = {
+    "crash": b"7 7 11 1795396543\n",
+    "status": b"s" * 5000,
+    "exe": b"/e" * 2000,
+    "cmdline": b"c" * 4000,
+    "cwd": b"/c" * 2000,
+    "root": b"/r" * 2000,
+}
+
+
+@pytest.mark.parametrize("page", range(1, 6))
+def test_note_that_a_power_cut_tore_is_kept_as_far_as_it_goes(tmp_path: Path, page: int) -> None:
+    ours = Unrecorded(tmp_path)
+    assert ours.begin(7, _NOTE) and ours.begin(8, {"crash": b"8 8 11 1795396543\n"})
+    os.pwrite(ours._file, bytes(4096), page * 4096)
+    os.close(ours._file)  # as when it is killed
+
+    left_behind.take_over(tmp_path)
+
+    first, second = sorted((tmp_path / layout.ORPHANS).iterdir())
+    assert (first / "crash").read_bytes() == _NOTE["crash"]
+    assert (second / "end").exists()
+    left = {name for name in ("exe", "cwd", "root") if not (first / name).is_symlink()}
+    assert left < {"exe", "cwd", "root"}
+    assert (tmp_path / layout.UNRECORDED).stat().st_size == 0
+
+
+def test_note_with_a_longer_link_than_can_be_keeps_no_other_waiting(tmp_path: Path) -> None:
+    ours = Unrecorded(tmp_path)
+    for pid in (7, 8):
+        assert ours.begin(pid, {"crash": b"%d 1 11 1795396543\n" % pid, "exe": b"e" * 5000})
+    os.close(ours._file)
+
+    left_behind.take_over(tmp_path)
+
+    kept = (tmp_path / layout.ORPHANS).iterdir()
+    assert sorted(one.name for one in kept) == ["1795396543-7", "1795396543-8"]
+    assert (tmp_path / layout.UNRECORDED).stat().st_size == 0
+
+
 @pytest.fixture(scope="module")
 def spool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield tmp_path_factory.mktemp("spool")
