@@ -56,29 +56,35 @@ class Unrecorded:
         """
         parts = _packed(note)
         size = sum(map(len, parts))
-        try:
-            with self._lock:
+        # To the end, for the file may be another one then, and its number anybody's.
+        with self._lock:
+            try:
                 file = self._opened()
+                if pid in self._taken:
+                    return False  # of one that had the PID before, and still is to be written
                 place = self._free.pop() if self._free else self._new_place()
                 self._taken[pid] = place, size
-            fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, pid, 1, 0))
-            is_whole = os.pwritev(file, parts, place * _PLACE) == size
-        except (OSError, SpoolUnusable):
-            is_whole = False
-        if not is_whole:
-            self.end(pid)
-        return is_whole
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, pid, 1, 0))
+                is_whole = os.pwritev(file, parts, place * _PLACE) == size
+            except (OSError, SpoolUnusable):
+                is_whole = False
+            if not is_whole:
+                self._end(pid)
+            return is_whole
 
     def end(self, pid: int) -> None:
         """Say that it has one, or will have none; what is said twice counts once."""
         with self._lock:
-            if pid not in self._taken:
-                return
-            place, size = self._taken.pop(pid)
-            with suppress(OSError):  # the next recorder sees that there is a record
-                _clear(self._file, place, size)
-                self._free.append(place)
-            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, 0, pid, 1, 0))
+            self._end(pid)
+
+    def _end(self, pid: int) -> None:
+        if pid not in self._taken:
+            return
+        place, size = self._taken.pop(pid)
+        with suppress(OSError):  # the next recorder sees that there is a record
+            _clear(self._file, place, size)
+            self._free.append(place)
+        fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, 0, pid, 1, 0))
 
     def _opened(self) -> int:
         if self._file >= 0:
