@@ -44,7 +44,7 @@ _RESIDENT = 4 * LARGEST  # bytes, shared pages too; of more it is not asked what
 _LARGEST_CORE = 1024**3  # bytes, untouched memory too
 _MOST_THREADS = 256
 _SPARE = 4 * 1024 * 1024  # bytes of room that is used again: new memory costs as much as to read
-_SPARES = 2  # of these, and of what a crash is read to; more are made when crashes come in bursts
+_CRASHES = 2  # of what a crash is read to are kept; more are made when crashes come in bursts
 _PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 # Read beside what taker.c reads by itself, because it must know it.
@@ -194,7 +194,7 @@ class Taker:
         self._lock = threading.Lock()
         self._bytes = 0
         self._mounts = Mounts()
-        self._spare = [_new_room(_SPARE) for _ in range(_SPARES)]
+        self._spare = [_new_room(_SPARE)]
         self._crashes = [self._new_crash()]
 
     def take(self, pid: int, hold: Hold, mark: int, module_files: int) -> Taken:
@@ -251,14 +251,14 @@ class Taker:
         finally:
             hold.unread(ctypes.string_at(crash.head, crash.head_size))
             with self._lock:
-                if len(self._crashes) < _SPARES:
+                if len(self._crashes) < _CRASHES:
                     self._crashes.append(crash)
 
     def _new_crash(self) -> _Crash:
-        crash = _Crash.from_buffer(bytearray(b"\1") * self._taking.crash_size())
+        crash = _Crash.from_buffer(bytearray(self._taking.crash_size()))
         crash.resident, crash.touched, crash.threads = _RESIDENT, LARGEST, _MOST_THREADS
         crash.largest = self._largest_core
-        crash.rooms = arena, head = _new_room(_ROOM), _new_room(_ROOM)
+        crash.rooms = arena, head = mmap(-1, _ROOM), mmap(-1, _ROOM)
         crash.arena, crash.head = _address(arena), _address(head)
         crash.wanted, crash.wanteds = _WANTED, len(_WANTED)
         crash.namespace, crash.root = self._mounts.view
