@@ -38,6 +38,7 @@ _PIDFD_GET_INFO = 0xC040FF0B
 
 _HELPER_MESSAGE = re.compile(rb"(\d{1,10}) (\d{1,10}) (\d{1,2}) (\d{1,12})\n")
 _HELPER_WITHIN = 10.0  # seconds; the helper sends at once
+_NAMED_WITHIN = 1.0
 _TURN = b"!"  # to a helper: its crash is taken now
 _PIPE_SIZE = 1024 * 1024  # bytes; the most an unprivileged process may set, fcntl(2)
 
@@ -118,12 +119,14 @@ def _broken_off() -> Iterator[None]:
         ) from error
 
 
-def identify(hold: Hold) -> int:
-    """Return the PID of a crash on the coredump socket that will not be received, without waiting.
+def identify(mechanism: Mechanism, hold: Hold) -> int:
+    """Return the PID of a crash that will not be captured, with next to no waiting.
 
     Raises:
-        CaptureFailed: it cannot be told.
+        KeptByHelper, CaptureFailed: it cannot be told.
     """
+    if mechanism is Mechanism.PIPE:
+        return _from_helper(hold, _NAMED_WITHIN).pid
     try:
         return _peer(hold)
     except OSError as error:
@@ -163,10 +166,10 @@ def _answer_request(hold: Hold) -> None:
     hold.write(_ACK.pack(_ACK.size, 0, KERNEL | WAIT))
 
 
-def _from_helper(hold: Hold) -> Arrival:
+def _from_helper(hold: Hold, within: float = _HELPER_WITHIN) -> Arrival:
     # It may wait for us, `chain`; closed together with the hold.
     hold.helper = helper = socket.socket(fileno=os.dup(hold.descriptor))
-    helper.settimeout(_HELPER_WITHIN)
+    helper.settimeout(within)
     try:
         helper.send(_TURN)
     except OSError as error:

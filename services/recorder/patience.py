@@ -8,6 +8,7 @@ import structlog
 
 from crashbus.identity import boot_id, crash_id, start_ticks
 from services.recorder import arrival, metrics
+from services.recorder.arrival import KeptByHelper
 from services.recorder.errors import CaptureFailed
 from services.recorder.hold import Hold
 from services.recorder.mechanism import Mechanism
@@ -15,6 +16,8 @@ from services.recorder.settings import RecorderSettings
 from services.recorder.workers import Workers
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+_BEFORE_THE_HELPER = 45.0  # seconds; it waits for TURN, see helper/corepipe.c
 
 
 class Patience:
@@ -64,9 +67,11 @@ class Patience:
         no disk is written to.
         """
         patience = min(self._settings.stall_deadline, self._settings.hold_deadline)
+        if self._mechanism is Mechanism.PIPE:  # or its helper decides, before it knows
+            patience = min(patience, _BEFORE_THE_HELPER)
         for hold in waiting(self._arrivals):
             if hold.age > patience and self._withdraw(hold):
-                self._give_up(hold)
+                self._give_up(hold, self._all_stand_still(patience))
 
     def _withdraw(self, hold: Hold) -> bool:
         """Take a hold out of the queue; False when a thread was faster."""
@@ -78,8 +83,14 @@ class Patience:
             self._arrivals.not_full.notify()
             return True
 
-    def _give_up(self, hold: Hold) -> None:
-        if self._mechanism is Mechanism.PIPE:
+    def _all_stand_still(self, patience: float) -> bool:
+        """Tell whether it is no crowd that is waited for, but a dead disk."""
+        since = time.monotonic() - patience / 2
+        return all(hold.last_progress < since for hold in self._captures.in_work())
+
+    def _give_up(self, hold: Hold, all_stand_still: bool) -> None:
+        # On a dead disk its helper could not keep it either, and would never end.
+        if self._mechanism is Mechanism.PIPE and not all_stand_still:
             log.warning("a crash waited too long, its pipe helper keeps it")
             hold.close()
             self._arrivals.task_done()
@@ -91,9 +102,9 @@ class Patience:
             "CRASHBUS_RECORDER_CAPTURES or CRASHBUS_RECORDER_STALL_DEADLINE",
         )
         try:
-            pid = arrival.identify(hold)
+            pid = arrival.identify(self._mechanism, hold)
             failure.crash_id = crash_id(self._boot_id, pid, start_ticks(pid))
-        except (CaptureFailed, OSError) as error:
+        except (KeptByHelper, CaptureFailed, OSError) as error:
             log.warning("who waited cannot be named", error=str(error))
         finally:
             _let_go(hold, "it waited too long")

@@ -87,7 +87,7 @@ def test_descriptors_of_a_process_that_is_gone_are_left_out() -> None:
     found = resources.read(process.pid, None)
 
     assert (found.open_files, found.sockets, found.status) == ({}, (), b"")
-    assert list(resources._sockets(process.pid, {3: b"socket:[1]"})) == []
+    assert list(resources.sockets(process.pid, {3: b"socket:[1]"})) == []
 
 
 def test_not_more_sockets_are_asked_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
