@@ -14,7 +14,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BytesIO
 from mmap import MADV_HUGEPAGE, mmap
@@ -39,7 +39,9 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 LIBRARY = "taker.so"
 LARGEST = 16 * 1024 * 1024  # bytes of touched memory
-AT_ONCE = 2 * LARGEST  # bytes of all that was read and is not written yet, /proc and heads too
+AT_ONCE = (
+    LARGEST + 4 * 1024 * 1024
+)  # bytes of all that was read and is not written yet, /proc and heads too
 _RESIDENT = 4 * LARGEST  # bytes, shared pages too; of more it is not asked what is touched
 _LARGEST_CORE = 1024**3  # bytes, untouched memory too
 _MOST_THREADS = 256
@@ -402,8 +404,9 @@ class _Told:
             proc.learn(f"{pid}/task/{task}/comm", comm)
             proc.learn(f"{pid}/task/{task}/status", status)
         taken.resources = self._resources(sockets)
-        core = BytesIO(ctypes.string_at(crash.head, crash.head_size)[crash.mark :])
-        taken.head = core_head.read(core.read)
+        raw = ctypes.string_at(crash.head, crash.head_size)[crash.mark :]
+        # It looks at the first notes alone; many threads have more.
+        taken.head = replace(core_head.read(BytesIO(raw).read), raw=raw)
         if facts.is_at_fault(taken.head):
             taken.code = bytes(memoryview(crash.code)[: crash.code_size])
 
