@@ -1,5 +1,7 @@
 """What Grafana is given to load by itself: of the form that its documentation tells.
 
+Its models are those of Grafana 11.6, the newest that there are as a package of Python.
+
 https://grafana.com/docs/grafana/latest/administration/provisioning/
 """
 
