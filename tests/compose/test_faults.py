@@ -11,7 +11,7 @@ import pytest
 from crashbus import Bus, DeadLetter, Manifest
 from crashbus.identity import boot_id, crash_id, start_ticks
 from crashbus.layout import Kind
-from tests.compose.delivery import WHOLE, WITHIN, check_contents, delivered, healthy
+from tests.compose.delivery import WHOLE, WITHIN, healthy, in_bucket
 from tests.compose.stack import CAPTURES, CRASHING, Stack
 from tests.support.docker import IMAGE, child_of
 from tests.support.wait import until
@@ -113,8 +113,7 @@ async def core_is_whole(stack: Stack, bus: Bus, one: Waiting) -> bool:
     """
     if await until(lambda: became_known(bus, one), WITHIN, every=0.2) == "not_captured":
         return False
-    manifest, receipts = await delivered(stack, bus, one.container)
-    await asyncio.to_thread(check_contents, stack, receipts)
+    manifest = await in_bucket(stack, one.crash_id)
     if not {file.kind for file in manifest.files} >= WHOLE:
         assert manifest.notes, manifest
     return any(file.kind is Kind.CORE and not file.truncated for file in manifest.files)
