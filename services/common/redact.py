@@ -72,7 +72,14 @@ _PRIVATE_KEY = re.compile(  # RFC 7468, RFC 4880
     r"(?:-----BEGIN [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----|PuTTY-User-Key-File-\d).*", re.DOTALL
 )
 _BEARER = re.compile(r"(?<!\w)(bearer\s{1,4})[^\s\"',]+", re.IGNORECASE)  # RFC 6750
-_URL_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,31}://)[^/?#\s]{1,4096}@")
+# What can only be hosts and ports, RFC 3986, 3.2, also several of them as databases have it: behind
+# these comes a path, which may hold an @. What is none of that is a user and password, however
+# many / ? # it holds that should have been escaped. (Of u:12/x@h nobody can tell; it is a path.)
+_HOST = r"(?:\[[^\]/?#@\s]{1,64}\]|[^:/?#@\s\[\],]{1,255})(?::\d{0,5})?"
+_URL_USER = re.compile(
+    rf"([A-Za-z][A-Za-z0-9+.-]{{0,31}}://)(?!(?:{_HOST}(?:,{_HOST})*+)?(?:[/?#\s]|$))"
+    r"[^\s@]{1,4096}+@(?:[^/?#\s@]{0,4096}+@)*+"
+)
 
 
 def is_secret(name: str) -> bool:

@@ -177,6 +177,11 @@ def test_planted_token_never_comes_through(token: str, before: list[str], after:
         ("https://a/b?X-Amz-Signature=0f&q=1", f"https://a/b?X-Amz-Signature={REDACTED}&q=1"),
         ("postgres://me:p@ss@db/x", f"postgres://{REDACTED}@db/x"),
         ("redis://:x@db:6379/0", f"redis://{REDACTED}@db:6379/0"),
+        ("postgres://u:pa/ss@h/db a@b", f"postgres://{REDACTED}@h/db a@b"),
+        ("postgres://u:p/a?s#s/@h/db?x=a@b", f"postgres://{REDACTED}@h/db?x=a@b"),
+        ("postgres://u:p/a@s@h/v@x", f"postgres://{REDACTED}@h/v@x"),
+        ("redis://:1/2@db:6379", f"redis://{REDACTED}@db:6379"),
+        ("x://u:123456/7@db", f"x://{REDACTED}@db"),
         ("jdbc:mysql://db/x?user=a&password=b", f"jdbc:mysql://db/x?user=a&password={REDACTED}"),
         ("curl -H 'X-Api-Key: abc d' h", f"curl -H 'X-Api-Key: {REDACTED}' h"),
         ("-H 'Authorization: Basic dTpw'", f"-H 'Authorization: {REDACTED}'"),
@@ -192,6 +197,18 @@ def test_secrets_in_the_middle_of_text(raw: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "url",
+    [
+        *("https://unpkg.com/react@18/x.js", "http://h:8080/@scope/name", "https://h?by=a@b"),
+        *("http://h#a@b", "file:///home/a@b", "file://C:/a@b", "http://[::1]:80/a@b"),
+        *("http://[fe80::1%25eth0]/a@b", "mongodb://a:1,b:2,c/db@x", "git+https://h/r.git@v1"),
+    ],
+)
+def test_path_that_holds_an_at_sign_is_no_password(url: str) -> None:
+    assert text(f"see {url} there") == f"see {url} there"
+
+
+@pytest.mark.parametrize(
     "part",
     [
         *("eyJaaaaaaaa-", "-eyJ", "eyJaaaaaaaa.", 'a"b":"', "sk-", "a=", "://", "key='", "key=\\"),
@@ -201,6 +218,9 @@ def test_secrets_in_the_middle_of_text(raw: str, shown: str) -> None:
             "pwd=",
             "a://b@",
             "a://b",
+            "a://b:c",
+            "a://b,",
+            "a://[b",
             "SG.aaaaaaaaaaaaaaaa.",
             "0" * 14 + ".",
             "\\",
