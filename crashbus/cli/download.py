@@ -26,6 +26,10 @@ _ZEROS = bytes(BLOCK)
 # A chunk is one frame, so no frame needs a larger window than the largest chunk; a hostile
 # one may ask for 2 GiB (RFC 8878, 3.1.1.1.2).
 _MAX_WINDOW = MAX_CHUNK_SIZE
+# What does not compress grows by less than a hundredth (ZSTD_compressBound, zstd.h). Frames that
+# hold nothing, or are there to be skipped (RFC 8878, 3.1.2), could go on for ever.
+_MOST_GROWTH = 2
+_MORE = 64 * 1024  # bytes, for what is small
 
 OnBytes = Callable[[int], None]
 T = TypeVar("T")
@@ -103,7 +107,8 @@ def contents(copy: Copy, key: str, file: CrashFile) -> Generator[bytes, None, No
     Raises:
         StoreError: it cannot be read.
         DamagedFile: it is not what the manifest announces; said at the latest after the
-            last block, and never after more bytes than were announced.
+            last block, never after more bytes than were announced, nor after reading much more
+            than these can take compressed.
     """
     digest, size = hashlib.sha256(), 0
     where = f"{copy.source.url}: {key}"
@@ -126,12 +131,41 @@ def _file_bytes(stored: Readable, file: CrashFile, where: str) -> Iterator[bytes
     source = stored
     if file.encoding == "zstd":
         decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
-        source = decompressor.stream_reader(cast(BinaryIO, stored), read_across_frames=True)
+        bounded = _Bounded(stored, _MOST_GROWTH * file.size + _MORE, where)
+        source = decompressor.stream_reader(cast(BinaryIO, bounded), read_across_frames=True)
     try:
         while block := source.read(BLOCK):
             yield block
     except zstandard.ZstdError as error:
         raise DamagedFile(f"{where} is not valid zstd: {error}") from None
+
+
+class _Bounded:
+    """A stream that may be read as far as `limit` bytes.
+
+    Args:
+        where: what the error calls it.
+    """
+
+    def __init__(self, stream: Readable, limit: int, where: str) -> None:
+        self._stream = stream
+        self._limit = limit
+        self._left = limit
+        self._where = where
+
+    def read(self, size: int = -1, /) -> bytes:
+        """As the stream's own.
+
+        Raises:
+            DamagedFile: it goes on beyond its limit.
+        """
+        block = self._stream.read(size)
+        self._left -= len(block)
+        if self._left < 0:
+            raise DamagedFile(
+                f"{self._where} goes on beyond {self._limit} bytes of compressed data"
+            )
+        return block
 
 
 def _write(target: Path, blocks: Iterator[bytes], on: OnBytes) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,20 @@ def endless(folder: Path, made: MadeCrash) -> None:
     (folder / made.file(Kind.CORE).stored_name).write_bytes(frame * 1000)
 
 
+def endless_empty(folder: Path, made: MadeCrash) -> None:
+    frame = zstandard.compress(b"")
+    (folder / made.file(Kind.CORE).stored_name).write_bytes(frame * 1_000_000)
+
+
+def endless_skipped(folder: Path, made: MadeCrash) -> None:
+    """Frames to be skipped, RFC 8878, 3.1.2, of 4 GiB each: a sparse file costs nothing."""
+    with (folder / made.file(Kind.CORE).stored_name).open("wb") as core:
+        for number in range(16):
+            core.seek(number << 32)
+            core.write(struct.pack("<II", 0x184D2A50, (1 << 32) - 8))
+        core.truncate(16 << 32)
+
+
 def huge_window(folder: Path, made: MadeCrash) -> None:
     parameters = zstandard.ZstdCompressionParameters(window_log=27)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
@@ -71,6 +86,8 @@ def gone(folder: Path, made: MadeCrash) -> None:
         (cut, "bytes, the manifest says 3000007"),
         (other_core, "has SHA-256"),
         (endless, "is larger than the 3000007 bytes announced"),
+        (endless_empty, "goes on beyond 6065550 bytes of compressed data"),
+        (endless_skipped, "goes on beyond 6065550 bytes of compressed data"),
         (huge_window, "is not valid zstd"),
         (link, "cannot read"),
         (pipe, "is no regular file"),
