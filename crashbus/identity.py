@@ -10,7 +10,6 @@ from pathlib import Path
 
 # Crockford's alphabet in lower case: no i, l, o, u to be misread.
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
-LENGTH = 16  # characters, 80 bits: a collision is not expected below 10^11 crashes
 
 
 def crash_id(boot_id: str, pid: int, start_ticks: int) -> str:
@@ -38,6 +37,7 @@ def unknown_crash_id(boot_id: str, pid: int, epoch: int, uid: int) -> str:
 
 
 def _name(what: str) -> str:
+    # 80 bits: a collision is not expected below 10^11 crashes.
     digest = hashlib.sha256(what.encode()).digest()
     number = int.from_bytes(digest[:10], "big")
     return "".join(_ALPHABET[number >> shift & 31] for shift in range(75, -1, -5))

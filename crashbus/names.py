@@ -29,11 +29,6 @@ def file_name(raw: bytes) -> str:
     return "%2E" + name[1:] if name.startswith(".") else name
 
 
-def raw_file_name(name: str) -> bytes:
-    """Return the bytes that `file_name` encoded."""
-    return unquote_to_bytes(name)
-
-
 def is_file_name(name: str) -> bool:
     """Tell whether `name` can stand alone as a path component: never hidden, ``..`` or empty."""
     return _SAFE_NAME.fullmatch(name) is not None

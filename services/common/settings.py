@@ -27,6 +27,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from crashbus import layout
 from crashbus.destination import DestinationError, parse
 from crashbus.errors import CrashbusError
 from services.common import redact
@@ -211,10 +212,7 @@ class BusSettings(Settings):
     state: Path = Field(
         Path("/var/lib/crashbus"), description="directory for what must outlive a restart"
     )
-    spool: Path = Field(
-        Path("/tmp/appscope"),  # noqa: S108 - AppScope's library writes here
-        description="directory of the crash files",
-    )
+    spool: Path = Field(Path(layout.SPOOL), description="directory of the crash files")
     destinations: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="where crash files go, separated by commas: s3://bucket/prefix, "

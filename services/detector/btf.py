@@ -95,14 +95,6 @@ class Btf:
         """Return a structure's size in bytes."""
         return self._type(self._named(structure, _STRUCT)).target
 
-    def is_array(self, structure: str, path: str) -> bool:
-        """Tell whether a member is an array.
-
-        Raises:
-            BtfError: there is no such structure or member.
-        """
-        return self._type(self._locate(structure, path)[1]).kind == _ARR
-
     def enumerator(self, enumeration: str, name: str) -> int:
         """Return the value of an enumeration's constant.
 
