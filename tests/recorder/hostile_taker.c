@@ -5,6 +5,11 @@
  * Built with sanitizers, which end it at the first byte out of bounds. Prints how many rounds were
  * taken: the first, in which nothing was changed, and others that were not changed enough.
  */
+#include "../../services/recorder/taker/proc.c"
+
+#include "../../services/recorder/taker/core.c"
+#include "../../services/recorder/taker/mappings.c"
+#include "../../services/recorder/taker/memory.c"
 #include "../../services/recorder/taker/taker.c"
 
 #include <sys/mman.h>
@@ -112,31 +117,30 @@ static void check_that_both_ways_to_find_pages_agree(void) {
 /* The most mounts and mappings that are looked at, and each mapping on another device than the last. */
 static void check_that_devices_are_found_at_once(void) {
     static char mounts[LONGEST_MOUNTS];
-    static const char *const files[] = {"fd:1 7 /a\n", "fd:6a4 7 /b\n"};
+    const uint64_t disk = 253ull << 32;
     size_t size = 0;
     for (int one = 1; size + 64 < sizeof mounts; one++)
         size += (size_t)sprintf(mounts + size, "%d 1 253:%d / /m rw - ext4 m rw\n", one, one);
     crash.mappings_found = MAPPINGS;
-    for (int one = 0; one < MAPPINGS; one++) crash.mappings[one].file = files[one % 2];
+    for (int one = 0; one < MAPPINGS; one++)
+        crash.mappings[one] = (struct mapping){.file = "", .device = disk + (one % 2 ? 0x6a4 : 1)};
     clock_t begin = clock();
-    int local = are_all_local(&crash, mounts);
-    if (!local || clock() - begin > CLOCKS_PER_SEC / 4) {
-        fprintf(stderr, "%d after %ld us\n", local, (long)(clock() - begin));
+    int remote = need_local_files(&crash, mounts);
+    if (remote || clock() - begin > CLOCKS_PER_SEC / 4) {
+        fprintf(stderr, "%d after %ld us\n", remote, (long)(clock() - begin));
         exit(1);
     }
-    char many[DEVICES + 1][16];
-    for (int one = 0; one <= DEVICES; one++)
-        sprintf(many[one], "fd:%x 7 /a\n", one + 1), crash.mappings[one].file = many[one];
+    for (int one = 0; one <= DEVICES; one++) crash.mappings[one].device = disk + 1 + (uint64_t)one;
     crash.mappings_found = DEVICES;
-    local = are_all_local(&crash, mounts);
+    remote = need_local_files(&crash, mounts);
     crash.mappings_found++; /* one more than are remembered */
-    int others = are_all_local(&crash, mounts);
-    crash.mappings[0].file = "fc:1 7 /a\n", crash.mappings_found = 1;
-    others += are_all_local(&crash, mounts);
+    int others = !need_local_files(&crash, mounts);
+    crash.mappings[0].device = disk - 1, crash.mappings_found = 1;
+    others += !need_local_files(&crash, mounts);
     memcpy(strstr(mounts, "ext4"), "nfs4", 4);
-    crash.mappings[0].file = files[0];
-    others += are_all_local(&crash, mounts);
-    if (!local || others) {
+    crash.mappings[0].device = disk + 1;
+    others += !need_local_files(&crash, mounts);
+    if (remote || others) {
         fprintf(stderr, "other devices are local\n");
         exit(1);
     }

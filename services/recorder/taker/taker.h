@@ -35,7 +35,7 @@ struct piece {
 };
 
 struct mapping {
-    uint64_t start, end, offset;
+    uint64_t start, end, device;
     const char *file; /* device, inode and path, up to the end of the line; NULL: no file */
     uint32_t length;  /* of that */
     char private_memory, readable, code;
@@ -77,8 +77,6 @@ struct crash {
     /* its own */
     uint32_t loads_found, mappings_found, namespaced;
     uint64_t counter; /* the program counter */
-    const char *group; /* the longest path of a cgroup that it is in */
-    uint32_t group_size;
     struct piece loads[MAPPINGS];
     struct mapping mappings[MAPPINGS];
 };
