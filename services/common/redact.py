@@ -77,8 +77,8 @@ _BEARER = re.compile(r"(?<!\w)(bearer\s{1,4})[^\s\"',]+", re.IGNORECASE)  # RFC 
 # many / ? # it holds that should have been escaped. (Of u:12/x@h nobody can tell; it is a path.)
 _HOST = r"(?:\[[^\]/?#@\s]{1,64}\]|[^:/?#@\s\[\],]{1,255})(?::\d{0,5})?"
 _URL_USER = re.compile(
-    rf"([A-Za-z][A-Za-z0-9+.-]{{0,31}}://)(?!(?:{_HOST}(?:,{_HOST})*+)?(?:[/?#\s]|$))"
-    r"[^\s@]{1,4096}+@(?:[^/?#\s@]{0,4096}+@)*+"
+    rf"([A-Za-z][A-Za-z0-9+.-]{{0,31}}://)(?!(?:{_HOST}(?:,{_HOST})*)?(?:[/?#\s]|$))"
+    r"[^\s@]{1,4096}+@(?:[^/?#\s@]{0,4096}+@)*"
 )
 
 
