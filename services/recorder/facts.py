@@ -9,6 +9,7 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from crashbus import names, signals
 from crashbus.parts import Process
@@ -260,35 +261,47 @@ def parse_limits(text: str) -> dict[str, str]:
 
 @dataclass
 class _Mapped:
-    """The mappings of one file while they are collected."""
+    """The mappings of one file: where the first lies, and the end of the last, in hexadecimal."""
 
-    start: int
-    end: int
-    code: bool
-    first: str
+    start: bytes
+    first_end: bytes
+    end: bytes
+    code: bool = False
+
+    def told(self, path: bytes) -> tuple[str, int, int, str]:
+        """Return what `parse_maps` does; map_files has no leading zeros, unlike maps."""
+        start = int(self.start, 16)
+        first = f"{start:x}-{int(self.first_end, 16):x}"
+        return names.text(path), start, int(self.end, 16), first
+
+
+# Lines of files, as proc_pid_maps(5) has them, one match for each; there may be 65,530 mappings and
+# more, most of them memory, which is gone over without a match of its own: its inode is 0. (No
+# group is possessive: Python before 3.11.5 gets that wrong.)
+_FILE_MAPPING = re.compile(
+    rb"(?:[^ \n]++ [^ \n]++ [^ \n]++ [^ \n]++ 0(?: [^\n]*+)?\n)*"
+    rb"(?:([0-9a-f]++)-([0-9a-f]++) [r-][w-]([x-])[ps] [0-9a-f]++ "
+    rb"([0-9a-f]++:[0-9a-f]++ [1-9][0-9]*+) ++([^\n]++)|[^\n]*+)\n?"
+)
 
 
 def parse_maps(raw: bytes) -> list[tuple[str, int, int, str]]:
     """Return path, start, end and the name in map_files of each file that is mapped as code.
 
     Args:
-        raw: /proc/<pid>/maps, or its beginning.
+        raw: /proc/<pid>/maps, or its beginning, in the order of addresses.
     """
-    files: dict[tuple[bytes, bytes, bytes], _Mapped] = {}
-    for one in mappings(raw):
-        if not one.path or one.inode == b"0":
+    files: dict[tuple[bytes, bytes], _Mapped] = {}
+    for start, end, code, identity, path in _FILE_MAPPING.findall(raw):
+        if not path:
             continue
-        mapped = files.setdefault(
-            (one.device, one.inode, one.path),
-            _Mapped(one.start, one.end, False, f"{one.start:x}-{one.end:x}"),
-        )
-        mapped.end = max(mapped.end, one.end)
-        mapped.code = mapped.code or one.is_code
-    return [
-        (names.text(path), one.start, one.end, one.first)
-        for (_, _, path), one in files.items()
-        if one.code
-    ][:MAX_MODULES]
+        mapped = files.get((identity, path))
+        if mapped is None:
+            mapped = files[identity, path] = _Mapped(start, end, end)
+        mapped.end = end
+        mapped.code = mapped.code or code == b"x"
+    found = (one.told(path) for (_, path), one in files.items() if one.code)
+    return list(islice(found, MAX_MODULES))
 
 
 def with_modules(facts: Facts, files: int, opened: Mapping[str, int] | None = None) -> Facts:
