@@ -1,5 +1,6 @@
 """What is told of services and of a container's crash, and what lies at its destinations."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -86,6 +87,31 @@ def check_contents(stack: Stack, receipts: list[Receipt]) -> dict[str, bytes]:
         assert len(content) == receipt.file.size
         found[receipt.file.name] = content
     return found
+
+
+async def in_bucket(stack: Stack, crash_id: str) -> Manifest:
+    """Return a crash's manifest in the bucket; the files that it names lie there, bit for bit.
+
+    For what was delivered before the bus was killed: it may have lost the last receipts.
+    """
+    return await until(lambda: asyncio.to_thread(_in_bucket, stack, crash_id), WITHIN, every=0.5)
+
+
+def _in_bucket(stack: Stack, crash_id: str) -> Manifest | None:
+    store = stack.store()
+    names = [str(one.object_name) for one in store.list_objects("crashes", recursive=True)]
+    ours = [name for name in names if name.endswith(f"-{crash_id}/{MANIFEST_NAME}")]
+    if not ours:
+        return None
+    (place,) = ours
+    manifest = Manifest.model_validate_json(store.get_object("crashes", place).data)
+    for file in manifest.files:
+        if file.kind in WHOLE:
+            stored_as = file.name + (".zst" if file.encoding == "zstd" else "")
+            raw = store.get_object("crashes", place.replace(MANIFEST_NAME, stored_as)).data
+            content = decompressed(raw) if file.encoding == "zstd" else raw
+            assert hashlib.sha256(content).hexdigest() == file.sha256, file.name
+    return manifest
 
 
 def one_of(files: dict[str, bytes], pattern: str) -> bytes:

@@ -33,6 +33,12 @@ HERE = Path(__file__).parent
 CACHE = ROOT / "build"
 STAND_INS_FILE = HERE / "stand-ins.yaml"
 CRASHING = "python:3-slim"  # the image that the README crashes
+# At a time, by the recorder.
+CAPTURES = int(
+    yaml.safe_load(STAND_INS_FILE.read_text())["services"]["recorder"]["environment"][
+        "CRASHBUS_RECORDER_CAPTURES"
+    ]
+)
 
 
 def pinned(name: str) -> str:
