@@ -13,7 +13,7 @@ from services.recorder.core_writing import write_core
 from services.recorder.errors import CaptureFailed
 from services.recorder.hold import Hold
 from services.recorder.recording import Recording, begin, understand, write_early
-from services.recorder.taking import Taken
+from services.recorder.taken import Taken
 
 
 def capture_crash(hold: Hold, on: Conditions) -> Recording:

@@ -19,7 +19,8 @@ from services.recorder.core_policy import CorePolicy, Extent
 from services.recorder.debuginfod import Debuginfod
 from services.recorder.mechanism import Mechanism
 from services.recorder.settings import RecorderSettings
-from services.recorder.taking import LIBRARY, Taker, load
+from services.recorder.taker_library import LIBRARY, load
+from services.recorder.taking import Taker
 from services.recorder.unwind_process import Server as UnwindServer
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()

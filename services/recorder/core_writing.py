@@ -16,7 +16,7 @@ from services.recorder.core_pages import Pages
 from services.recorder.core_policy import Decision, Extent
 from services.recorder.hold import Hold
 from services.recorder.recording import Recording, add_container, keep_record
-from services.recorder.taking import Taken
+from services.recorder.taken import Taken
 
 _LONGEST_HEAD = 8 * 1024 * 1024  # bytes of headers and notes that are kept in memory
 _NO_DISK = 16 * 1024 * 1024  # bytes; with less room the stacks are kept in memory

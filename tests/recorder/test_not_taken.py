@@ -15,10 +15,11 @@ import pytest
 from services.common.mounts import Mounts
 from services.common.proc import LIVE
 from services.common.unrecorded import Unrecorded
-from services.recorder import arrival, core_head, taking
+from services.recorder import arrival, core_head, taker_library, taking
 from services.recorder.hold import Hold
 from services.recorder.mechanism import Mechanism
-from services.recorder.taking import Taken, Taker
+from services.recorder.taken import Taken
+from services.recorder.taking import Taker
 from tests.recorder.test_taking import taker
 
 __all__ = ("taker",)
@@ -130,7 +131,7 @@ def test_process_whose_core_has_a_strange_head_stays_as_it_came(taker: Taker) ->
 def test_process_that_could_not_be_named_stays_as_it_came(
     taker: Taker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(taking._WANTED[0], "name", b"absent")  # instead of stat
+    monkeypatch.setattr(taker_library._WANTED[0], "name", b"absent")  # instead of stat
     with waiting() as one:
         assert is_as_it_came(take(taker, one), one)
 
@@ -177,7 +178,7 @@ def test_error_meanwhile_leaves_a_process_as_it_came(
 def test_who_crashes_is_told_without_room_for_it(
     taker: Taker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(taking, "mmap", no_memory)
+    monkeypatch.setattr(taker_library, "mmap", no_memory)
     monkeypatch.setattr(taker, "_crashes", [])
     ours, kernels = socket.socketpair()
     hold = Hold(ours.detach(), 20)

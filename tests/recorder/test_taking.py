@@ -22,7 +22,9 @@ from services.recorder.errors import CaptureFailed
 from services.recorder.hold import Hold
 from services.recorder.mechanism import Mechanism
 from services.recorder.settings import RecorderSettings
-from services.recorder.taking import LIBRARY, Taken, Taker, load
+from services.recorder.taken import Taken
+from services.recorder.taker_library import LIBRARY, load
+from services.recorder.taking import Taker
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_core_pages import SMALL_PYTHON, Crash, coredump_socket, same
 from tests.support.crashers import FATAL, crasher

@@ -154,7 +154,7 @@ int put_threads(struct crash *crash) {
     return threads > 0 && (uint32_t)threads <= crash->threads ? 0 : -1;
 }
 
-/* --- what taking.py wants beside ------------------------------------------------------------ */
+/* --- what taken.py wants beside ------------------------------------------------------------- */
 
 const char *put_groups(struct crash *crash) {
     return put_file(crash, crash->place, "cgroup", LONGEST_STATUS);
