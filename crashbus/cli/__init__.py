@@ -5,16 +5,16 @@ service needs nothing more to run ``crashbus <service>``.
 """
 
 import io
-import resource
 import sys
 
+from crashbus import own_cores
 from crashbus.cli.services import SERVICES, become
 
 
 def main() -> None:
     """Run the command line and exit."""
-    # Destinations' keys are in our environment, and whoever has core_pattern may keep our memory.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Destinations' keys are in our environment.
+    own_cores.leave_none()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no error

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import resource
 import signal
 import sys
 import threading
@@ -24,6 +23,7 @@ from typing import Any, TypeVar
 import structlog
 from pydantic_core import PydanticUndefined
 
+from crashbus import own_cores
 from crashbus.bus import Bus
 from crashbus.connecting import connect, without_secrets
 from crashbus.errors import BusFull, BusUnreachable
@@ -118,14 +118,13 @@ def run(name: str, settings_class: type[S], work: Work[S], http: Callable[[S], s
     Exits with 0 after SIGTERM or SIGINT, 2 when a setting is wrong, 1 when it failed.
     """
     _help(name, settings_class)
+    own_cores.leave_none()  # before we know any key
     try:
         bus_settings, settings = BusSettings.load(), settings_class.load()
         redact.also(bus_settings.redact_names, bus_settings.redact_forms)
     except SettingsError as error:
         sys.stderr.write(f"crashbus {name}: {error}\n")
         sys.exit(EXIT_SETTINGS)
-    # Our memory holds keys, and whoever has core_pattern instead of us may keep it.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return_large_blocks()
     logs.configure(bus_settings.log_level, bus_settings.log_format, name)
     runtime = Runtime(name, bus_settings, Health())

@@ -14,10 +14,9 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Self
 
+from crashbus import own_cores
 from crashbus.parts import Process
 
-# All of them are started as ``python -m services.<one>``.
-SERVICES = ("detector", "recorder", "collector", "shipper")
 LOOP_SECONDS = 60.0
 _FIELDS = ("executable", "argument", "user", "container", "label")
 _MAX_PROGRAMS = 10_000  # remembered; the one that crashed longest ago is forgotten
@@ -77,6 +76,8 @@ class Rule:
                 return any(fnmatchcase(one, self.pattern) for one in process.command_line)
             case "user":
                 return self.pattern in (username, str(process.uid))
+            case "comm":
+                return process.comm == self.pattern
             case "container":
                 return process.container is not None and process.container.id.startswith(
                     self.pattern
@@ -88,10 +89,7 @@ class Rule:
 
 
 # Crashbus's own processes, which hold the keys of bus and destinations.
-OWN = tuple(
-    Rule("argument", pattern, "CRASHBUS_RECORDER_OWN_CORES")
-    for pattern in (*(f"services.{one}" for one in SERVICES), "crashbus", "*/crashbus")
-)
+OWN = Rule("comm", own_cores.NAME, "CRASHBUS_RECORDER_OWN_CORES")
 
 
 class CorePolicy:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from crashbus import messages
+from crashbus import messages, own_cores
 from crashbus.cli.services import SERVICES
 from crashbus.message_base import Message
 from tests.cli.support import crashbus
@@ -63,17 +63,20 @@ async def test_schema_of_no_message() -> None:
     assert result.err.startswith("crashbus: there is no message 'nope'; take one of SignalEvent")
 
 
-def test_the_command_line_leaves_no_core_where_others_keep_them() -> None:
+def test_the_command_line_leaves_no_core_and_what_it_starts_is_not_taken_for_it() -> None:
     program = (
-        "import resource, sys\n"
+        "import resource, subprocess, sys\n"
         "from crashbus.cli import main\n"
         "resource.setrlimit(resource.RLIMIT_CORE, (4096, 4096))\n"
         "sys.argv = ['crashbus', 'schema', 'SignalEvent']\n"
         "try: main()\n"
-        "finally: print(resource.getrlimit(resource.RLIMIT_CORE))\n"
+        "finally:\n"
+        "  print(resource.getrlimit(resource.RLIMIT_CORE))\n"
+        "  print(open('/proc/self/comm').read(), end='', flush=True)\n"
+        "  subprocess.run(['cat', '/proc/self/comm'])\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.stdout.endswith("}\n(0, 0)\n"), result.stderr
+    assert result.stdout.endswith(f"}}\n(0, 0)\n{own_cores.NAME}\ncat\n"), result.stderr
 
 
 def without(modules: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from crashbus import layout
+from crashbus import layout, own_cores
 from crashbus.parts import Container, Process
 from services.recorder import core_policy
 from services.recorder.core_policy import CorePolicy, Extent, Rule
@@ -82,24 +82,13 @@ def test_what_is_no_rule(text: str) -> None:
         Rule.parse(text)
 
 
-@pytest.mark.parametrize(
-    ("command", "extent"),
-    [
-        ("python -m services.shipper", Extent.NOTHING),
-        ("python /opt/crashbus/bin/crashbus run", Extent.NOTHING),
-        ("python bin/crashbus run", Extent.NOTHING),
-        ("python ./crashbus run", Extent.NOTHING),
-        ("python crashbus run", Extent.NOTHING),
-        ("python -m crashbus run", Extent.NOTHING),
-        ("python /opt/crashbus/bin/other run", Extent.ALL),
-        ("python -m crashbus_of_others", Extent.ALL),
-    ],
-)
-def test_our_own_processes_leave_no_core_however_they_are_started(
-    command: str, extent: Extent
-) -> None:
+def test_our_own_processes_are_known_by_the_name_that_they_give_themselves() -> None:
     policy = CorePolicy(Extent.ALL, RecorderSettings().core_off_rules)
-    assert policy.decide(process(arguments=tuple(command.split())), "root").extent is extent
+    like_ours = process(arguments=("python", "-m", "services.shipper", "/opt/bin/crashbus"))
+
+    assert policy.decide(like_ours, "root").extent is Extent.ALL
+    ours = like_ours.model_copy(update={"comm": own_cores.NAME})
+    assert policy.decide(ours, "root").extent is Extent.NOTHING
 
 
 class Clock:
@@ -241,3 +230,33 @@ async def test_service_that_holds_keys_leaves_no_core_while_there_is_no_recorder
     await recorder.captured(shipper.pid)
     kept = list((recorder.spool / str(shipper.pid)).glob("core_*"))
     assert bool(kept) is own_cores
+
+
+_LIKE_OURS = ("-c", "import ctypes; ctypes.string_at(0)", "crashbus", "-m", "services.shipper")
+
+
+async def test_program_of_a_user_leaves_its_core_whatever_its_arguments(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with()
+    await recorder.start()
+
+    pid, _ = await asyncio.to_thread(crash, sys.executable, *_LIKE_OURS)
+
+    record = await recorder.captured(pid)
+    assert record.process.command_line[-1] == "services.shipper"
+    assert recorder.file(pid, "core").stat().st_size > 0
+
+
+async def test_program_of_a_user_leaves_its_core_while_there_is_no_recorder(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with(recorder_mechanism="pipe")
+    await recorder.start()
+    recorder.kill()
+    await until(lambda: "core_pattern stays" in recorder.log)
+
+    pid, _ = await asyncio.to_thread(crash, sys.executable, *_LIKE_OURS)
+
+    (orphan,) = (recorder.spool / layout.ORPHANS).glob(f"*-{pid}")
+    assert (orphan / "end").read_text() == ""

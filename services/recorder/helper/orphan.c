@@ -111,40 +111,52 @@ static bool has_argument(const char *form, const char *arguments, size_t size) {
     return false;
 }
 
+/* Who crashed, as rules may name them.
+ *
+ * arguments: each ends with a NUL; all of `told` bytes.
+ */
+struct crashed {
+    char status[MAX_SMALL], cgroup[MAX_SMALL], arguments[MAX_SMALL];
+    char executable[PATH_MAX], name[32], user[16];
+    size_t told;
+};
+
+static void look_at(int process, int thread, struct crashed *one) {
+    size_t size = read_at(process, "comm", one->name, sizeof one->name);
+    if (size) one->name[size - 1] = '\0'; /* the line feed */
+    read_at(process, "status", one->status, sizeof one->status);
+    read_at(process, "cgroup", one->cgroup, sizeof one->cgroup);
+    one->told = read_at(thread, "cmdline", one->arguments, sizeof one->arguments);
+    const char *line = strstr(one->status, "\nUid:");
+    if (line) sscanf(line, "\nUid: %15s", one->user);
+    if (readlinkat(thread, "exe", one->executable, sizeof one->executable - 1) < 0)
+        strcpy(one->executable, one->name);
+}
+
 /* Tell whether a rule that follows "off" is about this process. One that is not understood is:
  * memory that nobody may keep must not be kept by mistake. */
-static bool fits(char *rule, const char *executable, const char *user, const char *cgroup,
-                 const char *arguments, size_t size) {
+static bool fits(char *rule, const struct crashed *one) {
     char *value = strchr(rule, ' ');
     if (value) *value++ = '\0';
-    if (!strcmp(rule, "containers")) return is_in_container(cgroup, "");
-    if (value && !strcmp(rule, "executable")) return !fnmatch(value, executable, FNM_NOESCAPE);
-    if (value && !strcmp(rule, "argument")) return has_argument(value, arguments, size);
-    if (value && !strcmp(rule, "user")) return !strcmp(value, user);
-    if (value && !strcmp(rule, "container")) return is_in_container(cgroup, value);
+    if (!strcmp(rule, "containers")) return is_in_container(one->cgroup, "");
+    if (value && !strcmp(rule, "executable")) return !fnmatch(value, one->executable, FNM_NOESCAPE);
+    if (value && !strcmp(rule, "argument")) return has_argument(value, one->arguments, one->told);
+    if (value && !strcmp(rule, "comm")) return !strcmp(value, one->name);
+    if (value && !strcmp(rule, "user")) return !strcmp(value, one->user);
+    if (value && !strcmp(rule, "container")) return is_in_container(one->cgroup, value);
     return true;
 }
 
 /* Decide what may be kept of a process, before a byte of its memory is. */
 static void apply_rules(int process, int thread) {
-    static char status[MAX_SMALL], cgroup[MAX_SMALL], executable[PATH_MAX], arguments[MAX_SMALL];
-    char user[16] = "";
-    read_at(process, "status", status, sizeof status);
-    read_at(process, "cgroup", cgroup, sizeof cgroup);
-    const char *line = strstr(status, "\nUid:");
-    if (line) sscanf(line, "\nUid: %15s", user);
-    size_t told = read_at(thread, "cmdline", arguments, sizeof arguments);
-    ssize_t size = readlinkat(thread, "exe", executable, sizeof executable - 1);
-    if (size > 0) executable[size] = '\0';
-    else if ((size = (ssize_t)read_at(process, "comm", executable, sizeof executable)) > 0)
-        executable[size - 1] = '\0';
+    static struct crashed one;
+    look_at(process, thread, &one);
     char *rest = job.rules;
     for (char *rule; (rule = strsep(&rest, "\n"));) {
         char *value = strchr(rule, ' ');
         if (value) *value++ = '\0';
         if (!*rule || (value && is_general(rule, value))) continue;
-        if (!value || strcmp(rule, "off") || fits(value, executable, user, cgroup, arguments, told))
-            job.head_only = true;
+        if (!value || strcmp(rule, "off") || fits(value, &one)) job.head_only = true;
     }
 }
 
