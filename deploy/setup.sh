@@ -16,7 +16,7 @@ packages=(
 )
 
 # make test-kernels: machines with older kernels
-[ -z "${MACHINES:-}" ] || packages+=(qemu-system-x86 busybox-static e2fsprogs)
+[ -z "${MACHINES:-}" ] || packages+=(qemu-system-x86 e2fsprogs)
 packages+=(g++ golang-go openjdk-17-jre-headless)  # tests: programs that crash
 packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross)  # tests: the pipe helper compiles for arm64
 packages+=(mmdebstrap)                  # tests: a base for images where no registry is reached
@@ -78,15 +78,17 @@ if [ -d $sources ] && { [ ! -e $taker ] || [ -n "$(find $sources -newer $taker)"
   gcc -shared -fPIC -O2 -Wall -Wextra -Werror -o $taker $sources/*.c
 fi
 
-# tests, benchmarks: systemd's handler of cores, unpacked and not installed: that changes core_pattern.
-coredump=build/systemd-coredump
-if [ ! -e $coredump ]; then
+# unpack PACKAGE: into build/PACKAGE, for it is not to be installed.
+unpack() {
+  [ ! -e "build/$1" ] || return 0
   mkdir -p build
   (
     cd build
-    cp /var/cache/apt/archives/systemd-coredump_*.deb . 2>/dev/null ||
-      apt-get download -qq -o Acquire::Retries=3 systemd-coredump >/dev/null 2>&1 ||
-      { apt-get update -qq && apt-get download -qq -o Acquire::Retries=3 systemd-coredump; } >/dev/null 2>&1
-  ) && dpkg -x build/systemd-coredump_*.deb $coredump || say "no systemd-coredump to test beside"
-  rm -f build/systemd-coredump_*.deb
-fi
+    cp /var/cache/apt/archives/"$1"_*.deb . 2>/dev/null ||
+      apt-get download -qq -o Acquire::Retries=3 "$1" >/dev/null 2>&1 ||
+      { apt-get update -qq && apt-get download -qq -o Acquire::Retries=3 "$1"; } >/dev/null 2>&1
+  ) && dpkg -x build/"$1"_*.deb "build/$1" || say "no $1 to test with"
+  rm -f build/"$1"_*.deb
+}
+unpack systemd-coredump  # tests, benchmarks: systemd's handler of cores; it would change core_pattern
+[ -z "${MACHINES:-}" ] || unpack busybox-static  # it would take busybox's place

@@ -17,7 +17,8 @@ CLONE = HERE.parents[1]
 KERNELS = CLONE / "build" / "kernels"
 
 _QEMU = ("qemu-system-x86_64", "-nodefaults", "-no-reboot")
-_BUSYBOX, _VIRTIOFSD = Path("/bin/busybox"), Path("/usr/lib/qemu/virtiofsd")
+_BUSYBOX = CLONE / "build/busybox-static/bin/busybox"
+_VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
 # What the host's files and a layer over them need, in the order of insmod(8); what a kernel has
 # built in is no module there.
 _MODULES = (
@@ -93,8 +94,8 @@ def _initramfs(place: Path, kernel: Path, command: str) -> None:
             packed = module.suffix == ".xz"
             target = root / "modules" / f"{number}-{name}.ko"
             target.write_bytes(lzma.decompress(content) if packed else content)
-    archive = "find . | busybox cpio -o -H newc >../initramfs"
-    subprocess.run(["sh", "-c", archive], cwd=root, check=True, stderr=subprocess.DEVNULL)
+    archive = 'find . | "$0" cpio -o -H newc >../initramfs'
+    subprocess.run(["sh", "-c", archive, _BUSYBOX], cwd=root, check=True, stderr=subprocess.DEVNULL)
 
 
 @contextmanager
