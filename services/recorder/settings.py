@@ -95,6 +95,7 @@ class RecorderSettings(Settings):
     max_core_bytes: int = Field(
         64 * 1024**3,
         ge=0,
+        lt=2**63,
         description="bytes that a core may have; a larger one is laid out anew with touched "
         "pages alone, stacks first, the largest mappings left out; 0: as large as it is",
     )

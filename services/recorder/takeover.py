@@ -65,7 +65,11 @@ class Takeover:
         place = self._helper.with_name(orphan_rules.NAME)
         try:
             rules = orphan_rules.text(orphans.prepare(), self._settings, self.former)
-            place.write_text(rules, errors="surrogateescape")
+            # Whole at any moment, for a helper takes what it finds, if nobody else may write it.
+            new = place.with_suffix(".new")
+            new.write_text(rules, errors="surrogateescape")
+            new.chmod(0o600)
+            new.replace(place)
         except (OSError, SpoolUnusable) as error:
             # As before there were any: such a crash is a visible gap.
             place.unlink(missing_ok=True)

@@ -12,13 +12,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.support.requirements import need_program
+from tests.support.requirements import need_program, need_root
 
 SOURCES = Path(__file__).parents[2] / "services/recorder/helper"
 WITHIN = 60  # seconds for a run; the machine may be busy
@@ -49,9 +49,16 @@ def orphans(helper: Path, tmp_path: Path) -> Iterator[Path]:
     (helper.parent / "rules").unlink()
 
 
-def rules(helper: Path, directory: Path, *more: str, seconds: int = WITHIN) -> None:
-    general = (f"directory {directory}", "most 1000", f"seconds {seconds}")
-    (helper.parent / "rules").write_bytes(os.fsencode("\n".join((*general, *more, ""))))
+def rules(helper: Path, orphans: Path, /, *more: str, **other: str | None) -> None:
+    """Leave rules beside the helper.
+
+    Args:
+        other: values unlike those that a recorder leaves; None: that rule is missing.
+    """
+    usual = {"directory": str(orphans), "limit": "0", "reserve": "0", "most": "1000"}
+    general = usual | {"seconds": f"{WITHIN}"} | other
+    lines = [f"{key} {value}" for key, value in general.items() if value is not None]
+    (helper.parent / "rules").write_bytes(os.fsencode("\n".join((*lines, *more, ""))))
 
 
 def run(helper: Path, *arguments: str | bytes, core: bytes = b"") -> int:
@@ -162,6 +169,118 @@ def test_odd_cores_are_kept_as_they_come(
         assert core.startswith((kept / "core").read_bytes())
     else:
         assert (told, (kept / "core").read_bytes()) == ("", core)
+
+
+@contextmanager
+def kernel_log() -> Iterator[Callable[[], str]]:
+    """Give what reads the kernel's log from now on."""
+    log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    os.lseek(log, 0, os.SEEK_END)
+
+    def read() -> str:
+        lines = []
+        with suppress(BlockingIOError):
+            while line := os.read(log, 8192):
+                lines.append(line.decode(errors="replace"))
+        return "".join(lines)
+
+    try:
+        yield read
+    finally:
+        os.close(log)
+
+
+NO_NUMBERS = ("", " ", "5 ", " 5", "+5", "-1", "5s", "0x5", "5 5", "9" * 19, "1" + "0" * 19)
+WRONG = [
+    *(("seconds", value) for value in (*NO_NUMBERS, "0", "61", None)),
+    *(("most", value) for value in (*NO_NUMBERS, None)),
+    *(("reserve", value) for value in (*NO_NUMBERS, "1001", None)),
+    *(("limit", value) for value in (*NO_NUMBERS, None)),
+    *(("directory", value) for value in ("", "orphans", None)),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG)
+def test_wrong_rule_is_refused_and_named(
+    helper: Path, orphans: Path, key: str, value: str | None
+) -> None:
+    need_root()  # for the kernel's log
+    rules(helper, orphans, **{key: value})
+
+    with kernel_log() as log:
+        assert run(helper, *me(), core=b"core") == 1
+        said = log()
+
+    named = f"crash of PID {os.getpid()} not captured: the recorder took nothing, and the rules"
+    assert f"{named} are wrong at '{key}': Invalid argument" in said
+    assert not list(orphans.iterdir())
+
+
+@pytest.mark.parametrize("key", ["directory", "limit", "reserve", "most", "seconds", "handler"])
+def test_rule_that_is_there_twice_is_refused(helper: Path, orphans: Path, key: str) -> None:
+    again = {"directory": str(orphans), "handler": "5 /bin/true % %"}.get(key, "5")
+    rules(helper, orphans, f"{key} {again}", **({"handler": again} if key == "handler" else {}))
+
+    assert run(helper, *me(), core=b"core") == 1
+    assert not list(orphans.iterdir())
+
+
+def test_rule_is_where_a_line_begins_and_nowhere_else(helper: Path, orphans: Path) -> None:
+    place = orphans / "seconds 0"
+    place.mkdir(mode=0o700)
+    rules(helper, place)
+
+    assert run(helper, *me(), core=b"core") == 0
+    (kept,) = place.iterdir()
+    assert ((kept / "core").read_bytes(), (kept / "end").read_text()) == (b"core", "")
+
+
+def others_may_write(file: Path) -> None:
+    file.chmod(0o602)
+
+
+def another_owns(file: Path) -> None:
+    os.chown(file, 65534, -1)
+
+
+def pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file, 0o600)
+
+
+def link(file: Path) -> None:
+    file.symlink_to(file.rename(file.with_name("elsewhere")))
+
+
+def cut_by_a_nul(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\0\noff everyone\n")
+
+
+def too_long(file: Path) -> None:
+    file.write_bytes(file.read_bytes().ljust(64 * 1024, b"\n"))
+
+
+@pytest.mark.parametrize(
+    "meddle", [others_may_write, another_owns, pipe, link, cut_by_a_nul, too_long]
+)
+def test_rules_that_are_not_the_recorders_are_not_believed(
+    helper: Path, orphans: Path, meddle: Callable[[Path], None]
+) -> None:
+    need_root()
+    meddle(helper.parent / "rules")
+
+    assert run(helper, *me(), core=b"core") == 1
+    assert not list(orphans.iterdir())
+
+
+def test_of_more_rules_than_can_be_heeded_no_memory_is_kept(helper: Path, orphans: Path) -> None:
+    rules(helper, orphans, *["off comm x"] * 1024)
+    assert run(helper, *me(), core=b"core") == 0
+    rules(helper, orphans, *["off comm x"] * 1025)
+    path, pid, tid, number, _ = me()
+    assert run(helper, path, pid, tid, number, "7", core=b"core") == 0
+
+    assert {(one / "end").read_text() for one in orphans.iterdir()} == {"", "no memory may be kept"}
 
 
 KEYS = (

@@ -27,6 +27,7 @@
 
 enum {
     RULES = 64 * 1024,   /* bytes of the file */
+    OFF = 1024,          /* rules of whom no memory is kept */
     BLOCK = 256 * 1024,  /* bytes read at once; headers and notes of most cores fit */
     PAGE = 4096,
     TASKS = 256,         /* threads told */
@@ -37,16 +38,28 @@ enum { MAX_ENVIRON = 128 * 1024 + 1, MAX_MAPS = 8 << 20, MAX_SMALL = 256 * 1024 
 
 static struct {
     const char *crash, *pid, *tid, *time;
-    char rules[RULES];
+    char rules[RULES + 1];
     const char *directory; /* for all orphans */
-    uint64_t limit;        /* bytes of a core; 0: any number */
-    uint64_t reserve;      /* per mille of the disk that stay free */
-    unsigned most, seconds;
+    char *off[OFF];        /* rules that say of whom no memory is kept */
+    unsigned offs;
     bool head_only; /* no memory of anybody's */
     struct timespec end;
     const char *fault;
     struct kept kept;
 } job = {.kept = {.core = -1}};
+
+/* Rules that are numbers: each is there, and once. */
+enum { LIMIT, RESERVE, MOST, SECONDS, NUMBERS };
+static struct {
+    const char *key;
+    uint64_t least, most, value;
+    bool is_told;
+} numbers[NUMBERS] = {
+    [LIMIT] = {.key = "limit", .most = INT64_MAX},         /* bytes of a core; 0: any number */
+    [RESERVE] = {.key = "reserve", .most = 1000},          /* per mille of the disk that stay free */
+    [MOST] = {.key = "most", .most = 1 << 20},             /* crashes that wait */
+    [SECONDS] = {.key = "seconds", .least = 1, .most = 60}, /* that a process is held */
+};
 
 static bool is_over(void) {
     struct timespec now;
@@ -54,32 +67,74 @@ static bool is_over(void) {
     return now.tv_sec >= job.end.tv_sec;
 }
 
-/* The file's lines are "<key> <value>"; those that begin with "off" are read when it is known who
- * crashed. */
+/* Read the file beside the helper, if it is what the recorder left there: root's alone to write. */
 static const char *read_rules(const char *helper) {
     char path[PATH_MAX];
+    struct stat status;
     const char *slash = strrchr(helper, '/');
     if (!slash || snprintf(path, sizeof path, "%.*s/rules", (int)(slash - helper), helper) >=
                       (int)sizeof path)
         return "the helper's place is not known";
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
-    ssize_t size = fd < 0 ? -1 : read(fd, job.rules, RULES - 1);
-    if (size < 0) return "the recorder took nothing and left no rules";
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    if (fd < 0) return "the recorder took nothing and left no rules";
+    bool is_ours = !fstat(fd, &status) && S_ISREG(status.st_mode) &&
+                   status.st_uid == geteuid() && !(status.st_mode & 022);
+    ssize_t size = is_ours ? read(fd, job.rules, RULES) : -1;
     close(fd);
-    if (size == RULES - 1) return "the rules are too long";
+    if (!is_ours) return "the recorder took nothing, and the rules are not ours alone";
+    if (size < 0 || size == RULES) return "the rules cannot be read, or are too long";
+    /* What stood behind a NUL would not be heeded. */
+    return strlen(job.rules) == (size_t)size ? NULL : "the rules are no text";
+}
+
+static const char *refuse(const char *key) {
+    static char fault[80];
+    snprintf(fault, sizeof fault, "the recorder took nothing, and the rules are wrong at '%s'", key);
+    errno = EINVAL;
+    return fault;
+}
+
+static bool take_number(int which, const char *value) {
+    size_t digits = strspn(value, "0123456789");
+    if (numbers[which].is_told || !digits || digits > 19 || value[digits]) return false;
+    uint64_t number = strtoull(value, NULL, 10); /* 19 digits are less than 2^64 */
+    numbers[which].is_told = true;
+    numbers[which].value = number;
+    return number >= numbers[which].least && number <= numbers[which].most;
+}
+
+/* Take in a rule; return what is wrong with it. One that is not understood is no fault, but may
+ * have been one about memory. */
+static const char *take_rule(const char *key, char *value) {
+    for (int i = 0; i < NUMBERS; i++)
+        if (!strcmp(key, numbers[i].key)) return take_number(i, value) ? NULL : refuse(key);
+    if (!strcmp(key, "directory")) {
+        if (job.directory || *value != '/') return refuse(key);
+        job.directory = value;
+    } else if (!strcmp(key, "handler")) {
+        if (job.kept.handler) return refuse(key);
+        job.kept.handler = value;
+    } else if (!strcmp(key, "off") && job.offs < OFF) {
+        job.off[job.offs++] = value; /* for when it is known who crashed */
+    } else {
+        job.head_only = true;
+    }
     return NULL;
 }
 
-/* Take in a rule that holds for every crash; true if this was one. */
-static bool is_general(const char *key, char *value) {
-    if (!strcmp(key, "directory")) job.directory = value;
-    else if (!strcmp(key, "limit")) job.limit = strtoull(value, NULL, 10);
-    else if (!strcmp(key, "reserve")) job.reserve = strtoull(value, NULL, 10);
-    else if (!strcmp(key, "most")) job.most = (unsigned)strtoul(value, NULL, 10);
-    else if (!strcmp(key, "handler")) job.kept.handler = value;
-    else if (!strcmp(key, "seconds")) job.seconds = (unsigned)strtoul(value, NULL, 10);
-    else return false;
-    return true;
+/* The file's lines are "<key> <value>"; services/recorder/orphan_rules.py. */
+static const char *parse_rules(void) {
+    char *rest = job.rules;
+    for (char *line; (line = strsep(&rest, "\n"));) {
+        char *value = strchr(line, ' ');
+        if (value) *value++ = '\0';
+        if (!value && *line) job.head_only = true;
+        const char *fault = value ? take_rule(line, value) : NULL;
+        if (fault) return fault;
+    }
+    for (int i = 0; i < NUMBERS; i++)
+        if (!numbers[i].is_told) return refuse(numbers[i].key);
+    return job.directory ? NULL : refuse("directory");
 }
 
 static size_t read_at(int directory, const char *name, char *text, size_t room) {
@@ -151,13 +206,8 @@ static bool fits(char *rule, const struct crashed *one) {
 static void apply_rules(int process, int thread) {
     static struct crashed one;
     look_at(process, thread, &one);
-    char *rest = job.rules;
-    for (char *rule; (rule = strsep(&rest, "\n"));) {
-        char *value = strchr(rule, ' ');
-        if (value) *value++ = '\0';
-        if (!*rule || (value && is_general(rule, value))) continue;
-        if (!value || strcmp(rule, "off") || fits(value, &one)) job.head_only = true;
-    }
+    for (unsigned i = 0; i < job.offs; i++)
+        if (fits(job.off[i], &one)) job.head_only = true;
 }
 
 static bool write_all(int fd, const char *data, size_t size) {
@@ -280,9 +330,10 @@ static bool write_sparse(int core, const char *block, size_t size, uint64_t plac
 static uint64_t room_for_core(int core) {
     struct statvfs disk;
     if (fstatvfs(core, &disk)) return 0;
-    uint64_t kept = disk.f_blocks / 1000 * job.reserve, room = 0;
+    uint64_t kept = disk.f_blocks / 1000 * numbers[RESERVE].value, room = 0;
+    uint64_t limit = numbers[LIMIT].value;
     if (disk.f_bavail > kept) room = (disk.f_bavail - kept) * disk.f_frsize;
-    return job.limit && job.limit < room ? job.limit : room;
+    return limit && limit < room ? limit : room;
 }
 
 /* Copy the core as far as it goes; return why it is not whole, or "". */
@@ -316,18 +367,16 @@ static const char *copy_core(int directory) {
 /* Open the directory of all orphans, if it is root's alone and has room for one more. */
 static int open_orphans(void) {
     struct stat status;
-    int fd = job.directory
-                 ? open(job.directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)
-                 : -1;
+    int fd = open(job.directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0 || fstat(fd, &status) || status.st_uid != geteuid() || status.st_mode & 077) {
         job.fault = "the recorder took nothing, and its directory for that is missing or not ours";
         return -1;
     }
-    unsigned count = 0;
+    uint64_t count = 0;
     DIR *orphans = fdopendir(dup(fd));
     while (orphans && readdir(orphans)) count++;
     if (orphans) closedir(orphans);
-    if (count < job.most + 2) return fd; /* "." and ".." */
+    if (count < numbers[MOST].value + 2) return fd; /* "." and ".." */
     job.fault = "the recorder took nothing, and too many crashes wait for it already";
     return -1;
 }
@@ -367,13 +416,11 @@ const char *keep_orphan(const char *helper, const char *crash, const char *pid, 
                         const char *time, struct kept *kept) {
     pthread_t thread;
     job.crash = crash, job.pid = pid, job.tid = tid, job.time = time;
-    job.seconds = 60;
     const char *fault = read_rules(helper);
+    if (!fault) fault = parse_rules();
     if (fault) return fault;
-    const char *seconds = strstr(job.rules, "seconds ");
-    if (seconds) job.seconds = (unsigned)strtoul(seconds + 8, NULL, 10);
     clock_gettime(CLOCK_MONOTONIC, &job.end);
-    job.end.tv_sec += job.seconds;
+    job.end.tv_sec += (time_t)numbers[SECONDS].value;
     if (pthread_create(&thread, NULL, keep, NULL)) return "no thread";
     struct timespec end = job.end;
     for (int i = 0; i < 2; i++) {
