@@ -14,7 +14,7 @@ from crashbus.cli.services import SERVICES, become
 def main() -> None:
     """Run the command line and exit."""
     # Destinations' keys are in our environment.
-    own_cores.leave_none()
+    own_cores.leave_none("crashbus")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no error

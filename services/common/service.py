@@ -118,7 +118,7 @@ def run(name: str, settings_class: type[S], work: Work[S], http: Callable[[S], s
     Exits with 0 after SIGTERM or SIGINT, 2 when a setting is wrong, 1 when it failed.
     """
     _help(name, settings_class)
-    own_cores.leave_none()  # before we know any key
+    own_cores.leave_none(f"cb-{name}")  # before we know any key
     try:
         bus_settings, settings = BusSettings.load(), settings_class.load()
         redact.also(bus_settings.redact_names, bus_settings.redact_forms)

@@ -89,7 +89,7 @@ class Rule:
 
 
 # Crashbus's own processes, which hold the keys of bus and destinations.
-OWN = Rule("comm", own_cores.NAME, "CRASHBUS_RECORDER_OWN_CORES")
+OWN = tuple(Rule("comm", name, "CRASHBUS_RECORDER_OWN_CORES") for name in own_cores.NAMES)
 
 
 class CorePolicy:

@@ -259,7 +259,7 @@ class RecorderSettings(Settings):
     def core_off_rules(self) -> tuple[Rule, ...]:
         """The rules of `core_off`, and those about ourselves."""
         given = tuple(Rule.parse(one) for one in self.core_off.split(",") if one.strip())
-        return given if self.own_cores else (*given, OWN)
+        return given if self.own_cores else (*given, *OWN)
 
     @field_validator("core_to")
     @classmethod

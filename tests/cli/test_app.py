@@ -76,7 +76,7 @@ def test_the_command_line_leaves_no_core_and_what_it_starts_is_not_taken_for_it(
         "  subprocess.run(['cat', '/proc/self/comm'])\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.stdout.endswith(f"}}\n(0, 0)\n{own_cores.NAME}\ncat\n"), result.stderr
+    assert result.stdout.endswith(f"}}\n(0, 0)\n{own_cores.NAMES[0]}\ncat\n"), result.stderr
 
 
 def without(modules: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -82,12 +82,13 @@ def test_what_is_no_rule(text: str) -> None:
         Rule.parse(text)
 
 
-def test_our_own_processes_are_known_by_the_name_that_they_give_themselves() -> None:
+@pytest.mark.parametrize("name", own_cores.NAMES)
+def test_our_own_processes_are_known_by_the_name_that_they_give_themselves(name: str) -> None:
     policy = CorePolicy(Extent.ALL, RecorderSettings().core_off_rules)
     like_ours = process(arguments=("python", "-m", "services.shipper", "/opt/bin/crashbus"))
 
     assert policy.decide(like_ours, "root").extent is Extent.ALL
-    ours = like_ours.model_copy(update={"comm": own_cores.NAME})
+    ours = like_ours.model_copy(update={"comm": name})
     assert policy.decide(ours, "root").extent is Extent.NOTHING
 
 

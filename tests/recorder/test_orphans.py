@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from crashbus import Bus, DeadLetter, layout
+from crashbus import Bus, DeadLetter, layout, own_cores
 from crashbus.identity import crash_id
 from services.recorder import orphan_rules
 from services.recorder import orphans as orphans_module
@@ -458,5 +458,5 @@ def test_rules_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         *("directory /spool/.orphans", "limit 5", "reserve 25", "most 64", "seconds 60"),
         *("off executable /usr/bin/vault*", "off user 0", "off user 7", "off container ab"),
         "off containers",
-        "off comm crashbus-own",
+        *(f"off comm {name}" for name in own_cores.NAMES),
     ]
