@@ -61,7 +61,7 @@ class Ahead:
         self._seen[key] = None
         if len(self._seen) > 16 * _MOST:
             del self._seen[next(iter(self._seen))]
-        self._expected[crash_id] = Source(directory=directory, name=name, kind=Kind.CORE)
+        self._expected[crash_id] = Source(directory=directory, name=name, kind=Kind.CORE, owner=0)
         return True
 
     def has(self, crash_id: str) -> bool:

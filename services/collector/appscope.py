@@ -236,9 +236,7 @@ class _Watched:
 
     def _open(self, one: _Set, entry: Entry, directory: int) -> None:
         try:
-            if entry.uid != self._event.process.uid:
-                raise Refused("foreign_owner", f"{entry.name!r} belongs to UID {entry.uid}")
-            descriptor = spool.open_file(entry.name, directory)
+            descriptor = spool.open_file(entry.name, directory, self._event.process.uid)
         except FileNotFoundError:
             return
         except Refused as error:

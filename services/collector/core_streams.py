@@ -223,7 +223,7 @@ class CoreStreams:
                 spool.open_directory(str(self._root)) as root,
                 spool.open_directory(directory, root) as place,
             ):
-                file = spool.open_file(record, place)
+                file = spool.open_file(record, place, owner=0)
         except FileNotFoundError:
             return False
         except Refused:

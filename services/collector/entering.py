@@ -123,7 +123,9 @@ class Entering:
                 for file in module.files():
                     known = self._ledger.knows_file(BINARIES, file.name)
                     if not known and spool.is_root_s(file.name, directory):
-                        new[file.name] = Source(directory=BINARIES, name=file.name, kind=file.kind)
+                        new[file.name] = Source(
+                            directory=BINARIES, name=file.name, kind=file.kind, owner=0
+                        )
         return list(new.values())
 
     def _belongs(self, found: FoundSet, entry: Entry, crash: Crash) -> bool:

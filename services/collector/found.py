@@ -98,7 +98,7 @@ def _record(directory: int, entry: Entry | None) -> RecordState | None:
     if entry is None or entry.uid != 0:
         return None
     try:
-        descriptor = spool.open_file(entry.name, directory)
+        descriptor = spool.open_file(entry.name, directory, owner=0)
     except (Refused, FileNotFoundError):
         return None
     try:
@@ -115,7 +115,7 @@ def _content(directory: int, entry: Entry | None) -> bytes:
     if entry is None:
         return b""
     try:
-        descriptor = spool.open_file(entry.name, directory)
+        descriptor = spool.open_file(entry.name, directory, entry.uid)
     except (Refused, FileNotFoundError):
         return b""
     try:
@@ -156,7 +156,7 @@ def sent_sources(found: FoundSet) -> list[Source]:
 def source_of(found: FoundSet, entry: Entry) -> Source:
     record = found.record.record if found.record else None
     captured = record.files.get(entry.name) if record else None
-    source = Source(directory=found.directory, name=entry.name, kind=entry.kind)
+    source = Source(directory=found.directory, name=entry.name, kind=entry.kind, owner=entry.uid)
     source.note = _note(found, entry, captured)
     if captured is not None:
         source.in_order = captured.in_order

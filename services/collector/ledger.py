@@ -25,6 +25,7 @@ class Source(BaseModel):
 
     Attributes:
         directory: its directory's name below the spool.
+        owner: the UID that it belonged to; None in what an earlier version entered.
         note: why it is incomplete, if it is.
         expected: bytes that it would have whole, where it is known to be incomplete.
         in_order: it may have been sent while it was being written, see `crashbus.unfinished`.
@@ -43,6 +44,7 @@ class Source(BaseModel):
     directory: str = Field(pattern=r"^([0-9]{1,10}|build-id)$")
     name: FileName
     kind: Kind
+    owner: int | None = None
     note: str | None = None
     expected: int | None = None
     in_order: bool = False

@@ -167,7 +167,8 @@ class Publisher:
                 spool.open_directory(str(self.root)) as root,
                 spool.open_directory(source.directory, root) as directory,
             ):
-                return os.fdopen(spool.open_file(source.name, directory), "rb", buffering=0)
+                file = spool.open_file(source.name, directory, source.owner)
+                return os.fdopen(file, "rb", buffering=0)
         except FileNotFoundError:
             raise SourceLost(
                 "source_vanished", f"{self._path(source)} vanished before it was delivered"

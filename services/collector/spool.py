@@ -17,8 +17,9 @@ from crashbus.layout import Kind
 
 MAX_ENTRIES = 4096  # looked at in one directory; AppScope writes five for each signal
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# Without O_NONBLOCK, opening a FIFO put there for us would wait for ever.
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+# Of a link or a device this opens the name alone, open(2): to open a device is to act on it.
+_NAME = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class Refused(CrashbusError):
@@ -71,24 +72,37 @@ def open_directory(name: str, parent: int | None = None) -> Iterator[int]:
         os.close(descriptor)
 
 
-def open_file(name: str, directory: int) -> int:
+def open_file(name: str, directory: int, owner: int | None) -> int:
     """Open a crash file for reading and return its descriptor.
 
+    Args:
+        owner: whose it must be: it may be another file than a listing showed; None: anyone's.
+
     Raises:
-        Refused: it is a link, a device, a FIFO, …, or has a second name elsewhere.
+        Refused: it is a link, a device, a FIFO, …, another user's, or has a second name elsewhere.
         FileNotFoundError: it is gone.
     """
     try:
-        descriptor = os.open(name, _FILE, dir_fd=directory)
+        found = os.open(name, _NAME, dir_fd=directory)
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise Refused("unreadable", f"{name!r} cannot be opened: {error.strerror}") from error
-    fault = _fault(os.fstat(descriptor))
-    if fault:
-        os.close(descriptor)
-        raise Refused(fault, f"{name!r} is refused: {fault}")
-    return descriptor
+        raise _unreadable(name, error) from error
+    try:
+        status = os.fstat(found)
+        _check(name, status)
+        if owner is not None and status.st_uid != owner:
+            text = f"{name!r} belongs to UID {status.st_uid}, not to {owner}"
+            raise Refused("foreign_owner", text)
+        return os.open(f"/proc/self/fd/{found}", _FILE)
+    except OSError as error:
+        raise _unreadable(name, error) from error
+    finally:
+        os.close(found)
+
+
+def _unreadable(name: str, error: OSError) -> Refused:
+    return Refused("unreadable", f"{name!r} cannot be opened: {error.strerror}")
 
 
 def is_root_s(name: str, directory: int) -> bool:
@@ -98,6 +112,12 @@ def is_root_s(name: str, directory: int) -> bool:
     except FileNotFoundError:
         return False
     return _fault(status) is None and status.st_uid == 0
+
+
+def _check(name: str, status: os.stat_result) -> None:
+    fault = _fault(status)
+    if fault:
+        raise Refused(fault, f"{name!r} is refused: {fault}")
 
 
 def _fault(status: os.stat_result) -> str | None:
@@ -163,9 +183,7 @@ def _names(directory: int) -> Iterator[str]:
 
 def _entry(name: str, kind: Kind, epoch: int, directory: int) -> Entry:
     status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-    fault = _fault(status)
-    if fault:
-        raise Refused(fault, f"{name!r} is refused: {fault}")
+    _check(name, status)
     return Entry(name, kind, epoch, status.st_size, status.st_uid, (status.st_dev, status.st_ino))
 
 

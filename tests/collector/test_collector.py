@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -185,12 +186,20 @@ def replace_by_directory(core: Path) -> None:
     core.mkdir()
 
 
+def replace_by_file_of_another(core: Path) -> None:
+    """As by one whom the directory belongs to: what others have in his places he may move."""
+    core.unlink()
+    core.write_bytes(b"not his to read")
+    os.chown(core, 65534, 65534)
+
+
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
         (Path.unlink, "source_vanished"),
         (replace_by_link, "source_unreadable"),
         (replace_by_directory, "source_unreadable"),
+        (replace_by_file_of_another, "source_unreadable"),
     ],
 )
 async def test_lost_source_is_a_dead_letter_and_the_rest_is_delivered(

@@ -1,0 +1,61 @@
+"""Files of the spool are what was opened, and not what the directory showed before."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from asyncinotify import Inotify, Mask
+
+from crashbus.layout import Kind
+from services.collector import found, spool
+from services.collector.spool import Refused
+from tests.support.requirements import need_root
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[int]:
+    need_root()
+    with spool.open_directory(str(tmp_path)) as descriptor:
+        yield descriptor
+
+
+def test_file_of_another_than_the_directory_showed_is_refused(
+    tmp_path: Path, directory: int
+) -> None:
+    file = tmp_path / "core_100"
+    file.write_text("a crash")
+    os.chown(file, NOBODY, NOBODY)
+    os.close(spool.open_file("core_100", directory, NOBODY))
+    # Its maker may move what is not his, where he may write.
+    (tmp_path / "secret").write_text("root's own")
+    (tmp_path / "secret").rename(file)
+
+    with pytest.raises(Refused, match="belongs to UID 0, not to 65534"):
+        spool.open_file("core_100", directory, NOBODY)
+
+
+def test_record_of_another_than_root_is_none_whatever_the_directory_showed(
+    tmp_path: Path, directory: int
+) -> None:
+    (tmp_path / "capture_100").write_text("")
+    (entries,) = spool.list_directory(directory).sets.values()
+    assert found._record(directory, entries[Kind.CAPTURE]) is not None
+    os.chown(tmp_path / "capture_100", NOBODY, NOBODY)
+
+    assert found._record(directory, entries[Kind.CAPTURE]) is None
+
+
+def test_device_is_not_opened_to_see_what_it_is(tmp_path: Path, directory: int) -> None:
+    device = tmp_path / "core_100"
+    os.mknod(device, 0o600 | 0o020000, os.makedev(1, 3))
+
+    with Inotify(sync_timeout=0) as inotify:
+        inotify.add_watch(device, Mask.OPEN)
+        with pytest.raises(Refused, match="not_a_regular_file"):
+            spool.open_file("core_100", directory, None)
+        assert list(inotify) == []
+        device.read_bytes()
+        assert [event.mask for event in inotify] == [Mask.OPEN]
