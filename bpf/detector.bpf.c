@@ -353,7 +353,8 @@ int on_signal(struct bpf_raw_tracepoint_args *ctx) {
     return 0;
 }
 
-/* TP_PROTO(struct task_struct *task, uid_t uid) since 6.9, TP_PROTO(int pid) before. */
+/* TP_PROTO(struct task_struct *task, uid_t uid) since 6.9, and in some older stable kernels;
+ * TP_PROTO(int pid) before. */
 int on_oom_victim(struct bpf_raw_tracepoint_args *ctx) {
     int place = 1;
     struct event *event = scratch.lookup(&place);
@@ -371,13 +372,13 @@ int on_oom_victim(struct bpf_raw_tracepoint_args *ctx) {
 #ifndef MARK_VICTIM_GIVES_TASK
     if (!task) event->pid = event->tid = event->ns_pid = victim;
 #endif
-#ifdef AT_MM_RSS
+#ifdef AT_MM_TOTAL_VM
     if (task) {
         u64 mm = read_u64(task, AT_TASK_MM);
         event->total_vm = read_u64(mm, AT_MM_TOTAL_VM);
-        event->file_rss = read_u64(mm, AT_MM_RSS); /* MM_FILEPAGES, include/linux/mm_types_task.h */
-        event->anon_rss = read_u64(mm, AT_MM_RSS + SIZE_RSS);
-        event->shmem_rss = read_u64(mm, AT_MM_RSS + 3 * SIZE_RSS);
+        event->file_rss = read_u64(mm, AT_MM_FILE_RSS);
+        event->anon_rss = read_u64(mm, AT_MM_ANON_RSS);
+        event->shmem_rss = read_u64(mm, AT_MM_SHMEM_RSS);
         event->oom_score_adj =
             (s16)read_u32(read_u64(task, AT_TASK_SIGNAL), AT_SIGNAL_OOM_SCORE_ADJ);
     }

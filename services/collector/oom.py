@@ -162,7 +162,7 @@ def why(seen: Seen) -> str:
 
 
 def chosen(seen: Seen) -> Oom | None:
-    """Return the kernel's numbers; before Linux 6.9 it tells them in its log alone."""
+    """Return the kernel's numbers; before Linux 6.9 most tell them in their log alone."""
     told = seen.event.oom
     if told is None or told.total_vm_kib is not None or not seen.kernel_log:
         return told

@@ -52,8 +52,11 @@ _CGROUP: _Group = {
 }
 _OOM: _Group = {
     "AT_MM_TOTAL_VM": ("mm_struct", ("total_vm",)),
-    # Of per-CPU counters since 6.2; the tracepoint gives no task before 6.9.
-    "AT_MM_RSS": ("mm_struct", ("rss_stat[0].count",)),
+    # Per-CPU counters since 6.2. By include/linux/mm_types_task.h: MM_FILEPAGES, MM_ANONPAGES and,
+    # after MM_SWAPENTS, MM_SHMEMPAGES.
+    "AT_MM_FILE_RSS": ("mm_struct", ("rss_stat[0].count", "rss_stat.count[0]")),
+    "AT_MM_ANON_RSS": ("mm_struct", ("rss_stat[1].count", "rss_stat.count[1]")),
+    "AT_MM_SHMEM_RSS": ("mm_struct", ("rss_stat[3].count", "rss_stat.count[3]")),
     "AT_SIGNAL_OOM_SCORE_ADJ": ("signal_struct", ("oom_score_adj",)),
 }
 
@@ -73,8 +76,7 @@ def definitions(btf: Btf) -> dict[str, int]:
         found |= _memory_controller(btf)
     if _victim_is_task(btf):
         found["MARK_VICTIM_GIVES_TASK"] = 1
-        if oom := _optional(btf, "oom", _OOM):
-            found |= oom | {"SIZE_RSS": btf.size("percpu_counter")}
+        found |= _optional(btf, "oom", _OOM)
     return found
 
 
@@ -109,7 +111,10 @@ def _memory_controller(btf: Btf) -> dict[str, int]:
 
 
 def _victim_is_task(btf: Btf) -> bool:
-    """Tell whether oom:mark_victim gives the task (>= 6.9) and not only its PID."""
+    """Tell whether oom:mark_victim gives the task and not only its PID.
+
+    It does since 6.9, and in stable kernels that took that change over, Debian's 6.1 for one.
+    """
     try:
         return btf.points_to("btf_trace_mark_victim", 1) == "task_struct"
     except BtfError:
