@@ -3,7 +3,7 @@
 import structlog
 
 from crashbus import destination as destinations
-from crashbus.layout import LARGE, Kind, parse_crash_file_name
+from crashbus.layout import LARGE, MANIFEST_NAME, Kind, parse_crash_file_name
 from crashbus.messages import DeadLetter, Receipt, WorkItem
 from crashbus.parts import CrashFile
 from services.collector import metrics
@@ -93,6 +93,38 @@ def is_unfinished(crash: Crash) -> bool:
 def has_large_to_send(crash: Crash) -> bool:
     """Tell whether a destination waits for a core or a binary."""
     return any(s.kind in LARGE and waiting(crash, s) for s in crash.sources.values())
+
+
+def new_manifest() -> Source:
+    """Return the source of a manifest.json that is not made yet."""
+    return Source(directory="0", name=MANIFEST_NAME, kind=Kind.MANIFEST)
+
+
+def without_manifest(crash: Crash) -> list[str]:
+    """Return the destinations that have all other files of a crash and wait for manifest.json."""
+    return [
+        place
+        for place in waiting(crash, crash.manifest or new_manifest())
+        if all(place in s.delivered for s in crash.sources.values() if wants(place, s.kind))
+    ]
+
+
+def is_whole(crash: Crash) -> bool:
+    """Tell whether no file of a crash is lost."""
+    return not any(source.lost for source in crash.sources.values())
+
+
+def is_everywhere(crash: Crash) -> bool:
+    """Tell whether every destination has all that can still come, with manifest.json if it can."""
+    needed = [source for source in crash.sources.values() if not source.lost]
+    if is_whole(crash):
+        needed.append(crash.manifest or new_manifest())
+    return all(
+        place in source.delivered
+        for source in needed
+        for place in crash.destinations
+        if wants(place, source.kind)
+    )
 
 
 def all_sources(crash: Crash) -> list[Source]:

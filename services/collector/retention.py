@@ -107,7 +107,7 @@ class Retention:
 
     def _has_large_in_hand(self, crash: Crash) -> bool:
         large = (source for source in crash.sources.values() if source.kind in LARGE)
-        return any(self._deliverer.is_sending(crash, source) for source in large)
+        return any(self._deliverer.offering.is_sending(crash, source) for source in large)
 
     async def _candidates(self, crash: Crash, usage: Usage) -> list[Candidate]:
         """Return the files of a crash that wait, and have waited long enough."""
@@ -119,10 +119,10 @@ class Retention:
         for source in crash.sources.values():
             size = usage.get((source.directory, source.name), 0)
             # What is lost already and still there could not be removed; it is told only once.
-            if size and not source.lost and not self._deliverer.is_sending(crash, source):
+            if size and not source.lost and not self._deliverer.offering.is_sending(crash, source):
                 loss = Loss.SMALL
                 if source.kind in LARGE:
-                    on_bus = await self._deliverer.is_on_bus(crash, source)
+                    on_bus = await self._deliverer.offering.is_on_bus(crash, source)
                     loss = Loss.COPY if on_bus else Loss.LARGE
                 found.append(_candidate(crash, crash.crashed_at, source.name, size, loss))
         return found

@@ -13,7 +13,11 @@ from nats.js.api import StreamConfig
 
 from crashbus import Bus, Manifest, streams
 from crashbus.errors import BusUnreachable
-from tests.collector.stand_in import StandInShipper
+from services.collector.ahead import Ahead
+from services.collector.delivery import Deliverer
+from services.collector.ledger import Crash, Ledger, Source
+from services.collector.publish import Publisher
+from tests.collector.stand_in import StandInShipper, signal_event
 from tests.support.crashers import crasher
 from tests.support.nats import NatsServer
 from tests.support.requirements import need_root
@@ -96,6 +100,35 @@ async def reports(setup: Setup, count: int = 1) -> list[Manifest]:
         return found if len(found) >= count else None
 
     return await until(enough, within=60)
+
+
+@dataclass
+class Delivering:
+    """What delivers, within the test's own process; its ledger and spool are below `directory`."""
+
+    bus: Bus
+    directory: Path
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.directory / "ledger")
+        self.ledger.load()
+        self.publisher = Publisher(self.bus, self.directory, 1, 1 << 30)
+        ahead = Ahead(self.bus, self.ledger, self.publisher, self.directory / "ahead")
+        self.deliverer = Deliverer("test-host", self.bus, self.ledger, self.publisher, ahead, 60)
+
+
+def reported_crash(*sources: Source) -> Crash:
+    """Return a crash of this host for one destination, of which these files were reported."""
+    event = signal_event(1)
+    return Crash(
+        crash_id=event.crash_id,
+        host="test-host",
+        crashed_at=1.0,
+        process=event.process,
+        destinations=(FILE,),
+        reported=tuple(source.name for source in sources),
+        sources={source.name: source for source in sources},
+    )
 
 
 def epoch_of(setup: Setup, pid: int) -> int:

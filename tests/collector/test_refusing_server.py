@@ -10,17 +10,13 @@ import pytest
 from crashbus import Bus, DeadLetter, connect
 from crashbus.errors import BusUnreachable
 from crashbus.layout import Kind
-from services.collector.ahead import Ahead
-from services.collector.delivery import Deliverer
-from services.collector.ledger import Crash, Ledger, Source
-from services.collector.publish import Publisher
-from tests.collector.stand_in import StandInShipper, signal_event, write_set
+from services.collector.ledger import Ledger, Source
+from tests.collector.conftest import FILE, Delivering, reported_crash
+from tests.collector.stand_in import StandInShipper, write_set
 from tests.support.nats import SecuredNats
 from tests.support.requirements import lacking, need_program, need_root
 from tests.support.service import ServiceProcess
 from tests.support.wait import until
-
-FILE = "file:///delivered"
 
 
 @pytest.fixture
@@ -103,29 +99,16 @@ async def nothing_left(bus: Bus) -> bool:
 async def test_a_file_that_is_dropped_there_is_told_once(
     refusing: SecuredNats, operator: Bus, tmp_path: Path
 ) -> None:
-    event = signal_event(1)
     source = Source(directory="7", name="core_1", kind=Kind.CORE)
-    crash = Crash(
-        crash_id=event.crash_id,
-        host="test-host",
-        crashed_at=1.0,
-        process=event.process,
-        destinations=(FILE,),
-        reported=("core_1",),
-        sources={"core_1": source},
-    )
+    crash = reported_crash(source)
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "core_1").write_bytes(b"core")
-    ledger = Ledger(tmp_path / "ledger")
-    ledger.load()
     async with connect(**refusing.options("collector"), host="test-host") as bus:
-        publisher = Publisher(bus, tmp_path, 1, 1 << 30)
-        ahead = Ahead(bus, ledger, publisher, tmp_path / "ahead")
-        deliverer = Deliverer("test-host", bus, ledger, publisher, ahead, 60)
-        source.file = await publisher.publish(crash.crash_id, source)
-        await ledger.save(crash)
+        own = Delivering(bus, tmp_path)
+        source.file = await own.publisher.publish(crash.crash_id, source)
+        await own.ledger.save(crash)
 
-        await deliverer.drop(crash, source)
+        await own.deliverer.drop(crash, source)
 
         assert await bus.chunk_count(crash.crash_id, "core_1") == 1
     again = Ledger(tmp_path / "ledger")
