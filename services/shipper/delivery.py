@@ -2,35 +2,27 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from typing import TypeVar, TypeVarTuple
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import structlog
 
 from crashbus.bus import Bus
 from crashbus.consuming import Delivery as Taken
-from crashbus.errors import BusFull, BusUnreachable
-from crashbus.layout import SHARED
+from crashbus.errors import BusUnreachable
 from crashbus.messages import WorkItem
 from crashbus.parts import CrashFile
 from services.shipper import metrics, policy
-from services.shipper.destinations.base import Deliverer
+from services.shipper.carrying import Carrier
 from services.shipper.failure import Failure, Final, Passing, Unfit, not_configured
+from services.shipper.holding import acknowledge, held
 from services.shipper.place import Place
 from services.shipper.reports import Reports
 from services.shipper.settings import ShipperSettings
-from services.shipper.source import Source
-from services.shipper.standing import Circuit
 from services.shipper.tries import Memory, Tries, key_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-Ts = TypeVarTuple("Ts")
-R = TypeVar("R")
-
-MAX_URL = 2048  # characters, as the wire contract has it
-HAND_BACK_WITHIN = 1.0  # seconds, on the way out
 TAKE_BACK_WITHIN = 10.0  # seconds; a destination that is given up may well not answer
 
 
@@ -45,9 +37,9 @@ class Courier:
     def __init__(
         self, bus: Bus, places: Mapping[str, Place], settings: ShipperSettings, name: str
     ) -> None:
-        self._bus = bus
         self._places = places
         self._settings = settings
+        self._carrier = Carrier(bus, settings.stall)
         self._reports = Reports(bus, settings, name)
         self._memory = Memory()
         self._in_hand: set[tuple[str, ...]] = set()
@@ -81,12 +73,8 @@ class Courier:
         if place is None:
             return await self._refuse(taken)
         tries = self._memory.recall(taken)
-        try:
-            async with self._heartbeat(taken, tries):
-                return await self._settle(taken, place, tries)
-        except asyncio.CancelledError:
-            await self._hand_back_now(taken)
-            raise
+        async with held(taken, tries, self._settings):
+            return await self._settle(taken, place, tries)
 
     async def _settle(self, taken: Taken[WorkItem], place: Place, tries: Tries) -> str:
         item = taken.message
@@ -98,7 +86,7 @@ class Courier:
         if taken.attempts > 1 or place.deliverer.shows_repeats:
             remaining = await self._reports.undelivered(item, remaining)
         if not remaining:
-            await self._ack(taken)
+            await acknowledge(taken)
             log.info("was delivered before", destination=place.url)
             return "already_delivered"
         try:
@@ -107,7 +95,7 @@ class Courier:
             if not place.policy.is_too_late(taken.published, time.time()):
                 return await self._hand_back(taken, place, failure, tries)
             await self._dead_letter(item, remaining, failure, tries)
-        await self._ack(taken)
+        await acknowledge(taken)
         return "dead_lettered" if tries.settled else "delivered"
 
     async def _put_off(self, taken: Taken[WorkItem], place: Place, tries: Tries) -> str:
@@ -121,7 +109,7 @@ class Courier:
         remaining = [file for file in remaining if file.name not in tries.settled]
         if remaining:
             await self._dead_letter(item, remaining, failure, tries)
-        await self._ack(taken)
+        await acknowledge(taken)
         return "dead_lettered"
 
     async def _refuse(self, taken: Taken[WorkItem]) -> str:
@@ -130,7 +118,7 @@ class Courier:
         failure = not_configured(item.destination)
         metrics.FAILURES.labels("unknown", failure.reason).inc()
         await self._dead_letter(item, item.files, failure, Tries(before=0))
-        await self._ack(taken)
+        await acknowledge(taken)
         return "dead_lettered"
 
     async def _deliver_all(
@@ -149,7 +137,7 @@ class Courier:
         waiting: dict[str, Unfit] = {}
         while files := [file for file in remaining if file.name not in waiting]:
             try:
-                await self._retrying(item, files, place, tries)
+                await self._carrier.carry(item, files, place, tries)
             except Unfit as failure:
                 if await self._is_worth_waiting(item, failure, tries):
                     waiting[failure.file.name] = failure
@@ -194,90 +182,6 @@ class Courier:
         await self._dead_letter(item, [failure.file], failure, tries)
         return False
 
-    async def _retrying(
-        self, item: WorkItem, files: Sequence[CrashFile], place: Place, tries: Tries
-    ) -> None:
-        standing = place.standing
-
-        def on_retry(error: BaseException) -> None:
-            tries.moved()
-            metrics.RETRIES.labels(place.url).inc()
-            log.info("trying again", destination=place.url, error=str(error), tries=tries.total)
-
-        def hopeless() -> bool:
-            return standing.circuit is not Circuit.CLOSED
-
-        retries = place.policy.retries(on_retry, hopeless)
-        await retries(self._try, item, files, place, tries)
-
-    async def _try(
-        self, item: WorkItem, files: Sequence[CrashFile], place: Place, tries: Tries
-    ) -> None:
-        tries.made += 1
-        try:
-            await self._deliver_new(item, files, place.deliverer, tries)
-        except Failure as failure:
-            tries.failed(failure)
-            metrics.FAILURES.labels(place.url, failure.reason).inc()
-            place.standing.failed(failure)
-            raise
-        except (BusUnreachable, BusFull) as error:
-            tries.failed(error)
-            metrics.FAILURES.labels(place.url, "bus_unreachable").inc()
-            raise
-        place.standing.succeeded()
-        stored = sum(file.stored_size for file in files)
-        metrics.BYTES_OUT.labels(place.url).inc(stored)
-
-    async def _deliver_new(
-        self, item: WorkItem, files: Sequence[CrashFile], deliverer: Deliverer, tries: Tries
-    ) -> None:
-        """Deliver what does not lie there already: what several crashes share may."""
-        own = [file for file in files if file.kind not in SHARED]
-        if own:
-            await self._deliver(item, own, deliverer, tries)
-        for file in files:
-            if file.kind in SHARED:
-                placed, is_there = await _placed(item, file, deliverer)
-                tries.placed[file.name] = placed
-                if is_there:
-                    log.info("lies there already", url=deliverer.url_of(item.folder_of(file), file))
-                else:
-                    await self._deliver(item, [placed], deliverer, tries)
-
-    async def _deliver(
-        self, item: WorkItem, files: Sequence[CrashFile], deliverer: Deliverer, tries: Tries
-    ) -> None:
-        for file in files:
-            if len(deliverer.url_of(item.folder_of(file), file)) > MAX_URL:
-                mend = "shorten the destination's path or the host's name"
-                raise Unfit(file, "name_too_long", f"its URL exceeds {MAX_URL} characters", mend)
-        loop, stall = asyncio.get_running_loop(), self._settings.stall
-        try:
-            async with asyncio.timeout(stall) as limit:
-
-                def progress() -> None:
-                    tries.moved()
-                    limit.reschedule(loop.time() + stall)
-
-                sources = [Source(self._bus, item.crash_id, file, progress) for file in files]
-                progress()
-                await deliverer.deliver(item.folder_of(files[0]), sources)
-        except TimeoutError as error:
-            raise Passing(
-                "stalled", f"nothing moved for {stall:g} s", "see why the destination is slow"
-            ) from error
-        except (Failure, BusUnreachable, BusFull):
-            raise
-        except Exception as error:
-            # One item that we cannot handle must not end the service; it is told, and kept.
-            log.exception("unexpected error in a delivery")
-            raise Passing(
-                "internal_error",
-                f"{type(error).__name__}: {error}",
-                "report this with the shipper's log; the crash files are kept",
-            ) from error
-
     async def _dead_letter(
         self, item: WorkItem, files: Sequence[CrashFile], failure: Failure, tries: Tries
     ) -> None:
@@ -311,48 +215,3 @@ class Courier:
             given_up = taken.published + place.policy.give_up
             await self._reports.postponed(taken, failure, tries, delay, given_up)
         return "handed_back"
-
-    async def _hand_back_now(self, taken: Taken[WorkItem]) -> None:
-        log.info("stopping, handed back", destination=taken.message.destination)
-        with suppress(BusUnreachable, TimeoutError):
-            await asyncio.wait_for(taken.retry(0), HAND_BACK_WITHIN)
-
-    async def _ack(self, taken: Taken[WorkItem]) -> None:
-        try:
-            await taken.ack()
-        except BusUnreachable as error:
-            # It comes again, and the receipts will tell that it is done.
-            log.warning("could not acknowledge an item", error=str(error))
-
-    @asynccontextmanager
-    async def _heartbeat(self, taken: Taken[WorkItem], tries: Tries) -> AsyncIterator[None]:
-        beating = asyncio.create_task(self._beat(taken, tries), name="heartbeat")
-        try:
-            yield
-        finally:
-            beating.cancel()
-            await asyncio.wait({beating})
-
-    async def _beat(self, taken: Taken[WorkItem], tries: Tries) -> None:
-        """Tell the bus that an item is being worked on, as long as something moves.
-
-        A thread that hangs in a dead disk cannot be broken off; the item must not hang with it.
-        """
-        while True:
-            await asyncio.sleep(self._settings.ack_wait / 3)
-            if tries.still_for < self._settings.stall:
-                with suppress(BusUnreachable):
-                    await taken.working()
-
-
-async def _placed(item: WorkItem, file: CrashFile, deliverer: Deliverer) -> tuple[CrashFile, bool]:
-    """Return a shared file under the name that it is to have, and whether it lies there.
-
-    Of one build ID there may be several contents (stripped or not, or a forged one), and none
-    may take another's place: the first has the usual name.
-    """
-    for named in (file, file.beside_another):
-        found = await deliverer.sha256_of(item.folder_of(named), named.stored_name)
-        if found in (None, named.sha256):
-            return named, found is not None
-    return file.beside_another, False
