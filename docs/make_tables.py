@@ -23,7 +23,8 @@ from pydantic.fields import FieldInfo
 
 from crashbus import layout, messages, parts, streams
 from crashbus.message_base import Message
-from services.common.settings import BusSettings, Settings, variable_of
+from services.common.bus_settings import BusSettings
+from services.common.settings import Settings, variable_of
 from services.shipper.destinations import file, s3_failures
 
 ROOT = Path(__file__).resolve().parents[1]

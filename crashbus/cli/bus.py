@@ -21,7 +21,7 @@ from crashbus.cli.crashes import Crash, join
 from crashbus.cli.errors import Trouble
 from crashbus.connecting import without_secrets
 from crashbus.errors import BusUnreachable, NoStreams
-from services.common.settings import BusSettings
+from services.common.bus_settings import BusSettings
 
 M = TypeVar("M", bound=Message)
 

@@ -23,8 +23,9 @@ from crashbus.cli.bus import MEND_KEYS
 from crashbus.cli.terminal import console, plain, print_json, size
 from crashbus.client import Client
 from crashbus.destination import Destination, DestinationError
+from services.common.bus_settings import BusSettings
 from services.common.finding import Finding
-from services.common.settings import BusSettings, SettingsError
+from services.common.settings import SettingsError
 from services.shipper.settings import ShipperSettings
 
 _TIMEOUT = 3.0  # seconds for a server to answer; a person is waiting

@@ -14,7 +14,7 @@ from crashbus.cli import supervisor
 from crashbus.cli.errors import Trouble
 from crashbus.cli.supervisor import SERVICES, Supervisor
 from services.common import log as logs
-from services.common.settings import BusSettings
+from services.common.bus_settings import BusSettings
 
 _OWN_PORT = 4222
 

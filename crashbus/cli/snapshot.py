@@ -27,7 +27,7 @@ def snapshot(
     need("recorder")
     # Only here: nobody else needs what the recorder needs.
     from services.common import log, redact
-    from services.common.settings import BusSettings
+    from services.common.bus_settings import BusSettings
     from services.recorder import capturing, conditions, core_pattern, facts, finishing
     from services.recorder.errors import CaptureFailed
     from services.recorder.live import LiveHold

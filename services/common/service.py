@@ -29,9 +29,10 @@ from crashbus.connecting import connect, without_secrets
 from crashbus.errors import BusFull, BusUnreachable
 from services.common import log as logs
 from services.common import redact
+from services.common.bus_settings import BusSettings
 from services.common.health import Health, serve
 from services.common.memory import return_large_blocks
-from services.common.settings import BusSettings, Settings, SettingsError, variable_of
+from services.common.settings import Settings, SettingsError, variable_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 

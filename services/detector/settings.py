@@ -3,10 +3,10 @@
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
-from pydantic_settings import SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from crashbus import signals
-from services.common.settings import NoDecode, Settings, prefix_of
+from services.common.settings import Settings, prefix_of
 
 # Of these, no process dies by default, or (SIGKILL) every thread takes one at any exit.
 _NOT_CRASHES = frozenset(

@@ -9,7 +9,7 @@ from typing import Any, Self
 import structlog
 
 from crashbus.identity import boot_id
-from services.common.settings import BusSettings
+from services.common.bus_settings import BusSettings
 from services.common.unrecorded import Unrecorded
 from services.recorder.binaries import Binaries
 from services.recorder.chain import Chain

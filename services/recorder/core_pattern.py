@@ -21,7 +21,8 @@ from pathlib import Path
 
 import structlog
 
-from services.common.settings import BusSettings, SettingsError
+from services.common.bus_settings import BusSettings
+from services.common.settings import SettingsError
 from services.recorder import mechanism
 from services.recorder.errors import RecorderError
 from services.recorder.mechanism import Plan

@@ -13,7 +13,8 @@ from pathlib import Path
 import structlog
 
 from services.common import log as logs
-from services.common.settings import BusSettings, SettingsError
+from services.common.bus_settings import BusSettings
+from services.common.settings import SettingsError
 from services.recorder import core_pattern
 from services.recorder.errors import RecorderError
 from services.recorder.settings import RecorderSettings

@@ -6,8 +6,8 @@ import shutil
 import stat
 from pathlib import Path
 
+from services.common.bus_settings import BusSettings
 from services.common.finding import Finding
-from services.common.settings import BusSettings
 from services.recorder import core_pattern, mechanism
 from services.recorder.chain import CannotChain, Handler
 from services.recorder.errors import RecorderError

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from services.common import s3_endpoint
-from services.common.settings import NoDecode, Settings, prefix_of
+from services.common.settings import Settings, prefix_of
 
 MIB = 1024 * 1024
 RETRY = ("first", "cap", "in_hand", "give_up")

@@ -9,11 +9,11 @@ import pytest
 
 from crashbus import DeadLetter, connect
 from crashbus.messages import EventsLost, SignalEvent
+from services.common.bus_settings import BusSettings
 from services.common.health import Health
 from services.common.outbox import Outbox, Outgoing
 from services.common.publisher import Publisher
 from services.common.service import Runtime
-from services.common.settings import BusSettings
 from tests.support.nats import NatsServer
 from tests.support.wait import until
 

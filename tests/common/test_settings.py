@@ -8,7 +8,8 @@ import pytest
 
 from crashbus.signals import CRASH_SIGNALS
 from services.collector.settings import CollectorSettings
-from services.common.settings import BusSettings, Settings, SettingsError
+from services.common.bus_settings import BusSettings
+from services.common.settings import Settings, SettingsError
 from services.recorder.settings import RecorderSettings
 from services.shipper.settings import ShipperSettings
 

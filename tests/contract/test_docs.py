@@ -12,7 +12,8 @@ from prometheus_client.metrics import MetricWrapperBase
 from crashbus import messages
 from crashbus.message_base import VERSION
 from services.collector.settings import CollectorSettings
-from services.common.settings import BusSettings, variable_of
+from services.common.bus_settings import BusSettings
+from services.common.settings import variable_of
 from services.detector.settings import DetectorSettings
 from services.recorder.settings import RecorderSettings
 from services.shipper.settings import ShipperSettings
