@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from nats.js.errors import NotFoundError
 
-from crashbus import DeadLetter, layout, streams
+from crashbus import DeadLetter, SignalEvent, layout, streams
 from services.common.unrecorded import Unrecorded
 from tests.collector.conftest import Setup, reports
 from tests.collector.stand_in import signal_event
@@ -23,6 +23,16 @@ async def deaths_in_hand(setup: Setup, count: int) -> bool:
         info = await setup.bus._js.consumer_info(streams.SIGNALS, "collector-signals-test-host")
         return info.num_ack_pending == count
     return False
+
+
+async def die(setup: Setup, told: dict["subprocess.Popen[bytes]", SignalEvent]) -> None:
+    """Have processes die, of which the detector tells, until nothing is left to find out."""
+    for process, event in told.items():
+        process.kill()
+        process.wait()
+        await setup.bus.publish(event)
+    await until(lambda: setup.bus.stored(DeadLetter), 30)
+    await until(lambda: deaths_in_hand(setup, 0), 30)
 
 
 async def test_death_without_crash_files_is_told(setup: Setup) -> None:
@@ -78,38 +88,28 @@ async def test_crash_that_a_killed_recorder_left_a_note_of_is_not_told_as_missin
     await setup.collector.start()
     await setup.collector.healthy()
     noted, lost = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
-    events = [signal_event(process.pid) for process in (noted, lost)]
+    told = {process: signal_event(process.pid) for process in (noted, lost)}
     unrecorded = Unrecorded(setup.spool)
-    crash = b"%d %d 11 %d\n" % (noted.pid, noted.pid, events[0].time)
+    crash = b"%d %d 11 %d\n" % (noted.pid, noted.pid, told[noted].time)
     assert unrecorded.begin(noted.pid, {"crash": crash})
     os.close(unrecorded._file)  # as when it is killed
 
-    for process, event in zip((noted, lost), events, strict=True):
-        process.kill()
-        process.wait()
-        await setup.bus.publish(event)
-    await until(lambda: setup.bus.stored(DeadLetter), 30)
-    await until(lambda: deaths_in_hand(setup, 0), 30)
+    await die(setup, told)
 
-    assert [one.crash_id for one in await setup.bus.stored(DeadLetter)] == [events[1].crash_id]
+    assert [one.crash_id for one in await setup.bus.stored(DeadLetter)] == [told[lost].crash_id]
 
 
 async def test_crash_that_the_pipe_helper_keeps_is_not_told_as_missing(setup: Setup) -> None:
     await setup.collector.start()
     await setup.collector.healthy()
     kept, lost = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
-    events = [signal_event(process.pid) for process in (kept, lost)]
-    place = setup.spool / layout.ORPHANS / f"{int(events[0].time)}-{kept.pid}"
+    told = {process: signal_event(process.pid) for process in (kept, lost)}
+    place = setup.spool / layout.ORPHANS / f"{int(told[kept].time)}-{kept.pid}"
     place.mkdir(parents=True)
 
-    for process, event in zip((kept, lost), events, strict=True):
-        process.kill()
-        process.wait()
-        await setup.bus.publish(event)
-    await until(lambda: setup.bus.stored(DeadLetter), 30)
-    await until(lambda: deaths_in_hand(setup, 0), 30)
+    await die(setup, told)
 
-    assert [one.crash_id for one in await setup.bus.stored(DeadLetter)] == [events[1].crash_id]
+    assert [one.crash_id for one in await setup.bus.stored(DeadLetter)] == [told[lost].crash_id]
 
 
 @pytest.mark.parametrize("odd", ["forged_crash_id", "long_lived"])

@@ -37,6 +37,19 @@ async def next_id(events: AsyncIterator[SignalEvent]) -> str:
     return (await asyncio.wait_for(anext(events), 60)).event_id
 
 
+async def listen(bus: Bus) -> tuple[list[str], "asyncio.Task[None]"]:
+    """Listen from now on; return where the events' IDs are noted, and the task that notes them."""
+    heard: list[str] = []
+
+    async def note() -> None:
+        async for one in bus.subscribe(SignalEvent):
+            heard.append(one.event_id)  # noqa: PERF401 - it never ends
+
+    listening = asyncio.create_task(note())
+    await until(lambda: listens(bus), within=60)
+    return heard, listening
+
+
 async def test_who_listens_hears_what_comes_and_not_what_was(bus: Bus) -> None:
     await bus.publish(event("old"))
     async with aclosing(bus.subscribe(SignalEvent)) as events:
@@ -54,14 +67,7 @@ async def test_who_listens_misses_and_repeats_nothing_over_a_restart(
     nats_server: NatsServer, bus: Bus
 ) -> None:
     await bus.publish(event("old"))
-    heard: list[str] = []
-
-    async def listen() -> None:
-        async for one in bus.subscribe(SignalEvent):
-            heard.append(one.event_id)  # noqa: PERF401 - it never ends
-
-    listening = asyncio.create_task(listen())
-    await until(lambda: listens(bus), within=60)
+    heard, listening = await listen(bus)
     await asyncio.to_thread(nats_server.kill)
     await asyncio.to_thread(nats_server.start)
     for name in ("a", "b", "c"):
@@ -76,14 +82,7 @@ async def test_who_listens_hears_what_comes_after_the_bus_lost_its_store(
 ) -> None:
     for count in range(5):
         await bus.publish(event(f"old{count}"))
-    heard: list[str] = []
-
-    async def listen() -> None:
-        async for one in bus.subscribe(SignalEvent):
-            heard.append(one.event_id)  # noqa: PERF401 - it never ends
-
-    listening = asyncio.create_task(listen())
-    await until(lambda: listens(bus), within=60)
+    heard, listening = await listen(bus)
     await asyncio.to_thread(nats_server.kill)
     shutil.rmtree(tmp_path / "nats" / "store")
     await asyncio.to_thread(nats_server.start)

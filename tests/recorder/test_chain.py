@@ -78,19 +78,28 @@ async def ended(process: "subprocess.Popen[bytes]") -> int:
     return -process.returncode
 
 
-async def test_handler_is_started_just_as_the_kernel_starts_it(
-    recorder_with: MakeRecorder, former: Former, tmp_path: Path
-) -> None:
-    """With every template of core(5), and in the same namespaces, whatever the recorder's are.
+async def kept_by_kernel(former: Former, tmp_path: Path) -> tuple[str, Path, dict[str, Any]]:
+    """Have a program crash for a handler that the kernel starts.
 
-    %e has spaces, and stays one argument.
+    Its name has spaces, and stays one argument.
+
+    Returns:
+        The handler's core_pattern, the program, and what the handler saw.
     """
     pattern = former.pattern("keeps", "%P %u %g -s%s  %c %h %e %E %i %I %d %F %% f%f %")
     core_pattern.set_pattern(pattern)
     program = Path(shutil.copy(crasher("null_pointer"), tmp_path / "a b %P"))
     first = crash_for(former, program)
-    by_kernel = await former.kept(first.pid)
+    kept = await former.kept(first.pid)
     await ended(first)
+    return pattern, program, _same(kept, first.pid)
+
+
+async def test_handler_is_started_just_as_the_kernel_starts_it(
+    recorder_with: MakeRecorder, former: Former, tmp_path: Path
+) -> None:
+    """With every template of core(5), and in the same namespaces, whatever the recorder's are."""
+    pattern, program, by_kernel = await kept_by_kernel(former, tmp_path)
     recorder = await chained(recorder_with, pattern)
 
     second = crash_for(former, program)
@@ -98,7 +107,7 @@ async def test_handler_is_started_just_as_the_kernel_starts_it(
 
     assert await ended(second) == signal.SIGSEGV
     await became(recorder, second.pid, "done")
-    assert _same(by_us, second.pid) == _same(by_kernel, first.pid)
+    assert _same(by_us, second.pid) == by_kernel
     assert by_us["arguments"][2] == str(second.pid)
     assert "a b %P" in by_us["arguments"]
     assert by_us["executable"] == str(program)
@@ -329,19 +338,14 @@ async def without_a_recorder(
 async def test_handler_gets_what_the_helper_keeps_while_there_is_no_recorder(
     recorder_with: MakeRecorder, former: Former, tmp_path: Path
 ) -> None:
-    pattern = former.pattern("keeps", "%P %u %g -s%s  %c %h %e %E %i %I %d %F %% f%f %")
-    core_pattern.set_pattern(pattern)
-    program = Path(shutil.copy(crasher("null_pointer"), tmp_path / "a b %P"))
-    first = crash_for(former, program)
-    by_kernel = await former.kept(first.pid)
-    await ended(first)
+    pattern, program, by_kernel = await kept_by_kernel(former, tmp_path)
     recorder = await without_a_recorder(recorder_with, pattern)
 
     second = crash_for(former, program)
     by_us = await former.kept(second.pid)
 
     assert await ended(second) == signal.SIGSEGV
-    assert _same(by_us, second.pid) == _same(by_kernel, first.pid)
+    assert _same(by_us, second.pid) == by_kernel
     assert by_us["executable"] == str(program)  # its /proc was still there
     await recorder.start()
     await recorder.captured(second.pid)

@@ -68,6 +68,11 @@ class Sent:
         }
         return WorkItem(**(fields | changes))
 
+    async def offer(self, bus: Bus, destination: str) -> None:
+        """Publish an item for each file to one destination."""
+        for name in self.contents:
+            await bus.publish(self.item(destination, name))
+
     @property
     def folder(self) -> str:
         return self.item("file:///x").folder

@@ -39,8 +39,7 @@ def s3_settings(s3: S3Server, **changes: object) -> ShipperSettings:
 
 
 async def deliver(bus: Bus, sent: Sent, url: str) -> None:
-    for name in sent.contents:
-        await bus.publish(sent.item(url, name))
+    await sent.offer(bus, url)
 
 
 def original(s3: S3Server, bucket: str, key: str) -> bytes:

@@ -72,8 +72,7 @@ async def test_shippers_share_the_work(bus: Bus, shipper_process: Start, tmp_pat
     for one in shippers:
         await one.healthy()
     sent = await send(bus, {f"info_{n}": os.urandom(1000) for n in range(60)})
-    for name in sent.contents:
-        await bus.publish(sent.item(url, name))
+    await sent.offer(bus, url)
 
     receipts = await receipts_of(bus, sent, 60)
     await nothing_left(bus)
@@ -93,8 +92,7 @@ async def test_eight_shippers_deliver_each_file_once_and_take_over_from_a_killed
     await doomed.healthy()
     files = {f"info_{n}": os.urandom(1000) for n in range(60)}
     sent = await send(bus, files, encoding="identity")
-    for name in sent.contents:
-        await bus.publish(sent.item(url, name))
+    await sent.offer(bus, url)
 
     async def are_held() -> bool:
         info = await bus._js.consumer_info(streams.FILES, consumer(url))
@@ -232,8 +230,7 @@ async def test_memory_does_not_grow_with_the_file(
     shipper = await shipper_process([f"s3://{bucket}"], **s3.settings())
     await shipper.healthy()
     sent = await send(bus, {f"core_{n}": os.urandom(30 * MIB) for n in range(4)}, "identity")
-    for name in sent.contents:
-        await bus.publish(sent.item(f"s3://{bucket}", name))
+    await sent.offer(bus, f"s3://{bucket}")
 
     await receipts_of(bus, sent, 4, within=60)
 

@@ -42,8 +42,7 @@ async def test_error_of_our_own_is_told_and_does_not_end_the_service(
 
     monkeypatch.setattr(Upload, "complete", broken)
     sent = await send(bus, {"cfg_1": b"x", "info_1": b"y"})
-    for name in sent.contents:
-        await bus.publish(sent.item(tmp_path.as_uri(), name))
+    await sent.offer(bus, tmp_path.as_uri())
 
     async with shipping([tmp_path.as_uri()], quick(retry_in_hand=0.1, give_up=0.5)):
         await receipts_of(bus, sent, 1)
@@ -59,10 +58,8 @@ async def test_dead_destination_does_not_keep_another_from_its_files(
     gone = Receiver()
     gone.close()
     sent = await send(bus, {f"info_{n}": b"x" for n in range(20)})
-    for name in sent.contents:
-        await bus.publish(sent.item(gone.url, name))
-    for name in sent.contents:
-        await bus.publish(sent.item(tmp_path.as_uri(), name))
+    await sent.offer(bus, gone.url)
+    await sent.offer(bus, tmp_path.as_uri())
 
     async with shipping([gone.url, tmp_path.as_uri()], quick(retry_in_hand=0.5)):
         await receipts_of(bus, sent, 20)
@@ -75,8 +72,7 @@ async def test_items_of_a_dead_destination_stay_on_the_bus_and_stop_no_other(
     gone = Receiver()
     gone.close()
     sent = await send(bus, {f"info_{n}": b"x" for n in range(1100)})
-    for name in sent.contents:
-        await bus.publish(sent.item(gone.url, name))
+    await sent.offer(bus, gone.url)
     settings = quick(concurrency=16, retry_in_hand=0, retry_first=100, retry_cap=100)
 
     async with shipping([gone.url, tmp_path.as_uri()], settings) as health:

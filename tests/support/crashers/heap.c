@@ -1,19 +1,11 @@
 /* Fills as many MiB as it is told with bytes that do not compress, says so, and waits. */
-#include <stdint.h>
+#include "fill.h"
+
 #include <stdio.h>
-#include <stdlib.h>
 #include <unistd.h>
 
 int main(int count, char **arguments) {
-    size_t words = (count > 1 ? strtoull(arguments[1], 0, 10) : 1) << 17;
-    uint64_t *heap = malloc(words * sizeof *heap), state = 88172645463325252u;
-    if (heap == 0) return 2;
-    for (size_t i = 0; i < words; i++) {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        heap[i] = state;
-    }
+    fill(count, arguments);
     puts("ready");
     fflush(stdout);
     for (;;) pause();
