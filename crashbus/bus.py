@@ -44,7 +44,11 @@ class Bus(Connection):
     """A connection to the bus; made by `connect`."""
 
     async def publish_chunk(self, crash_id: str, file: str, chunk: Chunk) -> None:
-        """Publish one chunk of a crash file and wait until it is stored."""
+        """Publish one chunk of a crash file and wait until it is stored; raises as `publish`.
+
+        Args:
+            file: the crash file's name.
+        """
         await self.publish_raw(chunk_subject(crash_id, file), chunk.body, chunk.headers())
 
     async def chunks(self, crash_id: str, file: str, count: int) -> AsyncIterator[Chunk]:
@@ -53,9 +57,13 @@ class Bus(Connection):
         Chunks that are not due are passed over. Each is asked for by itself, so no
         more than one is held however slow the caller is.
 
+        Args:
+            count: as `CrashFile.chunks` tells.
+
         Raises:
             ChunksMissing: a chunk is not there.
             DamagedFile: a chunk is not what was sent.
+            BusUnreachable: the bus does not answer.
         """
         stream, subject = streams.chunks_of(file), chunk_subject(crash_id, file)
         sequence, index = 0, 0
@@ -78,14 +86,25 @@ class Bus(Connection):
             index += 1
 
     async def chunk_store_bytes(self, file: str) -> int:
-        """Return how many bytes of chunks of such a file the bus can hold at all."""
+        """Return how many bytes of chunks of such a file the bus can hold at all.
+
+        Args:
+            file: a crash file's name, which tells whether it is a large one.
+
+        Raises:
+            BusUnreachable: the bus does not answer, or has no streams.
+        """
         with as_bus_errors():
             info = await self._js.stream_info(streams.chunks_of(file))
         limit = info.config.max_bytes or -1
         return limit if limit > 0 else 1 << 62
 
     async def chunk_count(self, crash_id: str, file: str) -> int:
-        """Return how many chunks of a crash file the bus holds, copies included."""
+        """Return how many chunks of a crash file the bus holds, copies included.
+
+        Raises:
+            BusUnreachable: the bus does not answer.
+        """
         subject = chunk_subject(crash_id, file)
         try:
             with as_bus_errors():
@@ -98,6 +117,9 @@ class Bus(Connection):
         """Return the IDs of the crashes of which the bus holds a host's items, or any chunks.
 
         Chunks do not tell which host they are of.
+
+        Raises:
+            BusUnreachable: the bus does not answer.
         """
         found: set[str] = set()
         for stream, subject, token in streams.all_on_the_way(host):
@@ -107,7 +129,11 @@ class Bus(Connection):
         return found
 
     async def holds(self, kind: type[Message], subject: str) -> bool:
-        """Tell whether the bus holds a message of this kind on exactly this subject."""
+        """Tell whether the bus holds a message of this kind on exactly this subject.
+
+        Raises:
+            BusUnreachable: the bus does not answer.
+        """
         try:
             with as_bus_errors():
                 await self._js.get_last_msg(streams.stream_of(kind), subject)
@@ -150,6 +176,12 @@ class Bus(Connection):
         """Yield messages from now on, in order, each once; over reconnects and restarts, too.
 
         Malformed messages are logged, counted and skipped.
+
+        Args:
+            subject: with wildcards, to hear of some only; None: all of this kind.
+
+        Raises:
+            BusUnreachable: the bus does not answer at the beginning, or has no streams.
         """
         with as_bus_errors():
             stream = await self._js.stream_info(streams.stream_of(kind))
@@ -166,10 +198,11 @@ class Bus(Connection):
         """Return the messages the bus holds now, oldest first; malformed ones are left out.
 
         Args:
+            subject: with wildcards, to have some only; None: all of this kind.
             since: leave out what the bus stored before this Unix time.
 
         Raises:
-            BusUnreachable: the bus does not answer.
+            BusUnreachable: the bus does not answer, or has no streams.
         """
         stream, messages = streams.stream_of(kind), []
         with as_bus_errors():
@@ -220,6 +253,7 @@ class Bus(Connection):
             durable: the consumer's name, built of subject tokens and ``-``; those who use the
                 same one share its messages.
             service: who is asking, for the dead letter.
+            subject: with wildcards, to take some only; None: all of this kind.
             ack_wait: seconds after which an unsettled message is given to another.
             batch: how many to ask for at once.
             new_only: when the consumer is made, leave out what was there before it.

@@ -74,12 +74,14 @@ def create(directory: int, epoch: int, record: CaptureRecord) -> int:
 
     Args:
         directory: descriptor of ``/tmp/appscope/<pid>``.
+        epoch: Unix seconds in the names of the set's files.
 
     Returns:
         The record's descriptor; the set counts as being written until it is closed.
 
     Raises:
         FileExistsError: something that cannot be replaced has its name.
+        OSError: it cannot be written.
     """
     name = layout.crash_file_name(layout.Kind.CAPTURE, epoch)
     hidden = f".{name}.{secrets.token_hex(4)}"  # anybody can guess the epoch
@@ -132,7 +134,7 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
 
 
 def is_being_written(descriptor: int) -> bool:
-    """Tell whether a recorder still works on the set."""
+    """Tell whether a recorder still works on the set: it holds the record's lock, flock(2)."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -94,7 +94,7 @@ def chunk_size(max_payload: int) -> int:
 
 @dataclass(frozen=True)
 class Packed:
-    """A chunk that has no number yet."""
+    """A chunk that has no number yet; what it has is as in `Chunk`."""
 
     size: int
     body: bytes
@@ -110,6 +110,7 @@ class Packer:
 
     Args:
         size: bytes that fit one message, even if they do not compress.
+        level: zstd's; of no matter where nothing is compressed.
 
     Attributes:
         range_size: bytes of a whole range.
@@ -132,7 +133,11 @@ class Packer:
         return self._zeros
 
     def pack(self, data: bytes | bytearray) -> list[Packed]:
-        """Return the chunks of a range, which the caller may overwrite afterwards."""
+        """Return the chunks of a range, one or two; the caller may overwrite `data` afterwards.
+
+        Args:
+            data: `range_size` bytes, or fewer at the end of a file.
+        """
         if data == self._zeros:
             if self._packed_zeros is None:
                 self._packed_zeros = self._pack(data)
@@ -166,6 +171,12 @@ class Encoder:
 
     Args:
         size: bytes that fit one message, even if they do not compress.
+        level: see `Packer`.
+
+    Attributes:
+        size: bytes of the file so far.
+        stored_size: bytes of its chunks so far.
+        count: how many those are.
     """
 
     def __init__(self, size: int, encoding: Encoding, level: int = 1) -> None:
@@ -188,7 +199,9 @@ class Encoder:
             yield from self.number(self.packer.pack(data))
 
     def cut(self, data: bytes | bytearray) -> None:
-        """Take the next range of the file; `packer` makes its chunks."""
+        """Take the next range of the file, `range_size` bytes but for the last; `packer` makes its
+        chunks.
+        """
         self._hash.update(data)
         self.size += len(data)
 
@@ -211,6 +224,11 @@ class Verifier:
 
     Every frame is decompressed within its announced size, so that a hostile frame cannot
     blow up memory.
+
+    Attributes:
+        next_index: of the chunk that is due.
+        size: bytes of the file so far.
+        stored_size: bytes of its chunks so far.
     """
 
     def __init__(self, encoding: Encoding) -> None:

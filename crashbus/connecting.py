@@ -35,7 +35,8 @@ async def connect(
             ``user_credentials`` or ``tls``.
 
     Raises:
-        BusUnreachable: no server answers; later losses are mended silently.
+        BusUnreachable: no server answers within some seconds, or it refuses us; later losses
+            are mended silently.
     """
 
     closing = False

@@ -54,6 +54,14 @@ class Connection:
 
         One that exists stays as its owner made it. From then on this connection makes them anew
         should the server lose them.
+
+        Args:
+            chunk_store_bytes: room for chunks, see `crashbus.streams.all_streams`.
+            replicas: servers of a JetStream cluster that each keep all of it.
+
+        Raises:
+            BusUnreachable: the bus does not answer, or does not let us.
+            BusFull: it has no room for a stream.
         """
         self._streams, made = (chunk_store_bytes, replicas), False
         with as_bus_errors():
@@ -84,6 +92,9 @@ class Connection:
         """Publish bytes that were encoded before, and wait until they are stored.
 
         Raises as `publish` does.
+
+        Args:
+            headers: NATS's, by name; they count into `max_payload`.
         """
         # The client looks at the payload alone; over its headers the server would hang up.
         size = len(payload) + _header_size(headers)
@@ -112,7 +123,7 @@ class Connection:
         return made
 
     async def close(self) -> None:
-        """Send what is still buffered, then close."""
+        """Send what is still buffered, then close; takes some seconds where nobody answers."""
         try:
             await asyncio.wait_for(self._client.flush(), PUBLISH_TIMEOUT)
         except (nats.errors.Error, TimeoutError, OSError):

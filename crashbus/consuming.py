@@ -47,17 +47,29 @@ class Delivery(Generic[M]):
         return self._raw.metadata.timestamp.timestamp()
 
     async def ack(self) -> None:
-        """It is done, and the server has heard so."""
+        """It is done, and the server has heard so.
+
+        Raises:
+            BusUnreachable: it may not have, and the message may come again.
+        """
         with as_bus_errors():
             await self._raw.ack_sync(timeout=ACK_TIMEOUT)
 
     async def retry(self, delay: float) -> None:
-        """Hand it back, to be delivered again after `delay` seconds."""
+        """Hand it back, to be delivered again after `delay` seconds.
+
+        Raises:
+            BusUnreachable: it comes again after the acknowledgement wait.
+        """
         with as_bus_errors():
             await self._raw.nak(delay=delay)
 
     async def working(self) -> None:
-        """It is still being worked on: start the acknowledgement wait anew."""
+        """It is still being worked on: start the acknowledgement wait anew.
+
+        Raises:
+            BusUnreachable: the server has not heard so.
+        """
         with as_bus_errors():
             await self._raw.in_progress()
 

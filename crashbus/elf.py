@@ -14,7 +14,7 @@ _MIN_ID, _MAX_ID = 2, 64  # bytes
 
 
 def build_id(file: int) -> str | None:
-    """Return a file's build ID as hexadecimal digits; None where it has none.
+    """Return a file's build ID as 4 to 128 hexadecimal digits; None where it has none.
 
     Args:
         file: descriptor; its position stays as it is.

@@ -91,14 +91,19 @@ class Frame:
 
 
 def line(value: dict[str, Any], body: bytes) -> bytes:
-    """Return the line of a frame; `value` is ``{"<file name>": {…}}`` without data."""
+    """Return the line of a frame.
+
+    Args:
+        value: ``{"<file name>": {…}}`` with the fields of a `CoreChunk` or `CoreEnd`, without data.
+        body: the chunk as it is stored; empty at the end.
+    """
     ((name, fields),) = value.items()
     whole = {name: {**fields, "data": b64encode(body).decode()} if body else fields}
     return _json(whole) + b"\n"
 
 
 def binary(value: dict[str, Any], body: bytes) -> bytes:
-    """Return a binary frame."""
+    """Return a binary frame; `value` is as for `line`, `body` the chunk as it is stored."""
     text = _json(value)
     return HEAD.pack(MAGIC, len(text), len(body)) + text + body
 
@@ -108,7 +113,10 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def lengths(head: bytes) -> tuple[int, int]:
-    """Return the lengths of JSON and chunk that a binary frame's head announces.
+    """Return the lengths of JSON and chunk in bytes that a binary frame's head announces.
+
+    Args:
+        head: the first `HEAD.size` bytes of the frame.
 
     Raises:
         BadFrame: it is none, or they are too large.

@@ -62,6 +62,10 @@ def start_ticks(pid: int) -> int:
 
 
 def start_ticks_in(stat: bytes) -> int:
-    """Return the start time that a proc_pid_stat(5) tells."""
+    """Return the start time that a proc_pid_stat(5) tells, field 22, in clock ticks since boot.
+
+    Raises:
+        ValueError, IndexError: it is no such text.
+    """
     # The command name (field 2) may hold spaces and parentheses: count from its last one.
     return int(stat[stat.rindex(b")") + 2 :].split()[19])

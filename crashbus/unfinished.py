@@ -18,6 +18,9 @@ def begin(file: int) -> None:
 
     Args:
         file: a descriptor for writing.
+
+    Raises:
+        OSError: somebody else has locked it.
     """
     fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0))
 
@@ -29,7 +32,11 @@ def finished(file: int, end: int) -> None:
 
 
 def final_bytes(file: int) -> int | None:
-    """Return up to where a file is final; None when its writer says nothing of it."""
+    """Return how many bytes of a file are final; None when its writer says nothing of it.
+
+    Args:
+        file: another descriptor than the writer's.
+    """
     asked = _FLOCK.pack(fcntl.F_RDLCK, 0, 0, 0, 0)
     kind, _, start, _, _ = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))
     return None if kind == fcntl.F_UNLCK else start

@@ -67,7 +67,10 @@ def _matches(subject: list[str], pattern: list[str]) -> bool:
 
 
 class WorkQueue:
-    """The stream of work items."""
+    """The stream of work items.
+
+    All of it raises `BusUnreachable` where the bus does not answer.
+    """
 
     def __init__(self, bus: Bus) -> None:
         self._js = bus._js
@@ -81,7 +84,7 @@ class WorkQueue:
         return found
 
     async def after(self, sequence: int) -> QueuedMessage | None:
-        """Return the first message behind a sequence; None if there is none."""
+        """Return the first message behind a sequence number (0: of all); None if there is none."""
         try:
             with as_bus_errors():
                 raw = await self._js.get_msg(
