@@ -5,7 +5,7 @@ from crashbus.identity import crash_id
 from crashbus.layout import Kind, crash_file_name
 from services.recorder.conditions import Conditions
 from services.recorder.core_policy import Extent
-from services.recorder.orphans import Orphan
+from services.recorder.orphan import Orphan
 from services.recorder.recording import Recording, begin, understand, write_early
 
 

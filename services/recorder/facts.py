@@ -132,10 +132,10 @@ def read_rest(process: Process, proc: Proc = LIVE, found: Resources | None = Non
         found: what it had in use, if that was read already.
     """
     living = _living_task(process.pid, proc)
-    environment, cut = _environment(read_environment(living, proc))
+    environment, cut = whole_variables(read_environment(living, proc))
     return Facts(
         process=process,
-        username=_username(process.uid),
+        username=username(process.uid),
         raw_environment=environment,
         cwd=_link(f"{living}/cwd", proc),
         root=_link(f"{living}/root", proc),
@@ -217,7 +217,12 @@ def read_environment(task: int, proc: Proc) -> bytes:
     return proc.read(f"{task}/environ", MAX_ENVIRONMENT + 1)
 
 
-def _environment(raw: bytes) -> tuple[bytes, bool]:
+def whole_variables(raw: bytes) -> tuple[bytes, bool]:
+    """Return the variables that have room in `MAX_ENVIRONMENT` bytes, and whether some have none.
+
+    Args:
+        raw: as `read_environment` returns it.
+    """
     if len(raw) <= MAX_ENVIRONMENT:
         return raw, False
     # A variable that is cut in two could lose the name that tells it is a secret.
@@ -242,7 +247,8 @@ def _ns_tid(task: int, place: str, proc: Proc) -> int:
     return int(match[1]) if match else task
 
 
-def _username(uid: int) -> str:
+def username(uid: int) -> str:
+    """Return a user's name, or the UID where it has none on this host."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

@@ -18,7 +18,7 @@ from crashbus.capture import UnreadableRecord
 from crashbus.identity import crash_id, start_ticks_in
 from services.common import crash_directory, unrecorded
 from services.common.crash_directory import SpoolUnusable
-from services.recorder import orphans
+from services.recorder import orphan
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -67,7 +67,7 @@ def _has_record(spool: Path, note: Mapping[str, bytes]) -> bool:
 
 
 def _lay_down(spool: Path, note: Mapping[str, bytes]) -> None:
-    crash = orphans.CRASH.fullmatch(note.get("crash", b""))
+    crash = orphan.CRASH.fullmatch(note.get("crash", b""))
     name = f"{int(crash[4])}-{int(crash[1])}" if crash else "0-0"  # which `orphans` will tell of
     root = crash_directory.open_spool(spool)
     try:
@@ -82,7 +82,7 @@ def _lay_down(spool: Path, note: Mapping[str, bytes]) -> None:
         os.close(kept)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX)
-        for part, content in ({"crash": b"", **note, "end": orphans.LOST.encode()}).items():
+        for part, content in ({"crash": b"", **note, "end": orphan.LOST.encode()}).items():
             _write(directory, part, content)
     finally:
         os.close(directory)

@@ -34,7 +34,8 @@ from services.recorder.errors import CaptureFailed, RecorderError
 from services.recorder.hold import Hold, end_those_let_go
 from services.recorder.listener import Listener
 from services.recorder.mechanism import Plan
-from services.recorder.orphans import Orphan, Orphans
+from services.recorder.orphan import Orphan
+from services.recorder.orphans import Orphans
 from services.recorder.patience import Patience, waiting
 from services.recorder.recording import Recording, say_what_is_there
 from services.recorder.room import Lack

@@ -17,7 +17,7 @@ from crashbus import Bus, DeadLetter, layout
 from crashbus.identity import crash_id
 from services.common import unrecorded
 from services.common.unrecorded import Unrecorded, is_noted
-from services.recorder import left_behind, orphans
+from services.recorder import left_behind, orphan
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
 from tests.support.nats import NatsServer
@@ -64,7 +64,7 @@ async def test_crash_that_was_let_go_and_not_written_is_told_by_the_next_recorde
     assert (record.signal_name, record.fault_address) == ("SIGSEGV", 0)
     assert record.process.executable == str(program)
     assert record.process.command_line[1:] == ("an argument",)
-    assert orphans.LOST in record.notes and f"no core: {orphans.LOST}" in record.notes
+    assert orphan.LOST in record.notes and f"no core: {orphan.LOST}" in record.notes
     assert not any(name.startswith("core_") for name in record.files)
     assert "--- registers" in recorder.file(victim.pid, "backtrace").read_text()
     snapshot = json.loads(recorder.file(victim.pid, "snapshot").read_bytes())

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 
 from crashbus import Bus, DeadLetter, layout, own_cores
 from crashbus.identity import crash_id
+from services.recorder import orphan as orphan_module
 from services.recorder import orphan_rules
-from services.recorder import orphans as orphans_module
 from services.recorder.errors import CaptureFailed
-from services.recorder.orphans import Orphan, Orphans, Unreadable
+from services.recorder.orphan import Orphan, Unreadable
+from services.recorder.orphans import Orphans
 from services.recorder.settings import RecorderSettings
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_capture import frames, gdb
@@ -315,7 +316,7 @@ def test_whatever_is_damaged_is_read_or_unreadable_and_nothing_stays_open(
     try:
         (kept / part).write_bytes(whole[:at] + damage + whole[at + len(damage) :])
         with suppress(Unreadable):
-            orphans_module.read(directory).close()
+            orphan_module.read(directory).close()
     finally:
         (kept / part).write_bytes(whole)
         os.close(directory)
@@ -330,7 +331,7 @@ def test_damaged_mapping_costs_no_other(kept: Path, line: bytes) -> None:
     (kept / "maps").write_bytes(maps.replace(begin, begin + line + b"\n") + end)
     directory = os.open(kept, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        orphan = orphans_module.read(directory)
+        orphan = orphan_module.read(directory)
         orphan.close()
     finally:
         os.close(directory)
