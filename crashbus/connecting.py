@@ -38,38 +38,17 @@ async def connect(
         BusUnreachable: no server answers within some seconds, or it refuses us; later losses
             are mended silently.
     """
-
-    closing = False
-    shown = without_secrets(url)
-
-    async def on_disconnect() -> None:
-        if not closing:
-            log.warning("lost the bus at %s, reconnecting", shown)
-
-    async def on_reconnect() -> None:
-        log.info("the bus at %s is back", shown)
-
-    refused: set[str] = set()
-
-    async def on_error(error: Exception) -> None:
-        text = str(error)[:500]
-        if "permissions violation" not in text or text in refused or len(refused) >= MOST_REFUSALS:
-            log.debug("bus: %s", error)
-            return
-        refused.add(text)  # what is asked for again and again is told once
-        what_to_permit = removing.mend(client.connected_server_version, text)
-        log.warning("the bus does not let us: %s; %s", text, what_to_permit or _MEND_PERMISSIONS)
-
+    client, shown = Client(), without_secrets(url)
+    watch = _Watch(client, shown)
     settings: dict[str, Any] = {
         "connect_timeout": CONNECT_TIMEOUT,
         "reconnect_time_wait": RECONNECT_WAIT,
         "max_reconnect_attempts": -1,
-        "disconnected_cb": on_disconnect,
-        "reconnected_cb": on_reconnect,
-        "error_cb": on_error,
+        "disconnected_cb": watch.lost,
+        "reconnected_cb": watch.back,
+        "error_cb": watch.failed,
         **options,
     }
-    client = Client()
     try:
         await _first_connection(client, url, settings)
     except (TimeoutError, nats.errors.Error, OSError) as error:
@@ -80,8 +59,42 @@ async def connect(
     try:
         yield bus
     finally:
-        closing = True
+        watch.is_over = True
         await bus.close()
+
+
+class _Watch:
+    """Says in the log what becomes of a connection.
+
+    Args:
+        shown: the servers' addresses.
+
+    Attributes:
+        is_over: it is being closed, so that its loss is no news.
+    """
+
+    def __init__(self, client: Client, shown: str) -> None:
+        self._client = client
+        self._shown = shown
+        self._refused: set[str] = set()
+        self.is_over = False
+
+    async def lost(self) -> None:
+        if not self.is_over:
+            log.warning("lost the bus at %s, reconnecting", self._shown)
+
+    async def back(self) -> None:
+        log.info("the bus at %s is back", self._shown)
+
+    async def failed(self, error: Exception) -> None:
+        """Tell what we are not permitted; what is asked for again and again is told once."""
+        text, told = str(error)[:500], self._refused
+        if "permissions violation" not in text or text in told or len(told) >= MOST_REFUSALS:
+            log.debug("bus: %s", error)
+            return
+        told.add(text)
+        what_to_permit = removing.mend(self._client.connected_server_version, text)
+        log.warning("the bus does not let us: %s; %s", text, what_to_permit or _MEND_PERMISSIONS)
 
 
 def without_secrets(url: str) -> str:

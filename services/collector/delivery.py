@@ -8,6 +8,7 @@ the next crash never wait behind a core.
 
 import asyncio
 import time
+from functools import partial
 
 import structlog
 
@@ -60,9 +61,13 @@ class Deliverer:
         """Deliver until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for _ in range(SMALL_LANES):
-                tasks.create_task(self._small.work(self._deliver_small), name="small files")
+                tasks.create_task(
+                    self._small.work(partial(self._deliver, self._small)), name="small files"
+                )
             for _ in range(CORES_AT_ONCE):
-                tasks.create_task(self._cores.work(self._deliver_core), name="cores")
+                tasks.create_task(
+                    self._cores.work(partial(self._deliver, self._cores)), name="cores"
+                )
             tasks.create_task(self._answers.take(Receipt), name="receipts")
             tasks.create_task(self._answers.take(DeadLetter), name="dead letters")
             tasks.create_task(self._answers.take(Replay), name="replays")
@@ -99,13 +104,7 @@ class Deliverer:
                 log.warning("chunks of no crash stay for now", error=str(error))
             await asyncio.sleep(self._recheck)
 
-    async def _deliver_small(self, crash_id: str) -> None:
-        await self._deliver(crash_id, self._small)
-
-    async def _deliver_core(self, crash_id: str) -> None:
-        await self._deliver(crash_id, self._cores)
-
-    async def _deliver(self, crash_id: str, lane: Lane) -> None:
+    async def _deliver(self, lane: Lane, crash_id: str) -> None:
         try:
             if lane is self._cores:
                 await self._ahead.send(crash_id)
