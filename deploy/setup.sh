@@ -18,8 +18,8 @@ packages=(
 # make test-kernels: machines with older kernels
 [ -z "${MACHINES:-}" ] || packages+=(qemu-system-x86 e2fsprogs)
 packages+=(g++ golang-go openjdk-17-jre-headless)  # tests: programs that crash
-# tests: what is C compiles for arm64; 150 MB for that are CI's alone
-[ -z "${CI:-}" ] || packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
+# tests: what is C runs on arm64; 250 MB for that are CI's alone
+[ -z "${CI:-}" ] || packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
 packages+=(mmdebstrap)                  # tests: a base for images where no registry is reached
 # tests: a real container engine; whoever has one (docker-ce, moby) keeps it
 command -v dockerd >/dev/null || packages+=(docker.io)
