@@ -1,5 +1,6 @@
 """The unwinding worker gives an answer or dies alone, and holds no rights."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from services.recorder import unwinder
+from services.recorder import core_head, unwinder
+from services.recorder.facts import Module
 from services.recorder.unwind_process import Forked, Server
 from tests.recorder.test_core_head import core as make_core
 from tests.recorder.test_core_head import prstatus, siginfo
@@ -41,6 +43,30 @@ def test_garbage_is_an_answer(core: int, content: bytes) -> None:
     trace = unwinder.unwind(core, (), 20)
 
     assert trace.fault is not None or not any(thread.frames for thread in trace.threads)
+
+
+# Of Linux 6.1 on a processor with pointer authentication, and tests/support/crashers/null_pointer.c
+# built for it with -g -mbranch-protection=pac-ret+leaf -nostdlib -static -Wl,-e,main.
+ARM64 = Path(__file__).parents[1] / "support/samples/arm64"
+STORE = bytes.fromhex("010000b9")
+
+
+def test_signed_return_addresses_of_arm64_are_followed(core: int) -> None:
+    os.write(core, gzip.decompress((ARM64 / "core.gz").read_bytes()))
+    os.lseek(core, 0, os.SEEK_SET)
+    head = core_head.read(lambda size: os.read(core, size))
+    assert head.registers["x30"] >> 48  # signed: no address that user space has
+
+    with (ARM64 / "null_pointer").open("rb") as program:
+        module = Module("/null_pointer", 0x400000, 0x401000, program.fileno())
+        trace = unwinder.unwind(core, (module,), 60, head, STORE)
+
+    (thread,) = trace.threads
+    told = [(frame.symbol, frame.source) for frame in thread.frames]
+    assert told == [("crash_here", "./null_pointer.c:2"), ("main", "./null_pointer.c:5")]
+    assert trace.instruction is not None
+    assert trace.instruction.text == "str w1, [x0]"
+    assert [(one.access, one.address) for one in trace.instruction.touched] == [("write", 0)]
 
 
 def test_worker_s_answer_is_not_believed(core: int, monkeypatch: pytest.MonkeyPatch) -> None:
