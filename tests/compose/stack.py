@@ -79,6 +79,7 @@ class Stack:
         directory: on the host; holds all of it.
         clone: what a fresh clone holds, and what is made there.
         overrides: compose files beside those of a host without others.
+        ca_file: certificates that a build trusts.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -89,12 +90,13 @@ class Stack:
         self.clone = self.directory / "crashbus"
         self.keys = self.clone / "deploy" / "keys"
         self.spool = self.directory / "spool"
+        self.ca_file = ssl.get_default_verify_paths().cafile or CA_FILE
         self._bus_port = free_port()
         # What differs from a user's host: the engine, directories of the test's own, a free port.
         self._environment = os.environ | {
             "DOCKER_HOST": f"unix://{engine.socket}",
             "DOCKER_CONFIG": str(CACHE / "docker"),
-            "CA_FILE": ssl.get_default_verify_paths().cafile or CA_FILE,
+            "CA_FILE": self.ca_file,
             "CRASHBUS_RUNTIME_SOCKET": str(engine.socket),
             "CRASHBUS_SPOOL_DIRECTORY": str(self.spool),
             "CRASHBUS_STATE_DIRECTORY": str(self.directory / "state"),

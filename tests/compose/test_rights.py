@@ -122,7 +122,7 @@ async def test_image_says_what_it_is_and_trusts_the_usual_cas(stack: Stack, serv
 
 
 LIMITS = {"shipper": 120, "collector": 120, "recorder": 120, "detector": 450}  # MB
-SIZES = re.compile(r"^\| (\w+) \| (\d+) \| \d+ \|$", re.MULTILINE)
+SIZES = re.compile(r"^\| (\w+) \| (\d+) \| \d+ \| \d+ \|$", re.MULTILINE)
 
 
 async def test_images_add_to_their_base_what_the_documentation_says(stack: Stack) -> None:
