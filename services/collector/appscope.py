@@ -195,6 +195,7 @@ class _Watched:
         self._event = event
         self._sets: dict[int, _Set] = {}
         self._done: set[int] = set()
+        self._directory: int | None = None  # where the library writes, once it is there
 
     def __enter__(self) -> "_Watched":
         return self
@@ -202,14 +203,23 @@ class _Watched:
     def __exit__(self, *_: object) -> None:
         for one in self._sets.values():
             one.close()
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._directory is not None:
+            os.close(self._directory)
+            self._directory = None
 
     def look(self) -> bool:
         """Open what is new and judge every set; False once the process has ended."""
         process = self._event.process
         # In this order: what an ended process has written is then all seen.
-        alive = processes.is_alive(process.pid, process.start_ticks)
-        with suppress(OSError), _directory_inside(process.pid, process.ns_pid) as directory:
-            self._open_new(directory)
+        alive = self._is_alive()
+        if alive:
+            self._enter()
+        if self._directory is not None:
+            with suppress(OSError):
+                self._open_new(self._directory)
         held = spool.open_by_process(process.pid) if alive else set()
         for one in self._sets.values():
             cfg = one.files.get(Kind.CFG)
@@ -221,6 +231,20 @@ class _Watched:
                 process_alive=alive,
             )
         return alive
+
+    def _is_alive(self) -> bool:
+        return processes.is_alive(self._event.process.pid, self._event.process.start_ticks)
+
+    def _enter(self) -> None:
+        """Open the library's directory anew: at first there is none.
+
+        Once the process has ended, its PID may be another's, whose root is not looked into.
+        """
+        process = self._event.process
+        with suppress(OSError), _directory_inside(process.pid, process.ns_pid) as directory:
+            if self._is_alive():
+                self._leave()
+                self._directory = os.dup(directory)
 
     def _open_new(self, directory: int) -> None:
         for epoch, entries in spool.list_directory(directory).sets.items():
