@@ -60,7 +60,13 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
             runtime.ready,
         )
         deaths = Deaths(
-            runtime.host, shared.destinations, bus, ledger, gatherer, shared.state / "collector"
+            runtime.host,
+            shared.destinations,
+            bus,
+            ledger,
+            gatherer,
+            shared.state / "collector",
+            settings.disk_reserve,
         )
         cores = CoreStreams(
             shared.spool, bus, ledger, publisher, shared.state / "collector" / "streamed"

@@ -22,10 +22,11 @@ from crashbus import capture, identity, layout
 from crashbus.bus import Bus
 from crashbus.capture import CapturedFile, CaptureRecord
 from crashbus.errors import BusFull, BusUnreachable
-from crashbus.layout import Kind
+from crashbus.layout import LARGE, Kind
 from crashbus.messages import DeadLetter, SignalEvent
 from services.collector import judge, metrics, processes, spool
 from services.collector.judge import Verdict
+from services.collector.publish import MAX_SMALL
 from services.collector.spool import Entry, Refused
 from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
@@ -51,10 +52,12 @@ class Containers:
     Args:
         root: the spool.
         state: directory for notes of what is watched.
+        reserve: percent of the spool's disk that cores leave free.
     """
 
-    def __init__(self, root: Path, host: str, bus: Bus, state: Path) -> None:
+    def __init__(self, root: Path, host: str, bus: Bus, state: Path, reserve: float) -> None:
         self._root = root
+        self._reserve = reserve
         self._host = host
         self._bus = bus
         self._state = state
@@ -112,17 +115,17 @@ class Containers:
         await asyncio.to_thread(self._note(event).unlink, True)
 
     async def _until_it_ends(self, event: SignalEvent) -> None:
-        with _Watched(event) as watched:
+        with _Watched(event, self._root, self._host, self._reserve) as watched:
             busy_until = time.monotonic() + WRITING
             while await asyncio.to_thread(watched.look):
                 try:
-                    if await asyncio.to_thread(watched.copy_whole, self._root, self._host):
+                    if await asyncio.to_thread(watched.copy_whole):
                         busy_until = time.monotonic()
                 except (OSError, SpoolUnusable) as error:
                     log.warning("not brought out yet", crash_id=event.crash_id, error=str(error))
                 busy = time.monotonic() < busy_until
                 await asyncio.sleep(LOOK_AGAIN if busy else LOOK_IDLY)
-            await asyncio.to_thread(watched.copy_rest, self._root, self._host)
+            await asyncio.to_thread(watched.copy_rest)
 
     async def _tell(self, event: SignalEvent, error: str) -> None:
         letter = DeadLetter(
@@ -189,10 +192,17 @@ class _Set:
 
 
 class _Watched:
-    """The sets of one process in a container."""
+    """The sets of one process in a container, to be copied to the spool.
 
-    def __init__(self, event: SignalEvent) -> None:
+    Args:
+        reserve: percent of the spool's disk that cores leave free.
+    """
+
+    def __init__(self, event: SignalEvent, root: Path, host: str, reserve: float) -> None:
         self._event = event
+        self._root = root
+        self._host = host
+        self._reserve = reserve
         self._sets: dict[int, _Set] = {}
         self._done: set[int] = set()
         self._directory: int | None = None  # where the library writes, once it is there
@@ -271,54 +281,79 @@ class _Watched:
             return
         one.files[entry.kind], one.entries[entry.kind] = descriptor, entry
 
-    def copy_whole(self, root: Path, host: str) -> bool:
-        """Copy the sets that are whole to the spool; tell whether there was one."""
-        return self._copy(
-            [s for s in self._sets.values() if s.verdict is Verdict.WHOLE], root, host
-        )
+    def copy_whole(self) -> bool:
+        """Copy the sets that are whole to the spool; tell whether there was one.
 
-    def copy_rest(self, root: Path, host: str) -> None:
-        """Copy what is left of a process that has ended."""
-        self._copy([one for one in self._sets.values() if one.files], root, host)
+        Raises:
+            OSError, SpoolUnusable: one could not be copied; nothing of it is left there.
+        """
+        return self._copy([one for one in self._sets.values() if one.verdict is Verdict.WHOLE])
 
-    def _copy(self, sets: list[_Set], root: Path, host: str) -> bool:
+    def copy_rest(self) -> None:
+        """Copy what is left of a process that has ended; raises as `copy_whole` does."""
+        self._copy([one for one in self._sets.values() if one.files])
+
+    def _copy(self, sets: list[_Set]) -> bool:
         for one in sets:
-            self._copy_set(one, root, host)
+            self._copy_set(one)
             one.close()
             del self._sets[one.epoch]
             self._done.add(one.epoch)
         return bool(sets)
 
-    def _copy_set(self, one: _Set, root: Path, host: str) -> None:
+    def _copy_set(self, one: _Set) -> None:
         """Copy one set under a capture record."""
-        pid = self._event.process.pid
-        directory, epoch = crash_directory.open_crash(root, pid, one.epoch)
-        whole = one.verdict is Verdict.WHOLE
-        doubtful = set() if whole else judge.doubtful(one.files.keys())
-        captured: dict[str, CapturedFile] = {}
+        directory, epoch = crash_directory.open_crash(
+            self._root, self._event.process.pid, one.epoch
+        )
         try:
-            descriptor = capture.create(directory, epoch, self._record(host, "writing", {}))
+            descriptor = capture.create(directory, epoch, self._record("writing", {}))
             try:
-                for kind, source in one.files.items():
-                    captured[layout.crash_file_name(kind, epoch)] = CapturedFile(
-                        size=_copy(source, directory, kind, epoch),
-                        truncated=kind in doubtful,
-                        note="its writer ended before it was whole" if kind in doubtful else None,
-                    )
-                capture.write(descriptor, self._record(host, "complete", captured))
+                captured = self._copy_files(one, directory, epoch)
+                capture.write(descriptor, self._record("complete", captured))
+            except OSError:
+                # It is tried again; until then this would be taken for a set that was cut short.
+                for kind in (*one.files, Kind.CAPTURE):
+                    with suppress(FileNotFoundError):
+                        os.unlink(layout.crash_file_name(kind, epoch), dir_fd=directory)
+                raise
             finally:
                 os.close(descriptor)
         finally:
             os.close(directory)
         log.info("brought out of a container", crash_id=self._event.crash_id, files=len(captured))
 
-    def _record(self, host: str, state: str, files: dict[str, CapturedFile]) -> CaptureRecord:
+    def _copy_files(self, one: _Set, directory: int, epoch: int) -> dict[str, CapturedFile]:
+        doubtful = set() if one.verdict is Verdict.WHOLE else judge.doubtful(one.files.keys())
+        captured = {}
+        for kind, source in one.files.items():
+            most = self._room(directory) if kind in LARGE else MAX_SMALL
+            size, whole = _copy(source, directory, kind, epoch, most)
+            note = "its writer ended before it was whole" if kind in doubtful else None
+            if size < whole:
+                why = "for want of room" if kind in LARGE else "as many as are read of its kind"
+                note = f"cut to {size} bytes of {whole}, {why}"
+            captured[layout.crash_file_name(kind, epoch)] = CapturedFile(
+                size=size,
+                truncated=note is not None,
+                expected=whole if size < whole else None,
+                note=note,
+            )
+        return captured
+
+    def _room(self, directory: int) -> int:
+        """Return how many bytes may be written before the disk is at its reserve."""
+        disk = os.fstatvfs(directory)
+        reserve = int(disk.f_blocks * disk.f_frsize * self._reserve / 100)
+        return max(0, disk.f_bavail * disk.f_frsize - reserve)
+
+    def _record(self, state: str, files: dict[str, CapturedFile]) -> CaptureRecord:
         event = self._event
         return CaptureRecord.model_validate(
             {
                 "state": state,
                 "crash_id": event.crash_id,
-                "host": host,
+                "host": self._host,
                 "crashed_at": event.time,
                 "process": event.process,
                 "signal": event.signal,
@@ -344,25 +379,34 @@ def _directory_inside(pid: int, ns_pid: int) -> Iterator[int]:
         yield current
 
 
-def _copy(source: int, directory: int, kind: Kind, epoch: int) -> int:
-    """Copy what a file holds; its holes stay holes. Returns its size."""
+def _copy(source: int, directory: int, kind: Kind, epoch: int, most: int) -> tuple[int, int]:
+    """Copy what a file holds, up to `most` bytes of data; its holes stay holes.
+
+    Returns:
+        The copy's size, and the file's.
+    """
     target = crash_directory.create_file(directory, kind, epoch)
-    size = os.fstat(source).st_size
+    whole = os.fstat(source).st_size
     try:
         position = 0
-        while position < size:
-            try:
-                start = os.lseek(source, position, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno != errno.ENXIO:  # only a hole is left, lseek(2)
-                    raise
-                break
-            end = min(os.lseek(source, start, os.SEEK_HOLE), size)
+        while (start := _data_from(source, position, whole)) < whole and most > 0:
+            end = min(os.lseek(source, start, os.SEEK_HOLE), whole, start + most)
             position = _copy_range(source, target, start, end)
-        os.ftruncate(target, size)
+            most -= end - start
+        os.ftruncate(target, start)
     finally:
         os.close(target)
-    return size
+    return start, whole
+
+
+def _data_from(source: int, position: int, size: int) -> int:
+    """Return where a file's data goes on; its size where there is only a hole left."""
+    try:
+        return min(os.lseek(source, position, os.SEEK_DATA), size)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # lseek(2)
+            raise
+        return size
 
 
 def _copy_range(source: int, target: int, start: int, end: int) -> int:

@@ -40,7 +40,12 @@ GIVE_UP = 3600.0  # seconds after which a process that still lives did not die o
 
 
 class Deaths:
-    """Follows each signal event of this host to the crash files it leads to."""
+    """Follows each signal event of this host to the crash files it leads to.
+
+    Args:
+        state: directory for what a restart must not forget.
+        reserve: percent of the spool's disk that copies of cores leave free.
+    """
 
     def __init__(
         self,
@@ -50,13 +55,14 @@ class Deaths:
         ledger: Ledger,
         gatherer: Gatherer,
         state: Path,
+        reserve: float,
     ) -> None:
         self._host = host
         self._destinations = destinations
         self._bus = bus
         self._ledger = ledger
         self._gatherer = gatherer
-        self._containers = Containers(gatherer.root, host, bus, state / "watched")
+        self._containers = Containers(gatherer.root, host, bus, state / "watched", reserve)
         self._oom_kills: dict[str, oom.Seen] = {}  # by event
         self._places = asyncio.Semaphore(AT_ONCE)
 

@@ -40,8 +40,9 @@ class CollectorSettings(Settings):
         6,
         ge=0,
         le=100,
-        description="percent of the spool's disk below which files go in the same way; more than "
-        "CRASHBUS_RECORDER_DISK_RESERVE, so that the next core finds room",
+        description="percent of the spool's disk below which files go in the same way, and that "
+        "cores brought out of containers leave free; more than CRASHBUS_RECORDER_DISK_RESERVE, so "
+        "that the next core finds room",
     )
     drop_after: float = Field(
         60,

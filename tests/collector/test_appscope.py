@@ -1,5 +1,6 @@
 """What AppScope's library left inside a container, or another put there for us, is brought out."""
 
+import os
 import subprocess
 import sys
 import time
@@ -9,15 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from crashbus.capture import CaptureRecord
 from crashbus.layout import Kind
 from crashbus.messages import SignalEvent
 from services.collector.appscope import _Watched
 from tests.collector.stand_in import signal_event
+from tests.support.disk import small_disk
 from tests.support.requirements import need_root
 
 _WAITS = (
     "import os, sys; os.chroot(sys.argv[1]); os.chdir('/'); print(flush=True); sys.stdin.read()"
 )
+MIB = 1024 * 1024
 EPOCH = int(time.time()) + 86400  # after any event
 
 
@@ -59,8 +63,14 @@ def contained(tmp_path: Path) -> Iterator[Contained]:
     made.end()
 
 
-def test_last_files_of_a_process_are_seen_when_it_has_ended(contained: Contained) -> None:
-    with _Watched(contained.event) as watched:
+def watching(event: SignalEvent, spool: Path, reserve: float = 0) -> _Watched:
+    return _Watched(event, spool, "test-host", reserve)
+
+
+def test_last_files_of_a_process_are_seen_when_it_has_ended(
+    contained: Contained, tmp_path: Path
+) -> None:
+    with watching(contained.event, tmp_path) as watched:
         contained.write({"info": b"one"})
         assert watched.look()
         contained.write({"backtrace": b"two"})
@@ -73,12 +83,95 @@ def test_last_files_of_a_process_are_seen_when_it_has_ended(contained: Contained
 
 
 def test_process_that_has_the_pid_of_one_that_ended_is_not_looked_into(
-    contained: Contained,
+    contained: Contained, tmp_path: Path
 ) -> None:
     """As after a restart of the collector, with a note of a watch that is long over."""
     process = contained.event.process.model_copy(update={"start_ticks": 1})
     contained.write({"info": b"of another"})
 
-    with _Watched(contained.event.model_copy(update={"process": process})) as watched:
+    event = contained.event.model_copy(update={"process": process})
+    with watching(event, tmp_path) as watched:
         assert not watched.look()
         assert not watched._sets
+
+
+WHOLE = {
+    "info": b"Process name: x",
+    "cfg": b'{"libscope": {"snapshot": {"coredump": "true", "backtrace": "true"}}}',
+    "backtrace": b"#0 0x1 f + 1",
+}
+
+
+def brought_out(spool: Path, pid: int) -> CaptureRecord:
+    (path,) = (spool / str(pid)).glob("capture_*")
+    return CaptureRecord.model_validate_json(path.read_bytes())
+
+
+def test_holes_stay_holes(contained: Contained, tmp_path: Path) -> None:
+    contained.write({**WHOLE, "core": b""})
+    with (contained.place / f"core_{EPOCH}").open("r+b") as core:
+        core.write(b"begin")
+        core.seek(1 << 40)
+        core.write(b"middle")
+        core.truncate(1 << 41)
+
+    with watching(contained.event, tmp_path / "spool") as watched:
+        assert watched.look()
+        assert watched.copy_whole()
+
+    copy = tmp_path / "spool" / str(contained.process.pid) / f"core_{EPOCH}"
+    assert (copy.stat().st_size, copy.stat().st_blocks < 1024) == (1 << 41, True)
+    with copy.open("rb") as file:
+        assert file.read(6) == b"begin\0"
+        file.seek(1 << 40)
+        assert file.read(7) == b"middle\0"
+
+
+def test_core_that_is_larger_than_the_disk_is_cut_at_its_reserve(
+    contained: Contained, tmp_path: Path
+) -> None:
+    contained.write({**WHOLE, "core": os.urandom(32 * MIB)})
+
+    with (
+        small_disk(tmp_path / "spool", 16) as disk,
+        watching(contained.event, disk.place, 25) as watched,
+    ):
+        assert watched.look()
+        assert watched.copy_whole()
+
+        state = os.statvfs(disk.place)
+        assert state.f_bavail * 4 >= state.f_blocks - 64  # blocks: the record, and the file's own
+        record = brought_out(disk.place, contained.process.pid)
+        core = record.files[f"core_{EPOCH}"]
+        assert record.state == "complete"
+        assert core.truncated and core.expected == 32 * MIB
+        assert MIB < core.size < 13 * MIB
+        assert not record.files[f"info_{EPOCH}"].truncated
+
+
+def test_set_that_finds_no_room_at_all_leaves_nothing_behind(
+    contained: Contained, tmp_path: Path
+) -> None:
+    contained.write({**WHOLE, "core": b"core", "info": os.urandom(8 * MIB)})
+
+    with (
+        small_disk(tmp_path / "spool", 4) as disk,
+        watching(contained.event, disk.place) as watched,
+    ):
+        assert watched.look()
+        for _ in range(3):
+            with pytest.raises(OSError, match="No space left"):
+                watched.copy_whole()
+
+        assert list((disk.place / str(contained.process.pid)).iterdir()) == []
+
+
+def test_small_file_that_is_huge_is_cut(contained: Contained, tmp_path: Path) -> None:
+    contained.write({**WHOLE, "core": b"core", "info": bytes(17 * MIB - 1) + b"x"})
+
+    with watching(contained.event, tmp_path / "spool") as watched:
+        assert watched.look()
+        assert watched.copy_whole()
+
+    info = brought_out(tmp_path / "spool", contained.process.pid).files[f"info_{EPOCH}"]
+    assert (info.size, info.truncated, info.expected) == (16 * MIB, True, 17 * MIB)
