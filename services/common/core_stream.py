@@ -59,11 +59,7 @@ def listen(spool: Path) -> socket.socket:
     Raises:
         OSError, SpoolUnusable: it cannot be had.
     """
-    root = crash_directory.open_spool(spool)
-    try:
-        directory = crash_directory.private_directory(layout.CORES, root)
-    finally:
-        os.close(root)
+    directory = crash_directory.private_directory(spool, layout.CORES)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with suppress(FileNotFoundError):

@@ -12,7 +12,8 @@ import errno
 import os
 import secrets
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import structlog
@@ -60,6 +61,15 @@ def open_spool(path: Path) -> int:
         raise _unusable(path, error) from error
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    spool = open_spool(path)
+    try:
+        yield spool
+    finally:
+        os.close(spool)
+
+
 def open_crash(path: Path, pid: int, epoch: int) -> tuple[int, int]:
     """Return a descriptor of ``<spool>/<pid>``, and the first epoch from `epoch` on that is
     free there.
@@ -67,67 +77,67 @@ def open_crash(path: Path, pid: int, epoch: int) -> tuple[int, int]:
     Raises:
         SpoolUnusable: it cannot be had.
     """
-    spool = open_spool(path)
-    try:
-        for _ in range(_TRIES):
-            directory = _own_directory(str(pid), spool)
-            free = _free_epoch(directory, epoch)
-            if free is not None:
-                return directory, free
-            os.close(directory)
-            _put_aside(str(pid), spool, "it is full of crash files")
-        raise OSError(None, "it fills up faster than it can be put aside")
-    except OSError as error:
-        raise _unusable(path / str(pid), error) from error
-    finally:
-        os.close(spool)
+    with _opened(path) as spool:
+        try:
+            for _ in range(_TRIES):
+                directory = _own_directory(str(pid), spool)
+                free = _free_epoch(directory, epoch)
+                if free is not None:
+                    return directory, free
+                os.close(directory)
+                _put_aside(str(pid), spool, "it is full of crash files")
+            raise OSError(None, "it fills up faster than it can be put aside")
+        except OSError as error:
+            raise _unusable(path / str(pid), error) from error
 
 
-def own_directory(name: str, spool: int) -> int:
+def own_directory(path: Path, name: str) -> int:
     """Return a descriptor of a directory in the spool, made ours if it is not.
 
     Raises:
-        OSError: it cannot be had.
+        SpoolUnusable: the spool cannot be had.
+        OSError: the directory cannot.
     """
-    return _own_directory(name, spool)
+    with _opened(path) as spool:
+        return _own_directory(name, spool)
 
 
-def private_directory(name: str, spool: int) -> int:
+def private_directory(path: Path, name: str) -> int:
     """Return a descriptor of a directory in the spool that root alone can enter.
 
     Whatever else has the name is put aside: nothing in it is to be believed.
 
     Raises:
-        OSError: it cannot be had.
+        SpoolUnusable: the spool cannot be had.
+        OSError: the directory cannot.
     """
-    for _ in range(_TRIES):
-        with suppress(FileExistsError):
-            os.mkdir(name, 0o700, dir_fd=spool)
-        try:
-            directory = os.open(name, _DIRECTORY, dir_fd=spool)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
-                raise
-            _put_aside(name, spool, "it is no directory")
-            continue
-        status = os.fstat(directory)
-        if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o700:
-            return directory
-        os.close(directory)
-        _put_aside(name, spool, "it is not root's alone")
+    with _opened(path) as spool:
+        for _ in range(_TRIES):
+            directory = _directory(name, spool)
+            if directory is None:
+                continue
+            status = os.fstat(directory)
+            if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o700:
+                return directory
+            os.close(directory)
+            _put_aside(name, spool, "it is not root's alone")
     raise OSError(None, "it is swapped again and again")
 
 
-def private_file(name: str, spool: int) -> int:
+def private_file(path: Path, name: str) -> int:
     """Return a descriptor of a file in the spool that root alone can open, made if it is missing.
 
     Whatever else has the name is put aside.
 
     Raises:
-        OSError: it cannot be had.
+        SpoolUnusable: the spool cannot be had.
+        OSError: the file cannot.
     """
+    with _opened(path) as spool:
+        return _private_file(name, spool)
+
+
+def _private_file(name: str, spool: int) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     for _ in range(_TRIES):
         try:
@@ -257,16 +267,8 @@ def _exchange(one: str, other: str, directory: int) -> None:
 def _own_directory(name: str, parent: int) -> int:
     """Open a directory that root owns, making it or taking it over."""
     for _ in range(_TRIES):
-        with suppress(FileExistsError):  # AppScope's library made it, or an attacker
-            os.mkdir(name, 0o700, dir_fd=parent)
-        try:
-            directory = os.open(name, _DIRECTORY, dir_fd=parent)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            if error.errno not in (errno.ENOTDIR, errno.ELOOP):  # a file, or a link
-                raise
-            _put_aside(name, parent, "it is no directory")
+        directory = _directory(name, parent)
+        if directory is None:
             continue
         try:
             _take_over(directory)
@@ -278,6 +280,21 @@ def _own_directory(name: str, parent: int) -> int:
             return directory
         os.close(directory)
     raise OSError(None, "it is swapped again and again")
+
+
+def _directory(name: str, parent: int) -> int | None:
+    """Open a directory, made if it is missing; None: what was there is put aside, try again."""
+    with suppress(FileExistsError):  # AppScope's library made it, or an attacker
+        os.mkdir(name, 0o700, dir_fd=parent)
+    try:
+        return os.open(name, _DIRECTORY, dir_fd=parent)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):  # a file, or a link
+            raise
+    _put_aside(name, parent, "it is no directory")
+    return None
 
 
 def _take_over(directory: int) -> None:

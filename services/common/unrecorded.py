@@ -92,7 +92,7 @@ class Unrecorded:
                 return self._file
             os.close(self._file)  # somebody removed the spool
             self._file = -1
-        self._file = _open(self._spool)
+        self._file = crash_directory.private_file(self._spool, layout.UNRECORDED)
         # Behind what an earlier recorder left and nobody could take yet.
         self._places = -(-os.fstat(self._file).st_size // _PLACE)
         self._free, self._taken = [], {}
@@ -150,7 +150,7 @@ def left_notes(spool: Path) -> Iterator[Mapping[str, bytes]]:
     """
     if not (spool / layout.UNRECORDED).exists():
         return
-    file = _open(spool)
+    file = crash_directory.private_file(spool, layout.UNRECORDED)
     try:
         for place in list(_places(file)):
             yield _unpacked(os.pread(file, _PLACE, place * _PLACE))
@@ -188,14 +188,6 @@ def _places(file: int) -> Iterator[int]:
     for place in range(min(_MOST, -(-os.fstat(file).st_size // _PLACE))):
         if os.pread(file, len(_MARK), place * _PLACE) == _MARK:
             yield place
-
-
-def _open(spool: Path) -> int:
-    directory = crash_directory.open_spool(spool)
-    try:
-        return crash_directory.private_file(layout.UNRECORDED, directory)
-    finally:
-        os.close(directory)
 
 
 def _look(spool: Path) -> int:

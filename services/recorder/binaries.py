@@ -73,14 +73,10 @@ class Binaries:
         if not self._max_bytes or not found:
             return tuple(module for module, _ in found)
         try:
-            spool = crash_directory.open_spool(self._spool)
+            directory = crash_directory.own_directory(self._spool, layout.BINARIES)
         except SpoolUnusable as error:
             log.warning("binaries are not kept", error=str(error))
             return tuple(module for module, _ in found)
-        try:
-            directory = crash_directory.own_directory(layout.BINARIES, spool)
-        finally:
-            os.close(spool)
         try:
             return tuple(self._keep(module, file, directory) for module, file in found)
         finally:

@@ -69,11 +69,7 @@ def _has_record(spool: Path, note: Mapping[str, bytes]) -> bool:
 def _lay_down(spool: Path, note: Mapping[str, bytes]) -> None:
     crash = orphan.CRASH.fullmatch(note.get("crash", b""))
     name = f"{int(crash[4])}-{int(crash[1])}" if crash else "0-0"  # which `orphans` will tell of
-    root = crash_directory.open_spool(spool)
-    try:
-        kept = crash_directory.private_directory(layout.ORPHANS, root)
-    finally:
-        os.close(root)
+    kept = crash_directory.private_directory(spool, layout.ORPHANS)
     try:
         with suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=kept)

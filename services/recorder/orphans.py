@@ -61,7 +61,7 @@ class Orphans:
         Raises:
             SpoolUnusable, OSError: it cannot be made.
         """
-        os.close(self._open())
+        os.close(self._directory())
         self._is_prepared = True
         return self._spool.resolve()
 
@@ -75,12 +75,8 @@ class Orphans:
         if self._thread.is_alive():  # a recorder that could not start stops, too
             self._thread.join(within)
 
-    def _open(self) -> int:
-        spool = crash_directory.open_spool(self._spool)
-        try:
-            return crash_directory.private_directory(layout.ORPHANS, spool)
-        finally:
-            os.close(spool)
+    def _directory(self) -> int:
+        return crash_directory.private_directory(self._spool, layout.ORPHANS)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -93,7 +89,7 @@ class Orphans:
     def _look(self) -> None:
         if not self._is_prepared and not (self._spool / layout.ORPHANS).exists():
             return
-        orphans = self._open()
+        orphans = self._directory()
         try:
             with os.scandir(orphans) as entries:
                 found = sorted(entry.name for entry in entries)
