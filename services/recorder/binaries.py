@@ -21,7 +21,7 @@ from crashbus.parts import MAX_MODULES, Binary, Module
 from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
 from services.recorder import metrics
-from services.recorder.facts import Module as MappedModule
+from services.recorder.modules import Module as MappedModule
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 

@@ -5,9 +5,11 @@ sees that files will come), the rest of /proc, why it died, its binaries, then t
 is let go. What does not need it is for `finishing`.
 """
 
+from dataclasses import replace
+
 from crashbus.identity import crash_id
 from crashbus.parts import Process
-from services.recorder import arrival, core_head, facts, fault_address, metrics
+from services.recorder import arrival, core_head, facts, fault_address, metrics, modules
 from services.recorder.conditions import Conditions
 from services.recorder.core_writing import write_core
 from services.recorder.errors import CaptureFailed
@@ -68,16 +70,18 @@ def _fill(recording: Recording, hold: Hold, on: Conditions, taken: Taken) -> Non
     container = recording.record.process.container
     if on.runtime is not None and container is not None:
         recording.container = on.runtime.ask(container)
-    recording.facts = facts.read_rest(recording.record.process, taken.proc, taken.resources)
-    recording.notes.extend(recording.facts.notes)
+    known = facts.read_rest(recording.record.process, taken.proc, taken.resources)
+    recording.facts = known
+    recording.notes.extend(known.notes)
     head = taken.head or core_head.from_hold(hold)
     understand(recording, head)
     _explain_fault(recording)
     recording.code = taken.code
     if taken.memory is None:
-        recording.code = facts.code_at_fault(recording.facts.task, head, recording.facts.maps)
+        recording.code = facts.code_at_fault(known.task, head, known.maps)
     write_early(recording, on)
-    recording.facts = facts.with_modules(recording.facts, on.module_files(), taken.take_files())
+    found = modules.read(known.task, known.maps, on.module_files(), taken.take_files())
+    recording.facts = replace(known, modules=found)
     write_core(recording, hold, head, on, taken)
     hold.let_go()
     recording.held_for = hold.held_for

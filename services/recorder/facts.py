@@ -1,15 +1,12 @@
 """What is only there while the crashed process is held: its /proc, read and cut to size.
 
-Sources: proc_pid_environ(5), proc_pid_limits(5), proc_pid_maps(5), proc_pid_map_files(5).
+Sources: proc_pid_environ(5), proc_pid_limits(5), proc_pid_maps(5).
 """
 
 import os
 import pwd
 import re
-import stat
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, field
 
 from crashbus import names, signals
 from crashbus.parts import Process
@@ -19,29 +16,13 @@ from services.common.proc import LIVE, Proc, mappings
 from services.common.resources import Resources
 from services.recorder.core_head import Head
 from services.recorder.errors import CaptureFailed
+from services.recorder.modules import Module
 
 MAX_ENVIRONMENT = 128 * 1024  # bytes kept; 2 MiB are possible, execve(2)
 MAX_THREADS = 4096
 MAX_MAPS = 8 * 1024 * 1024  # bytes read of the mappings: about 80,000
-MAX_MODULES = 1024
 _LONGEST_INSTRUCTION = 15  # bytes, on x86
 _NS_TID = re.compile(rb"^NSpid:.*?(\d+)$", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Module:
-    """A file that is mapped as code.
-
-    Attributes:
-        start: lowest address at which the file is mapped.
-        end: highest address, exclusive.
-        file: open descriptor of the very file, wherever its path leads; -1: not opened.
-    """
-
-    path: str
-    start: int
-    end: int
-    file: int = -1
 
 
 @dataclass(frozen=True)
@@ -263,96 +244,6 @@ def parse_limits(text: str) -> dict[str, str]:
         if name and len(values) >= 2:
             limits[name] = " / ".join(values[:2]) + (f" {values[2]}" if values[2:] else "")
     return limits
-
-
-@dataclass
-class _Mapped:
-    """The mappings of one file: where the first lies, and the end of the last, in hexadecimal."""
-
-    start: bytes
-    first_end: bytes
-    end: bytes
-    code: bool = False
-
-    def told(self, path: bytes) -> tuple[str, int, int, str]:
-        """Return what `parse_maps` does; map_files has no leading zeros, unlike maps."""
-        start = int(self.start, 16)
-        first = f"{start:x}-{int(self.first_end, 16):x}"
-        return names.text(path), start, int(self.end, 16), first
-
-
-# Lines of files, as proc_pid_maps(5) has them, one match for each; there may be 65,530 mappings and
-# more, most of them memory, which is gone over without a match of its own: its inode is 0. (No
-# group is possessive: Python before 3.11.5 gets that wrong.)
-_FILE_MAPPING = re.compile(
-    rb"(?:[^ \n]++ [^ \n]++ [^ \n]++ [^ \n]++ 0(?: [^\n]*+)?\n)*"
-    rb"(?:([0-9a-f]++)-([0-9a-f]++) [r-][w-]([x-])[ps] [0-9a-f]++ "
-    rb"([0-9a-f]++:[0-9a-f]++ [1-9][0-9]*+) ++([^\n]++)|[^\n]*+)\n?"
-)
-
-
-def parse_maps(raw: bytes) -> list[tuple[str, int, int, str]]:
-    """Return path, start, end and the name in map_files of each file that is mapped as code.
-
-    Args:
-        raw: /proc/<pid>/maps, or its beginning, in the order of addresses.
-    """
-    files: dict[tuple[bytes, bytes], _Mapped] = {}
-    for start, end, code, identity, path in _FILE_MAPPING.findall(raw):
-        if not path:
-            continue
-        mapped = files.get((identity, path))
-        if mapped is None:
-            mapped = files[identity, path] = _Mapped(start, end, end)
-        mapped.end = end
-        mapped.code = mapped.code or code == b"x"
-    found = (one.told(path) for (_, path), one in files.items() if one.code)
-    return list(islice(found, MAX_MODULES))
-
-
-def with_modules(facts: Facts, files: int, opened: Mapping[str, int] | None = None) -> Facts:
-    """Add the modules, and open the files themselves, which path, root and deletion cannot hide.
-
-    The last to be done: a file system that does not answer keeps us here.
-
-    Args:
-        files: how many descriptors may be opened.
-        opened: what `open_modules` returned, if they are open already; what is of no use is closed.
-    """
-    if opened is None:
-        opened = open_modules(facts.task, facts.maps, files)
-    unused = dict(opened)
-    try:
-        found = parse_maps(facts.maps)
-        modules = [Module(path, low, high, unused.pop(name, -1)) for path, low, high, name in found]
-    finally:
-        for file in unused.values():
-            os.close(file)
-    return replace(facts, modules=tuple(modules))
-
-
-def open_modules(task: int, maps: bytes, limit: int) -> dict[str, int]:
-    """Open the first files that are mapped as code, by name in proc_pid_map_files(5)."""
-    opened: dict[str, int] = {}
-    for *_, mapping in parse_maps(maps):
-        if len(opened) >= limit:
-            break
-        file = open_mapping(task, mapping)
-        if file >= 0:
-            opened[mapping] = file
-    return opened
-
-
-def open_mapping(task: int, mapping: str) -> int:
-    """Open a mapped file by its name in proc_pid_map_files(5); -1 where that cannot be."""
-    path = f"/proc/{task}/map_files/{mapping}"
-    try:
-        # To open a device is to act on it: look first. What is mapped stays while it is held.
-        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - fast, see services.common.proc
-            return -1
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError:
-        return -1
 
 
 def _link(name: str, proc: Proc) -> str | None:

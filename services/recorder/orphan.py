@@ -6,22 +6,20 @@ written by root, but tells what a crashed process wanted told.
 
 import os
 import re
-import stat
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from crashbus import layout, names
 from crashbus.layout import Kind
 from crashbus.parts import Process
 from services.common import crash_directory
 from services.common import process as processes
-from services.common.proc import Proc, mappings
+from services.common.proc import Proc
 from services.common.resources import Resources
-from services.recorder import core_head, facts, fault_address
+from services.recorder import core_head, facts, fault_address, modules
 from services.recorder.core_head import Head
 from services.recorder.errors import CaptureFailed
-from services.recorder.facts import Facts, Module, Task
+from services.recorder.facts import Facts, Task
 
 CORE = "core"
 LOST = "the recorder was killed before it had written what it had read"  # `left_behind`
@@ -165,7 +163,7 @@ def _orphan(directory: int, core: int) -> Orphan:
         fault=_fault(maps, head),
     )
     # Last: they are open from here on.
-    return replace(orphan, facts=replace(known, modules=_modules(maps)))
+    return replace(orphan, facts=replace(known, modules=modules.read_later(maps)))
 
 
 def _core_fault(told: str, size: int, head: Head) -> str:
@@ -222,40 +220,6 @@ def _threads(tasks: bytes) -> tuple[Task, ...]:
             tid = int(status["Pid"])
             found.append(Task(tid, int(status.get("NSpid", str(tid)).split()[-1]), status["Name"]))
     return tuple(found)
-
-
-def _modules(maps: bytes) -> tuple[Module, ...]:
-    """Return what was mapped as code; opened where the very file still has its path here."""
-    places: dict[str, tuple[bytes, bytes]] = {}
-    for one in mappings(maps):
-        places.setdefault(names.text(one.path), (one.device, one.inode))
-    found, files = [], 0
-    for path, start, end, _ in facts.parse_maps(maps):
-        opened = _same_file(path, *places[path]) if files < 64 else -1
-        files += opened >= 0
-        found.append(Module(path, start, end, opened))
-    return tuple(found)
-
-
-def _same_file(path: str, device: bytes, inode: bytes) -> int:
-    """Open a file if it is the one with this device and inode; -1 if not."""
-    try:
-        if not _is(Path(path).stat(), device, inode):
-            return -1
-        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except (OSError, ValueError, OverflowError):  # no such device can be
-        return -1
-    with suppress(OSError):
-        if _is(os.fstat(opened), device, inode):
-            return opened
-    os.close(opened)
-    return -1
-
-
-def _is(status: os.stat_result, device: bytes, inode: bytes) -> bool:
-    major, _, minor = device.partition(b":")
-    expected = os.makedev(int(major, 16), int(minor, 16)), int(inode)
-    return stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) == expected
 
 
 def _open(directory: int, name: str) -> int:

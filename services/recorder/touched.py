@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 from services.common.proc import Mapping, mappings
-from services.recorder import facts
+from services.recorder import modules
 from services.recorder.core_head import Load
 from services.recorder.core_memory import PAGE, PagesUnreadable, Piece, Runs, in_blocks
 
@@ -122,7 +122,7 @@ class Touched:
     def _with_data(self, load: Load) -> Runs:
         """Give start and end address of each run of pages for which the mapped file has data."""
         name, offset = self._mappings.file(load)
-        file = facts.open_mapping(self._task, name)
+        file = modules.open_mapping(self._task, name)
         if file < 0:
             yield load.address, load.address + load.size
             return

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from services.recorder import core_threads, metrics, unwind_process
 from services.recorder.backtrace import Backtrace, ModuleFile, Request
 from services.recorder.core_head import Head
-from services.recorder.facts import Module
+from services.recorder.modules import Module
 from services.recorder.unwind_process import Server, Started, Worker, receive, send
 
 _COMMAND = unwind_process.WORKER

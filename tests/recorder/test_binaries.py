@@ -13,7 +13,7 @@ from crashbus import elf, layout
 from crashbus.layout import Kind
 from crashbus.parts import Module
 from services.recorder.binaries import Binaries
-from services.recorder.facts import Module as MappedModule
+from services.recorder.modules import Module as MappedModule
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
 from tests.support.recorder import crash

@@ -6,7 +6,8 @@ from crashbus.parts import Process
 from services.recorder import crash_files
 from services.recorder.backtrace import Backtrace, Frame, LoadedModule, Thread
 from services.recorder.core_head import Cause
-from services.recorder.facts import Facts, Module
+from services.recorder.facts import Facts
+from services.recorder.modules import Module
 
 FAULT = Cause(11, 1, 0, fault_address=0xDEADBEEF)
 

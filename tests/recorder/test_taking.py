@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from crashbus import layout
 from services.common.mounts import Mounts
 from services.common.unrecorded import Unrecorded, is_unrecorded
-from services.recorder import arrival, core_copy, facts
+from services.recorder import arrival, core_copy, facts, modules
 from services.recorder.core_pages import Pages
 from services.recorder.errors import CaptureFailed
 from services.recorder.hold import Hold
@@ -170,7 +171,7 @@ def test_facts_of_a_process_that_was_taken_are_those_of_the_living(
     )  # fmt: skip
     assert late.raw_environment == rest.raw_environment != b""
     assert late.resources.open_files == rest.resources.open_files != {}
-    known = facts.with_modules(late, 64, taken.take_files())
+    known = replace(late, modules=modules.read(late.task, late.maps, 64, taken.take_files()))
     try:
         assert all(module.file >= 0 for module in known.modules if module.path[0] == "/")
     finally:
