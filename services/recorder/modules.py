@@ -138,7 +138,9 @@ def read_later(maps: bytes) -> tuple[Module, ...]:
         places.setdefault(names.text(one.path), (one.device, one.inode))
     found, files = [], 0
     for path, start, end, _ in parse_maps(maps):
-        opened = _same_file(path, *places[path]) if files < _FILES_LATER else -1
+        # Where a line is damaged, the two may not read the same in it.
+        place = places.get(path) if files < _FILES_LATER else None
+        opened = _same_file(path, *place) if place else -1
         files += opened >= 0
         found.append(Module(path, start, end, opened))
     return tuple(found)

@@ -324,7 +324,15 @@ def test_whatever_is_damaged_is_read_or_unreadable_and_nothing_stays_open(
     assert set(Path("/proc/self/fd").iterdir()) == before
 
 
-@pytest.mark.parametrize("line", [b"\0" * 4096, b"zz-1 r-xp 0 00:00 12 /z", b"1-2 r-xp 0 fe 3 /z"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\0" * 4096,
+        b"zz-1 r-xp 0 00:00 12 /z",
+        b"1-2 r-xp 0 fe 3 /z",
+        b"1-2 r-xp 0 fe:00 3 \t/z",
+    ],
+)
 def test_damaged_mapping_costs_no_other(kept: Path, line: bytes) -> None:
     maps = (kept / "maps").read_bytes()
     begin, end = maps.splitlines(keepends=True)[0], b"1-2 r-xp 0 fffffffff:0 3 /bin/true\n"
