@@ -7,9 +7,10 @@ below a descriptor, never through a link; see openat(2), O_NOFOLLOW.
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from heapq import nlargest
 
 from crashbus import layout
 from crashbus.errors import CrashbusError
@@ -130,24 +131,19 @@ def _fault(status: os.stat_result) -> str | None:
 def list_directory(directory: int) -> Listing:
     """Look at a ``<pid>`` directory, without opening anything in it.
 
-    Whoever fills a directory with names hides nothing: sets with a capture record of root's
-    come first, and foreign names are passed over unlooked at.
+    Whoever fills a directory with names hides nothing, and takes none of our memory: sets with a
+    capture record of root's come first, then the newest, and foreign names are passed over
+    unlooked at.
     """
-    names: dict[int, list[tuple[str, Kind]]] = {}
-    foreign = 0
-    for name in _names(directory):
-        parsed = layout.parse_crash_file_name(name)
-        if parsed is not None:
-            names.setdefault(parsed[1], []).append((name, parsed[0]))
-        elif not name.startswith("."):  # a record in the making, or put aside by the recorder
-            foreign += 1
+    recorded = _recorded(directory)
+    names, foreign, too_many = _newest(directory, recorded)
     sets: dict[int, dict[Kind, Entry]] = {}
     refused = [_foreign(foreign)] if foreign else []
     looked_at = 0
-    for epoch in sorted(names, key=lambda e: (not _has_record(names[e], directory), -e)):
+    for epoch in sorted(names, key=lambda e: (e not in recorded, -e)):
         looked_at += len(names[epoch])
         if looked_at > MAX_ENTRIES:
-            refused.append(Refused("too_many_entries", f"more than {MAX_ENTRIES} crash files"))
+            too_many = True
             break
         for name, kind in names[epoch]:
             try:
@@ -156,22 +152,49 @@ def list_directory(directory: int) -> Listing:
                 continue
             except Refused as error:
                 refused.append(error)
+    if too_many:
+        refused.append(Refused("too_many_entries", f"more than {MAX_ENTRIES} crash files"))
     return Listing({e: entries for e, entries in sets.items() if entries}, tuple(refused))
+
+
+def _recorded(directory: int) -> set[int]:
+    """Return the epochs of the newest sets that have a capture record of root's."""
+    records = (
+        (name, parsed[1])
+        for name in _names(directory)
+        if (parsed := layout.parse_crash_file_name(name)) and parsed[0] is Kind.CAPTURE
+    )
+    ours = (epoch for name, epoch in records if is_root_s(name, directory))
+    return set(nlargest(MAX_ENTRIES, ours))
+
+
+def _newest(
+    directory: int, recorded: Set[int]
+) -> tuple[dict[int, list[tuple[str, Kind]]], int, bool]:
+    """Return names by epoch: of recorded sets, and of the newest others.
+
+    Returns:
+        These; the number of foreign names; whether any set was left out.
+    """
+    names: dict[int, list[tuple[str, Kind]]] = {}
+    foreign, since = 0, 0
+    for name in _names(directory):
+        parsed = layout.parse_crash_file_name(name)
+        if parsed is None:
+            foreign += not name.startswith(".")  # a record in the making, or put aside by us
+        elif parsed[1] in recorded or parsed[1] >= since:
+            names.setdefault(parsed[1], []).append((name, parsed[0]))
+            if len(names) > 3 * MAX_ENTRIES:
+                others = sorted(names.keys() - recorded)
+                since = others[-MAX_ENTRIES]
+                for epoch in others[:-MAX_ENTRIES]:
+                    del names[epoch]
+    return names, foreign, since > 0
 
 
 def _foreign(count: int) -> Refused:
     # Not by name: the number grows by steps, so that it is not told anew for each.
     return Refused("foreign_name", f"{1 << (count.bit_length() - 1)} or more foreign names")
-
-
-def _has_record(names: list[tuple[str, Kind]], directory: int) -> bool:
-    for name, kind in names:
-        if kind is Kind.CAPTURE:
-            try:
-                return os.stat(name, dir_fd=directory, follow_symlinks=False).st_uid == 0
-            except OSError:
-                return False
-    return False
 
 
 def _names(directory: int) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Files of the spool are what was opened, and not what the directory showed before."""
 
 import os
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +60,33 @@ def test_device_is_not_opened_to_see_what_it_is(tmp_path: Path, directory: int) 
         assert list(inotify) == []
         device.read_bytes()
         assert [event.mask for event in inotify] == [Mask.OPEN]
+
+
+def write(place: Path, epoch: int, *kinds: str) -> None:
+    for kind in kinds:
+        (place / f"{kind}_{epoch}").touch()
+
+
+def test_of_too_many_names_what_root_has_recorded_and_the_newest_are_seen_whole(
+    tmp_path: Path, directory: int
+) -> None:
+    others = 10 * spool.MAX_ENTRIES
+    write(tmp_path, 100, "info", "core")
+    for epoch in range(1000, 1000 + others):
+        write(tmp_path, epoch, "info")
+    write(tmp_path, 1000 + others, "info", "core", "cfg")
+    write(tmp_path, 100, "capture", "backtrace")
+
+    tracemalloc.start()
+    try:
+        listing = spool.list_directory(directory)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    recorded = {Kind.INFO, Kind.CORE, Kind.CAPTURE, Kind.BACKTRACE}
+    assert listing.sets[100].keys() == recorded
+    assert listing.sets[1000 + others].keys() == {Kind.INFO, Kind.CORE, Kind.CFG}
+    assert len(listing.sets) == spool.MAX_ENTRIES - 4 - 3 + 2  # of all others one file each
+    assert [one.reason for one in listing.refused] == ["too_many_entries"]
+    assert most < 2000 * spool.MAX_ENTRIES  # bytes: not of all names at once
