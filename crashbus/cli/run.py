@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,24 +65,27 @@ def run(
         logging.getLogger("crashbus").removeHandler(handler)  # the services' form from here on
     logging.getLogger("crashbus").propagate = True
     logs.configure(settings.log_level, settings.log_format, "run")
-    asyncio.run(_supervise(settings, environment, shippers, port if nats else None, logs_to))
+
+    async def start(together: Supervisor) -> None:
+        if nats:
+            await _start_nats(together, settings, port, logs_to)
+        await _start_services(together, environment, shippers, logs_to)
+
+    asyncio.run(_supervise(start))
 
 
-async def _supervise(
-    settings: BusSettings,
-    environment: dict[str, str],
-    shippers: int,
-    port: int | None,
-    logs_to: Path | None,
-) -> None:
+async def _supervise(start: Callable[[Supervisor], Coroutine[Any, Any, None]]) -> None:
+    """Start what is to run, and see to it until it gives up or we are to stop.
+
+    Raises:
+        Trouble: it cannot be started, or gave up.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(ending, stop.set)
     together = Supervisor()
-    starting = asyncio.create_task(
-        _start_all(together, settings, environment, shippers, port, logs_to)
-    )
+    starting = asyncio.create_task(start(together))
     stopping = asyncio.create_task(stop.wait())
     ends: set[asyncio.Future[Any]] = {stopping, together.given_up}
     try:
@@ -97,20 +101,18 @@ async def _supervise(
         await together.stop()
 
 
-async def _start_all(
-    together: Supervisor,
-    settings: BusSettings,
-    environment: dict[str, str],
-    shippers: int,
-    port: int | None,
-    logs_to: Path | None,
+async def _start_nats(
+    together: Supervisor, settings: BusSettings, port: int, logs_to: Path | None
 ) -> None:
-    if port is not None:
-        command = supervisor.nats_command(
-            settings.state / "nats", port, _log_file(logs_to, "nats-server")
-        )
-        await together.start(command)
-        await together.until_answers(command.name, settings.nats_url)
+    log = _log_file(logs_to, "nats-server")
+    command = supervisor.nats_command(settings.state / "nats", port, log)
+    await together.start(command)
+    await together.until_answers(command.name, settings.nats_url)
+
+
+async def _start_services(
+    together: Supervisor, environment: dict[str, str], shippers: int, logs_to: Path | None
+) -> None:
     for name in SERVICES:
         for number in range(1, (shippers if name == "shipper" else 1) + 1):
             await together.start(
