@@ -25,6 +25,7 @@ from crashbus.errors import BusFull, BusUnreachable
 from crashbus.layout import LARGE, Kind
 from crashbus.messages import DeadLetter, SignalEvent
 from services.collector import judge, metrics, processes, spool
+from services.collector.found import MAX_SMALL_FILE
 from services.collector.judge import Verdict
 from services.collector.publish import MAX_SMALL
 from services.collector.spool import Entry, Refused
@@ -233,11 +234,11 @@ class _Watched:
         held = spool.open_by_process(process.pid) if alive else set()
         for one in self._sets.values():
             cfg = one.files.get(Kind.CFG)
-            promised = judge.promised_kinds(os.pread(cfg, _BLOCK, 0)) if cfg is not None else None
+            head = os.pread(cfg, MAX_SMALL_FILE, 0) if cfg is not None else b""
             one.verdict = judge.judge_appscope(
                 present=one.files.keys(),
                 held_open={k for k, entry in one.entries.items() if entry.identity in held},
-                promised=promised,
+                promised=judge.promised_kinds(head),
                 process_alive=alive,
             )
         return alive

@@ -14,6 +14,7 @@ from crashbus.capture import CaptureRecord
 from crashbus.layout import Kind
 from crashbus.messages import SignalEvent
 from services.collector.appscope import _Watched
+from services.collector.judge import Verdict
 from tests.collector.stand_in import signal_event
 from tests.support.disk import small_disk
 from tests.support.requirements import need_root
@@ -175,3 +176,18 @@ def test_small_file_that_is_huge_is_cut(contained: Contained, tmp_path: Path) ->
 
     info = brought_out(tmp_path / "spool", contained.process.pid).files[f"info_{EPOCH}"]
     assert (info.size, info.truncated, info.expected) == (16 * MIB, True, 17 * MIB)
+
+
+def test_configuration_that_is_huge_is_not_read_again_and_again(
+    contained: Contained, tmp_path: Path
+) -> None:
+    """It is parsed at each look, twenty times a second."""
+    promises = b'{"libscope": {"snapshot": {"coredump": "false", "backtrace": "false"}}'
+    contained.write({"info": b"x", "cfg": promises.ljust(64 * 1024 - 1) + b"}"})
+
+    with watching(contained.event, tmp_path / "spool") as watched:
+        watched.look()
+        assert [one.verdict for one in watched._sets.values()] == [Verdict.WHOLE]
+        contained.write({"cfg": promises.ljust(64 * 1024) + b"}"})
+        watched.look()
+        assert [one.verdict for one in watched._sets.values()] == [Verdict.WAIT]
