@@ -31,8 +31,6 @@ from services.common.crash_directory import SpoolUnusable
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 LOOK_AGAIN = 5.0  # seconds between rounds over directories that may have changed unseen
-MAX_SMALL_FILE = 64 * 1024  # read of cfg, info and backtrace to judge a set
-MAX_FILES = 512  # of one crash; AppScope writes four for each signal
 EVENTS_KEPT = 86400.0  # seconds; older files are not looked up among the events
 TAKES_LONG = 0.2  # seconds; most sets are whole by then
 WAIT_FOR = 1024  # processes waited for at a time
