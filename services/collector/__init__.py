@@ -7,7 +7,7 @@ what is missing, at the first time as after any failure.
 Read in this order: `gather` (what lies in the spool), with `found` and `judge` (whether a set is
 whole) and `entering` (whose crash it is); `ledger`; `delivery`, with `plan` (what is to be done),
 `offering` (what lies on the bus), `answers` (what comes back) and `ending` (report and manifest);
-`publish` and `sending` (chunks), `ahead` (a core that is still being written); `retention`, with
-`room` (what goes first). `deaths` sees to it that no death goes untold; `appscope` and `oom` make
-sets of what the recorder does not see.
+`publish` and `sending` (chunks), `ahead` (a core that is still being written) and `core_streams`
+(one that lies nowhere here); `retention`, with `room` (what goes first). `deaths` sees to it that
+no death goes untold; `appscope` and `oom` make sets of what the recorder does not see.
 """

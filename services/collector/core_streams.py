@@ -15,15 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import structlog
-from pydantic import ValidationError
 
 from crashbus import capture, layout
 from crashbus.bus import Bus
 from crashbus.capture import UnreadableRecord
-from crashbus.errors import BusFull, BusUnreachable, CrashbusError
+from crashbus.errors import BusFull, BusUnreachable
 from crashbus.layout import Kind
 from crashbus.parts import CrashFile
 from services.collector import metrics, spool
+from services.collector.core_frames import Broken, CoreFrames
 from services.collector.ledger import Ledger, Source
 from services.collector.publish import Publisher, SourceLost
 from services.collector.spool import Refused
@@ -35,13 +35,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 AT_ONCE = 4  # cores; each has a window of some 20 MiB
 WAITING = 256  # connections that wait for their turn
-SILENCE = 180.0  # seconds in the middle of a core, after which the next has its turn
 LOOK_EVERY = 5.0  # seconds between looks whether the socket is still there
 _GONE_EVERY = 0.5  # seconds between looks whether the recorder is
-
-
-class Broken(CrashbusError):
-    """The recorder ended, or gave up, in the middle."""
 
 
 class CoreStreams:
@@ -135,14 +130,14 @@ class CoreStreams:
             has_turn.set()
             try:
                 await loop.sock_sendall(connection, core_stream.GREETING)
-                stream = _Stream(connection)
+                stream = CoreFrames(connection)
                 announced = await stream.announced()
                 answer = await self._answer(announced, stream)
                 await loop.sock_sendall(connection, answer.model_dump_json().encode())
             except (Broken, OSError) as error:
                 log.info("a core did not come to its end", because=str(error))
 
-    async def _answer(self, announced: Announced, stream: "_Stream") -> Answer:
+    async def _answer(self, announced: Announced, stream: CoreFrames) -> Answer:
         """Put a core on the bus; what is there of one that fails is taken back."""
         crash_id = announced.crash_id
         while (former := self._publisher.receiving.get(crash_id)) is not None:
@@ -158,7 +153,7 @@ class CoreStreams:
             del self._publisher.receiving[crash_id]
             settled.set()
 
-    async def _publish(self, announced: Announced, stream: "_Stream") -> CrashFile:
+    async def _publish(self, announced: Announced, stream: CoreFrames) -> CrashFile:
         crash_id, name = announced.crash_id, announced.name
         try:
             await asyncio.to_thread(self._mark, announced)
@@ -237,79 +232,6 @@ class CoreStreams:
         finally:
             os.close(file)
         return captured is not None and captured.sent is not None
-
-
-class _Stream:
-    """Reads the frames of one core."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._loop = asyncio.get_running_loop()
-        self._kind = b""
-        self._left = 0  # bytes of the frame
-        self._zeros = b""
-
-    async def announced(self) -> Announced:
-        """Return what comes.
-
-        Raises:
-            Broken: it is not told.
-        """
-        await self._next_frame()
-        if self._kind != core_stream.ANNOUNCED or self._left > core_stream.MAX_TEXT:
-            raise Broken("it is not told what comes")
-        text = bytearray(self._left)
-        await self._fill(memoryview(text))
-        self._left = 0
-        try:
-            return Announced.model_validate_json(bytes(text))
-        except ValidationError as error:
-            raise Broken(f"it is not told what comes: {error.error_count()} faults") from None
-
-    async def read(self, size: int) -> bytes:
-        """Return the next bytes of the core; fewer only at its end.
-
-        Raises:
-            Broken: the recorder has ended.
-        """
-        if not self._left:
-            await self._next_frame()
-        if self._kind == core_stream.ZEROS and self._left >= size:
-            self._left -= size
-            if len(self._zeros) != size:
-                self._zeros = bytes(size)
-            return self._zeros
-        data, got = bytearray(size), 0
-        while got < size and self._kind != core_stream.END:
-            part = min(size - got, self._left)
-            if self._kind == core_stream.DATA:
-                await self._fill(memoryview(data)[got : got + part])
-            got += part
-            self._left -= part
-            if not self._left:
-                await self._next_frame()
-        return bytes(data[:got])
-
-    async def _next_frame(self) -> None:
-        if self._kind == core_stream.END:
-            return
-        header = bytearray(core_stream.FRAME.size)
-        await self._fill(memoryview(header))
-        self._kind, self._left = core_stream.FRAME.unpack(header)
-        kinds = (core_stream.ANNOUNCED, core_stream.DATA, core_stream.ZEROS, core_stream.END)
-        if self._kind not in kinds or (not self._left and self._kind != core_stream.END):
-            raise Broken("there is no such frame")
-
-    async def _fill(self, into: memoryview) -> None:
-        while into:
-            try:
-                async with asyncio.timeout(SILENCE):
-                    got = await self._loop.sock_recv_into(self._connection, into)
-            except TimeoutError:  # what it reads may hang for good, and others wait for this turn
-                raise Broken(f"the recorder sent nothing for {SILENCE:.0f} s") from None
-            if not got:
-                raise Broken("the recorder gave it up, or ended")
-            into = into[got:]
 
 
 def _is_closed(connection: socket.socket) -> bool:

@@ -13,7 +13,7 @@ from crashbus import crash_id, layout
 from crashbus.capture import CapturedFile
 from crashbus.layout import Kind
 from crashbus.parts import CrashFile
-from services.collector import core_streams
+from services.collector import core_frames, core_streams
 from services.collector.core_streams import AT_ONCE
 from services.common import core_stream
 from services.common.core_stream import ANNOUNCED, DATA, END, FRAME, ZEROS, Announced, Answer
@@ -190,14 +190,14 @@ async def test_mark_that_cannot_be_written_is_answered(setup: Setup) -> None:
 
 
 async def test_recorder_that_falls_silent_loses_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core_streams, "SILENCE", 0.1)
+    monkeypatch.setattr(core_frames, "SILENCE", 0.1)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
         theirs.sendall(frame(ANNOUNCED, HELLO))
-        stream = core_streams._Stream(ours)
+        stream = core_frames.CoreFrames(ours)
         await stream.announced()
-        with pytest.raises(core_streams.Broken, match="sent nothing"):
+        with pytest.raises(core_frames.Broken, match="sent nothing"):
             await asyncio.wait_for(stream.read(10), 60)
 
 
