@@ -28,7 +28,7 @@ def snapshot(
     # Only here: nobody else needs what the recorder needs.
     from services.common import log, redact
     from services.common.bus_settings import BusSettings
-    from services.recorder import capturing, conditions, core_pattern, facts, finishing
+    from services.recorder import capturing, conditions, facts, finishing, pattern_file
     from services.recorder.errors import CaptureFailed
     from services.recorder.live import LiveHold
     from services.recorder.settings import RecorderSettings
@@ -42,7 +42,7 @@ def snapshot(
     configuration = {
         "recorder": settings.model_dump(mode="json"),
         "snapshot_of": pid,
-        "core_pattern": core_pattern.current(),
+        "core_pattern": pattern_file.current(),
     }
     if not Path(f"/proc/{pid}").exists():
         raise Trouble(f"there is no process {pid}", "ps -e shows those that there are")

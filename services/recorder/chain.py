@@ -21,11 +21,11 @@ import structlog
 from services.recorder import metrics
 from services.recorder.errors import RecorderError
 from services.recorder.hold import Hold
+from services.recorder.mechanism import HELPER
 from services.recorder.workers import Workers
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-HELPER = "corepipe"  # a recorder's own
 _GRACE = 2.0  # seconds beyond the deadline for the helper to end the handler
 _SPACE = rb"[ \t-\r\xa0]"  # what the kernel's isspace() takes for one
 _NEXT = b"%"  # in an order: the next argument that the kernel made

@@ -7,15 +7,13 @@ neither forgets it nor takes its own pattern for somebody else's::
 """
 
 import argparse
-import fcntl
 import json
 import os
 import socket
 import stat
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,34 +21,41 @@ import structlog
 
 from services.common.bus_settings import BusSettings
 from services.common.settings import SettingsError
-from services.recorder import mechanism
+from services.recorder import mechanism, pattern_file
 from services.recorder.errors import RecorderError
 from services.recorder.mechanism import Plan
+from services.recorder.pattern_file import (
+    LOCK,
+    LOCK_WITHIN,
+    PATTERN,
+    PIPE_LIMIT,
+    current,
+    locked,
+    write,
+)
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-# In a container /proc/sys is read-only; deploy/compose.yaml mounts the two files of it here.
-_MOUNTED = Path("/host/proc/sys/kernel")
-_KERNEL = _MOUNTED if _MOUNTED.is_dir() else Path("/proc/sys/kernel")
-PATTERN = _KERNEL / "core_pattern"
-PIPE_LIMIT = _KERNEL / "core_pipe_limit"
-
 KERNEL_DEFAULT = "core"
-
-# One for the host, whatever state directories there are: two recorders would each put back the
-# other's pattern. Containers share its directory with the host.
-LOCK = Path("/run/crashbus/recorder.lock")
-LOCK_WITHIN = 3.0  # seconds
-_LOCK_AGAIN = 0.02  # seconds between two tries
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What was in force before us, and what we put in its place."""
+    """What was in force before us, and what we put in its place.
+
+    Attributes:
+        ours: while a recorder runs.
+        stand_in: while none does, see `Plan`.
+    """
 
     pattern: str
     pipe_limit: int
     ours: str
+    stand_in: str | None
+
+    def has(self, found: str) -> bool:
+        """Tell whether a pattern is one of ours."""
+        return found in (self.ours, self.stand_in)
 
 
 def directory(state: Path) -> Path:
@@ -90,46 +95,16 @@ def only_one(within: float = LOCK_WITHIN) -> Iterator[None]:
         AnotherRuns: another process holds it.
         RecorderError: it cannot be had at all.
     """
-    descriptor = _open_lock()
-    try:
-        _lock(descriptor, within)
-        yield
-    except BlockingIOError:
-        raise AnotherRuns(
-            f"a recorder runs on this host already, it holds {LOCK}: stop it first"
-        ) from None
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, within: float) -> None:
-    """Lock, waiting a moment: a dead recorder's watchdog holds it while it puts back."""
-    end = time.monotonic() + within
-    while True:
+    with ExitStack() as held:
         try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(within))
         except BlockingIOError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(_LOCK_AGAIN)
-
-
-def _open_lock() -> int:
-    try:
-        LOCK.parent.mkdir(mode=0o700, exist_ok=True)
-        return os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise RecorderError(f"{LOCK} cannot be made: {error.strerror}; run as root") from error
-
-
-def in_container() -> bool:
-    """Tell whether programs that core_pattern names lie outside of what we see."""
-    return _KERNEL == _MOUNTED
-
-
-def current() -> str:
-    """Return the core_pattern in force."""
-    return PATTERN.read_bytes().rstrip(b"\n").decode("utf-8", "surrogateescape")
+            raise AnotherRuns(
+                f"a recorder runs on this host already, it holds {LOCK}: stop it first"
+            ) from None
+        except OSError as error:
+            raise RecorderError(f"{LOCK} cannot be made: {error.strerror}; run as root") from error
+        yield
 
 
 def former(state: Path) -> str:
@@ -139,7 +114,7 @@ def former(state: Path) -> str:
         OSError: it may not be read.
     """
     found, saved = current(), _load(_path(state))
-    return saved.pattern if saved is not None and found == saved.ours else found
+    return saved.pattern if saved is not None and saved.has(found) else found
 
 
 def install(state: Path, plan: Plan, chains: bool = False) -> None:
@@ -152,16 +127,15 @@ def install(state: Path, plan: Plan, chains: bool = False) -> None:
         RecorderError: the kernel refuses.
     """
     previous = _previous(state, plan)
-    _save(_file(state), Saved(previous.pattern, previous.pipe_limit, plan.pattern))
+    _save(_file(state), Saved(previous.pattern, previous.pipe_limit, plan.pattern, plan.stand_in))
     if previous.pattern.startswith(("|", "@")) and not chains:
         log.warning(
             "taking over from another handler, which gets nothing until the recorder stops",
             handler=mechanism.owner(previous.pattern),
         )
     try:
-        if plan.pipe_limit is not None:
-            _write(PIPE_LIMIT, str(plan.pipe_limit))
-        _write(PATTERN, plan.pattern)
+        write(PIPE_LIMIT, str(mechanism.PIPE_LIMIT))
+        write(PATTERN, plan.pattern)
     except OSError as error:
         raise RecorderError(
             f"cannot make core_pattern {plan.pattern!r}: {error.strerror}; the recorder must run "
@@ -180,39 +154,66 @@ def restore(state: Path) -> str | None:
     if saved is None:
         return None
     found = current()
-    if found == saved.ours:
+    was_ours = saved.has(found)
+    if was_ours:
         # The pattern last: as long as it is ours, this can be done again.
-        _write(PIPE_LIMIT, str(saved.pipe_limit))
+        write(PIPE_LIMIT, str(saved.pipe_limit))
         pattern = KERNEL_DEFAULT if _is_dead_socket(saved.pattern) else saved.pattern
-        _write(PATTERN, pattern)
+        write(PATTERN, pattern)
         log.info("core_pattern put back", old=found, new=pattern)
     else:
         log.warning("core_pattern was changed by somebody else and stays", found=found)
     _file(state).unlink(missing_ok=True)
-    return saved.pattern if found == saved.ours else None
+    return saved.pattern if was_ours else None
 
 
 def keeps_crashes(state: Path) -> bool:
     """Tell whether core_pattern names our pipe helper, which keeps crashes without a recorder."""
     saved = _load(_file(state))
-    return saved is not None and saved.ours.startswith("|") and current() == saved.ours
+    return saved is not None and current() == saved.stand_in
+
+
+def leave_to_helper(state: Path) -> bool:
+    """Have our pipe helper keep crashes until there is a recorder again; False if it cannot."""
+    saved = _load(_file(state))
+    return saved is not None and pattern_file.leave_to_helper(saved.ours, saved.stand_in)
+
+
+def helper(state: Path) -> Path:
+    """Return where the pipe helper lies for the kernel.
+
+    Raises:
+        RecorderError: as `directory`.
+    """
+    # Not /run: that is mounted noexec on many hosts.
+    return directory(state).resolve() / mechanism.HELPER
+
+
+def remove_helper(state: Path) -> None:
+    """Remove the pipe helper, unless the kernel still starts it.
+
+    Its rules stay, for those that wait, and will see that no recorder takes their crash.
+    """
+    place = helper(state)
+    if not current().startswith(f"|{place} "):
+        place.unlink(missing_ok=True)
 
 
 def _previous(state: Path, plan: Plan) -> Saved:
     """Tell what to go back to: what is in force, unless that is a killed recorder's."""
     found = current()
     saved = _load(_file(state))
-    if saved is not None and found == saved.ours:
+    if saved is not None and saved.has(found):
         log.info("the last recorder did not put core_pattern back", previous=saved.pattern)
         return saved
-    if found == plan.pattern or found.startswith(f"{plan.pattern} "):
+    if found in (plan.pattern, plan.stand_in) or found.startswith(f"{plan.pattern} "):
         log.warning(
             "core_pattern is our own and nothing says what was before it; the kernel's default "
             "will be put back",
             default=KERNEL_DEFAULT,
         )
-        return Saved(KERNEL_DEFAULT, 0, found)
-    return Saved(found, int(PIPE_LIMIT.read_text()), plan.pattern)
+        return Saved(KERNEL_DEFAULT, 0, found, None)
+    return Saved(found, int(PIPE_LIMIT.read_text()), plan.pattern, plan.stand_in)
 
 
 def _is_dead_socket(pattern: str) -> bool:
@@ -241,10 +242,11 @@ def _path(state: Path) -> Path:
 def _load(path: Path) -> Saved | None:
     try:
         raw = json.loads(path.read_bytes())
-        return Saved(str(raw["pattern"]), int(raw["pipe_limit"]), str(raw["ours"]))
+        stand_in = raw.get("stand_in")  # no older version wrote one
+        return Saved(str(raw["pattern"]), int(raw["pipe_limit"]), str(raw["ours"]), stand_in)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         log.error("cannot be read, ignoring it", file=str(path), error=repr(error))
         return None
 
@@ -264,11 +266,6 @@ def _save(path: Path, saved: Saved) -> None:
         os.close(folder)
 
 
-def _write(path: Path, value: str) -> None:
-    # One write(2): the kernel takes each write as the whole value.
-    path.write_bytes(value.encode("utf-8", "surrogateescape"))
-
-
 def _was_killed() -> bool:
     """Tell whether we clean up for systemd, after a recorder that it starts again.
 
@@ -286,10 +283,11 @@ def main() -> None:
     try:
         state = arguments.state or BusSettings.load().state
         with only_one():
-            if _was_killed() and keeps_crashes(state):
-                sys.stdout.write("core_pattern stays: the pipe helper keeps crashes\n")
+            if _was_killed() and leave_to_helper(state):
+                sys.stdout.write("the pipe helper keeps crashes\n")
                 return
             restored = restore(state)
+            remove_helper(state)
     except (SettingsError, OSError) as error:
         sys.exit(f"crashbus recorder: {error}")
     sys.stdout.write(f"core_pattern: {current()}\n" if restored else "nothing to put back\n")

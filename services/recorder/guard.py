@@ -1,8 +1,8 @@
-"""``python -m services.recorder.guard``: puts core_pattern back when the recorder is gone.
+"""``python -m services.recorder.guard``: does with core_pattern what the recorder no longer can.
 
-On a host its watchdog does so. In a container the watchdog is ended together with the recorder,
-and cores would go to a socket without a listener until somebody starts it again. So this runs in
-a container of its own, which is stopped after the recorder's.
+On a host the watchdog of a killed recorder leaves it to the pipe helper, or puts it back. In a
+container the watchdog is ended together with the recorder. So this runs in a container of its own,
+which is stopped after the recorder's, and puts core_pattern back at the latest then.
 """
 
 import signal
@@ -15,8 +15,9 @@ import structlog
 from services.common import log as logs
 from services.common.bus_settings import BusSettings
 from services.common.settings import SettingsError
-from services.recorder import core_pattern
+from services.recorder import core_pattern, pattern_file
 from services.recorder.errors import RecorderError
+from services.recorder.pattern_file import LOCK_WITHIN
 from services.recorder.settings import RecorderSettings
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -34,24 +35,25 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    log.info("guarding core_pattern", now=core_pattern.current())
+    log.info("guarding core_pattern", now=pattern_file.current())
     while not stop.wait(LOOK_EVERY):
         put_back(settings.state)
     put_back(settings.state, last=socket)
 
 
 def put_back(state: Path, last: Path | None = None) -> None:
-    """Put core_pattern back unless a recorder runs.
+    """Put core_pattern back unless a recorder runs, or the pipe helper keeps crashes for the next.
 
     Args:
-        last: do so even if the pipe helper would keep crashes until a recorder is back, and
-            remove the socket that a killed one has left here.
+        last: do so even then, and remove the helper, and the socket that a killed recorder has
+            left here.
     """
     try:
-        with core_pattern.only_one(within=core_pattern.LOCK_WITHIN if last else 0):
-            if last or not core_pattern.keeps_crashes(state):
+        with core_pattern.only_one(within=LOCK_WITHIN if last else 0):
+            if last or not core_pattern.leave_to_helper(state):
                 core_pattern.restore(state)
             if last:
+                core_pattern.remove_helper(state)
                 last.unlink(missing_ok=True)
     except core_pattern.AnotherRuns:
         if last:

@@ -5,7 +5,7 @@ See core(5) and the kernel's include/uapi/linux/coredump.h.
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,11 @@ from services.recorder.errors import RecorderError
 
 MAX_PATTERN = 127  # bytes, CORENAME_MAX_SIZE without its NUL
 MAX_SOCKET_PATH = 107  # bytes, sun_path without its NUL, unix(7)
-PIPE_LIMIT = 4096  # crashes at once; the kernel skips those above
+# Crashes at once; the kernel skips those above. Without a limit above 0 it does not wait until a
+# helper, or in 6.16 the socket's owner, has read /proc.
+PIPE_LIMIT = 4096
+HELPER = "corepipe"  # as the kernel finds it, in the state directory
+_NOBODY = "-"  # to the helper, in place of a socket: there is no recorder
 
 # What the helper is told, %-specifiers of core(5): PID and TID in the initial namespace,
 # signal, Unix time.
@@ -34,16 +38,17 @@ class Mechanism(Enum):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to write into /proc/sys/kernel.
+    """What to write into /proc/sys/kernel/core_pattern.
 
     Attributes:
-        pattern: for core_pattern.
-        pipe_limit: for core_pipe_limit; None where it does not matter.
+        pattern: while the recorder runs.
+        stand_in: once it was killed, so that the pipe helper keeps crashes for the next one; None
+            where there is no helper.
     """
 
     mechanism: Mechanism
     pattern: str
-    pipe_limit: int | None
+    stand_in: str | None
 
 
 def kernel_version(release: str) -> tuple[int, int]:
@@ -106,33 +111,41 @@ def plan(mechanism: Mechanism, socket: Path, helper: Path, templates: str = "") 
                 f"{path} cannot stand in core_pattern: it must be absolute, "
                 "without spaces and percent signs"
             )
-    plan = _plan(mechanism, socket, helper)
+    pattern = _pattern(mechanism, socket, helper)
     if templates:
-        plan = replace(plan, pattern=f"{plan.pattern} {templates}")
-    if len(os.fsencode(plan.pattern)) > MAX_PATTERN:
+        pattern = f"{pattern} {templates}"
+    if not _fits(pattern):
         raise RecorderError(
-            f"core_pattern holds {MAX_PATTERN} bytes, {plan.pattern!r} is longer: shorten "
+            f"core_pattern holds {MAX_PATTERN} bytes, {pattern!r} is longer: shorten "
             "CRASHBUS_RECORDER_SOCKET or CRASHBUS_STATE"
             + (", or switch CRASHBUS_RECORDER_CHAIN off" if templates else "")
         )
-    return plan
+    if mechanism is Mechanism.PIPE:
+        return Plan(mechanism, pattern, pattern)
+    # The next recorder's socket is there a moment before its core_pattern, and knows no helper.
+    stand_in = f"|{helper} {_NOBODY} {_HELPER_ARGUMENTS}"
+    return Plan(mechanism, pattern, stand_in if _fits(stand_in) else None)
 
 
-def _plan(mechanism: Mechanism, socket: Path, helper: Path) -> Plan:
+def _pattern(mechanism: Mechanism, socket: Path, helper: Path) -> str:
     if mechanism is Mechanism.SOCKET_REQUEST:
-        # The acknowledgement itself says that the kernel shall wait for us.
-        return Plan(mechanism, f"@@{socket}", None)
+        return f"@@{socket}"
     if mechanism is Mechanism.SOCKET:
-        # Without a limit above 0 the kernel does not wait until we have read /proc.
-        return Plan(mechanism, f"@{socket}", PIPE_LIMIT)
-    return Plan(mechanism, f"|{helper} {socket} {_HELPER_ARGUMENTS}", PIPE_LIMIT)
+        return f"@{socket}"
+    return f"|{helper} {socket} {_HELPER_ARGUMENTS}"
+
+
+def _fits(pattern: str) -> bool:
+    return len(os.fsencode(pattern)) <= MAX_PATTERN
 
 
 def owner(pattern: str) -> str:
     """Say in words who gets the cores with this core_pattern."""
     if pattern.startswith("|"):
-        program = pattern[1:].split(" ")[0]
-        return Path(program).name or "a pipe helper"
+        program, _, arguments = pattern[1:].partition(" ")
+        name = Path(program).name or "a pipe helper"
+        stands_in = name == HELPER and arguments.startswith(f"{_NOBODY} ")
+        return f"{name}, which keeps them for the next recorder" if stands_in else name
     if pattern.startswith("@"):
         return f"the coredump socket {pattern.lstrip('@')}"
     return f"the kernel itself, as files named {pattern!r}" if pattern else "nobody"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from services.common.bus_settings import BusSettings
 from services.common.finding import Finding
-from services.recorder import core_pattern, mechanism
+from services.recorder import core_pattern, mechanism, pattern_file
 from services.recorder.chain import CannotChain, Handler
 from services.recorder.errors import RecorderError
 from services.recorder.mechanism import Mechanism
@@ -73,7 +73,7 @@ def _former(settings: RecorderSettings, handler: Handler | None, fault: str) -> 
         f"{handler.program} is started for each crash once it is captured; the process is held "
         f"meanwhile, {settings.chain_deadline:g} s at most"
     )
-    if not os.access(handler.program, os.X_OK) and not core_pattern.in_container():
+    if not os.access(handler.program, os.X_OK) and not pattern_file.in_container():
         mend = f"install {handler.program}, or set CRASHBUS_RECORDER_CHAIN=false"
         return Finding(name, False, f"{detail}; but it is not there", mend)
     return Finding(name, True, detail)
@@ -86,18 +86,22 @@ def _mechanism(settings: RecorderSettings, chains: bool) -> Finding:
     except RecorderError as error:
         return Finding(name, False, str(error), "set CRASHBUS_RECORDER_MECHANISM=auto")
     detail = f"Linux {release}: {chosen.value}"
-    if chosen is Mechanism.PIPE and not os.access(settings.helper, os.R_OK):
-        return Finding(name, False, f"{detail}, but {settings.helper} is missing", "make setup")
-    return Finding(name, True, detail)
+    is_pipe = chosen is Mechanism.PIPE
+    if not os.access(settings.helper, os.R_OK):
+        detail = f"{detail}, but {settings.helper} is missing"
+        lost = "" if is_pipe else ": crashes are lost while the recorder is down"
+        return Finding(name, not is_pipe, f"{detail}{lost}", "make setup")
+    stand_in = "" if is_pipe else "; while the recorder is down, a pipe helper keeps crashes for it"
+    return Finding(name, True, f"{detail}{stand_in}")
 
 
 def _core_pattern() -> Finding:
     name = "recorder: core_pattern"
     try:
-        found = core_pattern.current()
+        found = pattern_file.current()
     except OSError as error:
         return Finding(name, False, f"cannot be read: {error.strerror}", "mount /proc")
-    writable = os.access(core_pattern.PATTERN, os.W_OK)
+    writable = os.access(pattern_file.PATTERN, os.W_OK)
     detail = f"{found!r}: cores go to {mechanism.owner(found)}"
     if not writable:
         return Finding(name, False, f"{detail}; cannot be changed", "mount /proc/sys writable")

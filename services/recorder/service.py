@@ -72,6 +72,7 @@ async def work(runtime: Runtime, settings: RecorderSettings) -> None:
             _put_back(state)
             recorder.stop_watchdogs()
             await asyncio.to_thread(recorder.stop, STOP_WITHIN)
+            _remove_helper(state)
             await finish(letters.all_told(), _TELL_WITHIN)
             telling.cancel()
             await asyncio.wait({telling})
@@ -82,6 +83,14 @@ def _put_back(state: Path) -> None:
         core_pattern.restore(state)
     except OSError as error:
         log.error("core_pattern could not be put back", error=str(error))
+
+
+def _remove_helper(state: Path) -> None:
+    """Leave nothing that the kernel might run as root."""
+    try:
+        core_pattern.remove_helper(state)
+    except OSError as error:
+        log.error("the pipe helper could not be removed", error=str(error))
 
 
 class Recorder:
@@ -107,14 +116,14 @@ class Recorder:
         self._listener = Listener(
             settings.socket, self._arrivals, settings.stall_deadline, self._takeover.greeting
         )
-        self._plan = self._takeover.plan(self._listener.path)
+        self._orphans = Orphans(self._spool, self._adopt, letters.add)
+        self._plan = self._takeover.prepare(self._listener.path, self._orphans)
         self._chain = _chain(self._takeover.former, settings, self._shares)
         self._patience = Patience(
             settings, self._plan.mechanism, self._arrivals, self._captures, letters.add
         )
-        self._orphans = Orphans(self._spool, self._adopt, letters.add)
         self._watchdogs = Watchdogs(
-            self._state, settings.watchdog_deadline, runtime.bus_settings.log_format
+            self._state, settings.watchdog_deadline, runtime.bus_settings.log_format, self._plan
         )
         self._lack_of_room = Lack(self._spool, settings.disk_reserve)
         self._health.watch("spool", self._lack_of_room.fault)
@@ -139,7 +148,7 @@ class Recorder:
         self._start_watchdogs()
         if self._chain is not None:
             self._chain.start()
-        self._takeover.install(self._plan, self._orphans)
+        self._takeover.install(self._plan)
         self._orphans.start()
         log.info("recording crashes", mechanism=self._plan.mechanism.value)
 

@@ -43,8 +43,9 @@ class RecorderSettings(Settings):
     )
     helper: Path = Field(
         _BUILT_HELPER,
-        description="the compiled pipe helper, copied to the state directory; beside it lies "
-        "taker.so, without which small processes are held longer",
+        description="the compiled pipe helper, copied to the state directory, which also keeps "
+        "crashes while a killed recorder is not back; beside it lies taker.so, without which small "
+        "processes are held longer",
     )
     core: Literal["full", "stacks"] = Field(
         "full",

@@ -2,14 +2,15 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
 from services.common.crash_directory import SpoolUnusable
 from services.common.health import Health
-from services.recorder import core_pattern, mechanism, orphan_rules
-from services.recorder.chain import HELPER, CannotChain, Handler
+from services.recorder import core_pattern, mechanism, orphan_rules, pattern_file
+from services.recorder.chain import CannotChain, Handler
 from services.recorder.errors import RecorderError
 from services.recorder.mechanism import Mechanism, Plan
 from services.recorder.orphans import Orphans
@@ -43,26 +44,43 @@ class Takeover:
         """What who connects to our socket is told first."""
         return _GREETING if self.mechanism is Mechanism.PIPE else b""
 
-    def plan(self, socket: Path) -> Plan:
-        """Return what will be in force, once we listen on a socket."""
-        templates = self.former.templates if self.former is not None else ""
-        return mechanism.plan(self.mechanism, socket, self._helper, templates)
+    def prepare(self, socket: Path, orphans: Orphans) -> Plan:
+        """Lay down the pipe helper and its rules, and return what the kernel is to be told.
 
-    def install(self, plan: Plan, orphans: Orphans) -> None:
+        Args:
+            socket: where we listen.
+
+        Raises:
+            RecorderError: crashes could not come this way.
+        """
+        templates = self.former.templates if self.former is not None else ""
+        helper = core_pattern.helper(self._state)
+        plan = mechanism.plan(self.mechanism, socket, helper, templates)
+        if plan.mechanism is Mechanism.PIPE:
+            self._write_rules(helper, orphans)
+            _install_helper(self._settings.helper, helper)
+        elif plan.stand_in is None:
+            _say_unkept(f"{helper} is too long for core_pattern: shorten CRASHBUS_STATE")
+        elif not self._can_stand_in(helper, orphans):
+            return replace(plan, stand_in=None)
+        return plan
+
+    def install(self, plan: Plan) -> None:
         """Have the kernel send crashes here from now on."""
-        if self.mechanism is Mechanism.PIPE:
-            self._write_rules(orphans)
-            _install_helper(self._settings.helper, self._helper)
         core_pattern.install(self._state, plan, chains=self.former is not None)
 
-    @property
-    def _helper(self) -> Path:
-        # Not /run: that is mounted noexec on many hosts.
-        return core_pattern.directory(self._state).resolve() / HELPER
+    def _can_stand_in(self, helper: Path, orphans: Orphans) -> bool:
+        """Lay down the helper for the time when no recorder is there; tell whether it will do."""
+        try:
+            _install_helper(self._settings.helper, helper)
+        except RecorderError as error:
+            _say_unkept(str(error))
+            return False
+        return self._write_rules(helper, orphans)
 
-    def _write_rules(self, orphans: Orphans) -> None:
-        """Leave rules for the time when no recorder is there."""
-        place = self._helper.with_name(orphan_rules.NAME)
+    def _write_rules(self, helper: Path, orphans: Orphans) -> bool:
+        """Leave rules for that time; False where that cannot be."""
+        place = helper.with_name(orphan_rules.NAME)
         try:
             rules = orphan_rules.text(orphans.prepare(), self._settings, self.former)
             # Whole at any moment, for a helper takes what it finds, if nobody else may write it.
@@ -73,12 +91,18 @@ class Takeover:
         except (OSError, SpoolUnusable) as error:
             # As before there were any: such a crash is a visible gap.
             place.unlink(missing_ok=True)
-            log.error("crashes while no recorder is there will not be kept", error=str(error))
+            _say_unkept(str(error))
+            return False
+        return True
+
+
+def _say_unkept(error: str) -> None:
+    log.error("crashes while no recorder is there will not be kept", error=error)
 
 
 def check(plan: Plan, health: Health) -> None:
     """See whether the kernel still sends crashes here."""
-    found = core_pattern.current()
+    found = pattern_file.current()
     if found == plan.pattern:
         health.working("core_pattern")
         return

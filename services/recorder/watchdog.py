@@ -4,8 +4,9 @@ The kernel holds a crashing process for as long as the recorder has its socket o
 recorder that is stopped (SIGSTOP, a debugger) or hangs has them open for ever. So the recorder
 tells this process once a second that it works. When it falls silent it is killed, which closes
 its sockets and frees everyone; whoever supervises it starts it again. When it is gone, however
-that came, core_pattern is put back, because cores that go to a socket without a listener are
-lost. Only a pipe helper stays: it keeps them for the next recorder, `orphans`.
+that came, core_pattern is left to the pipe helper, because cores that go to a socket without a
+listener are lost: it keeps them for the next recorder, `orphans`. Where there is none, or the
+recorder does not even die, core_pattern is put back.
 
 There are two of them, the second more patient, so that a watchdog that is stopped together with
 the recorder is no gap. Both leave the recorder's cgroup, because that can be frozen as a whole.
@@ -21,8 +22,12 @@ import sys
 import termios
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from services.recorder import hardening
+from services.recorder import hardening, pattern_file
+
+if TYPE_CHECKING:  # it is the recorder's side alone that has one
+    from services.recorder.mechanism import Plan
 
 _ENDS_WITHIN = 5.0  # seconds from SIGKILL to the end of the recorder
 _SECOND = 2  # times the patience of the first has the second
@@ -33,9 +38,9 @@ _CGROUP_ROOTS = ("/sys/fs/cgroup/freezer", "/sys/fs/cgroup/unified", "/sys/fs/cg
 class Watchdogs:
     """Both of them; see `Watchdog`."""
 
-    def __init__(self, state: Path, patience: float, log_form: str) -> None:
+    def __init__(self, state: Path, patience: float, log_form: str, plan: "Plan") -> None:
         self._both = tuple(
-            Watchdog(state, seconds, log_form) for seconds in (patience, patience * _SECOND)
+            Watchdog(state, seconds, log_form, plan) for seconds in (patience, patience * _SECOND)
         )
 
     def start(self) -> None:
@@ -72,10 +77,12 @@ class Watchdog:
         state: the state directory, where core_pattern's former value is kept.
         patience: seconds without a beat after which the recorder is killed.
         log_form: ``text`` or ``json``.
+        plan: what the recorder makes of core_pattern.
     """
 
-    def __init__(self, state: Path, patience: float, log_form: str) -> None:
-        self._arguments = (str(state), str(patience), log_form)
+    def __init__(self, state: Path, patience: float, log_form: str, plan: "Plan") -> None:
+        patterns = plan.pattern, plan.stand_in or ""
+        self._arguments = (str(state), str(patience), log_form, *patterns)
         # Nothing is read from it by us: open, so that a beat without a watchdog is no SIGPIPE.
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._process: subprocess.Popen[bytes] | None = None
@@ -133,6 +140,7 @@ def main() -> None:
     """Watch over the recorder until it ends."""
     recorder, beats = int(sys.argv[1]), int(sys.argv[2])
     state, patience, log_form = Path(sys.argv[3]), float(sys.argv[4]), sys.argv[5]
+    pattern, stand_in = sys.argv[6], sys.argv[7] or None
     hardening.never_dump_core()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # Whoever stops all of a service's processes at once stops the recorder too.
@@ -142,8 +150,11 @@ def main() -> None:
     if fell_silent:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(recorder, signal.SIGKILL)
-    has_ended = _has_ended(recorder)
-    held = [] if has_ended else _dumping()
+    held: list[int] = []
+    if has_ended := _has_ended(recorder):
+        _leave_to_helper(pattern, stand_in)
+    else:
+        held = _dumping()
     _put_back(state, log_form, patience if fell_silent else None, has_ended)
     for process in held:
         # It waits for a recorder that cannot be ended: nothing but this ends it.
@@ -191,6 +202,12 @@ def _has_ended(recorder: int) -> bool:
     return bool(waiting.poll(_ENDS_WITHIN * 1000))
 
 
+def _leave_to_helper(pattern: str, stand_in: str | None) -> None:
+    """Have the pipe helper keep crashes, before anything else: until then each is lost."""
+    with suppress(OSError), pattern_file.locked():  # `_put_back` finds the same, and says so
+        pattern_file.leave_to_helper(pattern, stand_in)
+
+
 def _dumping() -> list[int]:
     """Return pidfds of all processes that dump core now; proc_pid_status(5).
 
@@ -209,7 +226,7 @@ def _dumping() -> list[int]:
 
 
 def _put_back(state: Path, log_form: str, silence: float | None, has_ended: bool) -> None:
-    """Put core_pattern back, unless another recorder has taken over already.
+    """Put core_pattern back, unless a helper keeps crashes or another recorder has taken over.
 
     Args:
         silence: seconds after which the recorder was killed; None: it ended by itself.
@@ -230,7 +247,7 @@ def _put_back(state: Path, log_form: str, silence: float | None, has_ended: bool
     try:
         with core_pattern.only_one() if has_ended else nullcontext():
             if core_pattern.keeps_crashes(state):
-                log.warning("core_pattern stays: the pipe helper keeps crashes for a recorder")
+                log.warning("the pipe helper keeps crashes for the next recorder")
             else:
                 core_pattern.restore(state)
     except (RecorderError, OSError) as error:

@@ -331,7 +331,7 @@ async def without_a_recorder(
     """Start a recorder that chains and kill it: its pipe helper is left alone."""
     recorder = await chained(recorder_with, pattern, **settings)
     recorder.kill()
-    await until(lambda: "core_pattern stays" in recorder.log)
+    await until(lambda: "the pipe helper keeps crashes" in recorder.log)
     return recorder
 
 

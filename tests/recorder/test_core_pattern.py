@@ -14,12 +14,13 @@ from tests.support.recorder import crash
 from tests.support.wait import until
 
 
-@pytest.mark.parametrize(("result", "stays"), [("signal", True), ("success", False)])
-async def test_pipe_helper_stays_while_systemd_starts_a_killed_recorder_again(
-    recorder_with: MakeRecorder, result: str, stays: bool
+@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
+@pytest.mark.parametrize(("result", "keeps"), [("signal", True), ("success", False)])
+async def test_pipe_helper_keeps_crashes_while_systemd_starts_a_killed_recorder_again(
+    recorder_with: MakeRecorder, mechanism: str, result: str, keeps: bool
 ) -> None:
     core_pattern.set_pattern("/somewhere/core.%p")
-    recorder = recorder_with(recorder_mechanism="pipe")
+    recorder = recorder_with(recorder_mechanism=mechanism)
     await recorder.start()
     recorder.kill_with_watchdogs()
     command = [
@@ -29,7 +30,9 @@ async def test_pipe_helper_stays_while_systemd_starts_a_killed_recorder_again(
 
     subprocess.run(command, check=True, env=os.environ | {"SERVICE_RESULT": result})
 
-    assert core_pattern.current().startswith("|" if stays else "/somewhere")
+    helper = recorder.state / "recorder" / "corepipe"
+    assert core_pattern.current().startswith(f"|{helper} " if keeps else "/somewhere")
+    assert helper.exists() is keeps
 
 
 @pytest.mark.parametrize("mechanism", ["socket", "pipe"])
@@ -40,11 +43,14 @@ async def test_core_pattern_is_put_back_after_sigterm(
     before = core_pattern.pipe_limit()
     recorder = recorder_with(recorder_mechanism=mechanism)
     await recorder.start()
+    helper = recorder.state / "recorder" / "corepipe"
+    assert helper.exists()
 
     assert recorder.stop() == 0
 
     assert core_pattern.current() == "/somewhere/core.%p"
     assert core_pattern.pipe_limit() == before
+    assert not helper.exists()
     assert "old=/somewhere/core.%p" in recorder.log
 
 

@@ -218,7 +218,7 @@ async def test_service_that_holds_keys_leaves_no_core_while_there_is_no_recorder
     recorder = recorder_with(recorder_mechanism="pipe", recorder_own_cores=own_cores)
     await recorder.start()
     recorder.kill()
-    await until(lambda: "core_pattern stays" in recorder.log)
+    await until(lambda: "the pipe helper keeps crashes" in recorder.log)
     shipper = start_shipper(tmp_path / "log")
     await until(lambda: "waiting for the bus" in (tmp_path / "log").read_text())
 

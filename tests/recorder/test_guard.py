@@ -49,10 +49,12 @@ def guards() -> Iterator[list[Guard]]:
         guard.process.wait(60)
 
 
-async def started(recorder_with: MakeRecorder, mechanism: str) -> RecorderService:
+async def started(
+    recorder_with: MakeRecorder, mechanism: str, **settings: object
+) -> RecorderService:
     """Start a recorder after who has core_pattern `BEFORE`."""
     core_pattern.set_pattern(BEFORE)
-    recorder = recorder_with(recorder_mechanism=mechanism)
+    recorder = recorder_with(recorder_mechanism=mechanism, **settings)
     await recorder.start()
     return recorder
 
@@ -64,10 +66,10 @@ async def guarding(guards: list[Guard], recorder: RecorderService) -> Guard:
     return guards[-1]
 
 
-async def test_guard_puts_back_what_a_killed_recorder_has_left(
+async def test_guard_puts_back_what_a_killed_recorder_without_a_helper_has_left(
     recorder_with: MakeRecorder, guards: list[Guard]
 ) -> None:
-    recorder = await started(recorder_with, "socket")
+    recorder = await started(recorder_with, "socket", recorder_helper="/nowhere/corepipe")
     await guarding(guards, recorder)
 
     recorder.kill_with_watchdogs()
@@ -75,18 +77,20 @@ async def test_guard_puts_back_what_a_killed_recorder_has_left(
     await until(lambda: core_pattern.current() == BEFORE)
 
 
-async def test_guard_that_is_stopped_last_leaves_no_helper_in_force(
-    recorder_with: MakeRecorder, guards: list[Guard]
+@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
+async def test_guard_leaves_crashes_to_the_helper_until_it_is_stopped_last(
+    recorder_with: MakeRecorder, guards: list[Guard], mechanism: str
 ) -> None:
-    """Until then the helper stays, and keeps crashes for the next recorder."""
-    recorder = await started(recorder_with, "pipe")
+    recorder = await started(recorder_with, mechanism)
     recorder.kill_with_watchdogs()
     guard = await guarding(guards, recorder)
-    assert core_pattern.current().startswith("|")
+    helper = recorder.state / "recorder" / "corepipe"
+    await until(lambda: core_pattern.current().startswith(f"|{helper} "))
 
     assert guard.stop() == 0
 
     assert core_pattern.current() == BEFORE
+    assert not helper.exists()
     assert not (recorder.state.with_name("run") / "s").exists()
 
 

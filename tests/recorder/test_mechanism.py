@@ -39,18 +39,29 @@ def test_release(release: str, version: tuple[int, int]) -> None:
     assert mechanism.kernel_version(release) == version
 
 
-def test_plans() -> None:
-    assert mechanism.plan(Mechanism.SOCKET_REQUEST, SOCKET, HELPER) == Plan(
-        Mechanism.SOCKET_REQUEST, "@@/run/crashbus/coredump.sock", None
-    )
-    assert mechanism.plan(Mechanism.SOCKET, SOCKET, HELPER) == Plan(
-        Mechanism.SOCKET, "@/run/crashbus/coredump.sock", 4096
-    )
-    assert mechanism.plan(Mechanism.PIPE, SOCKET, HELPER) == Plan(
-        Mechanism.PIPE,
-        "|/var/lib/crashbus/recorder/corepipe /run/crashbus/coredump.sock %P %I %s %t",
-        4096,
-    )
+@pytest.mark.parametrize(
+    ("chosen", "pattern"),
+    [
+        (Mechanism.SOCKET_REQUEST, "@@/run/crashbus/coredump.sock"),
+        (Mechanism.SOCKET, "@/run/crashbus/coredump.sock"),
+    ],
+)
+def test_helper_that_asks_nobody_stands_in_for_a_socket(chosen: Mechanism, pattern: str) -> None:
+    stand_in = "|/var/lib/crashbus/recorder/corepipe - %P %I %s %t"
+
+    assert mechanism.plan(chosen, SOCKET, HELPER) == Plan(chosen, pattern, stand_in)
+
+
+def test_helper_that_asks_the_recorder_stands_in_for_itself() -> None:
+    pattern = "|/var/lib/crashbus/recorder/corepipe /run/crashbus/coredump.sock %P %I %s %t"
+
+    assert mechanism.plan(Mechanism.PIPE, SOCKET, HELPER) == Plan(Mechanism.PIPE, pattern, pattern)
+
+
+def test_nothing_stands_in_for_a_socket_where_the_helper_has_too_long_a_path() -> None:
+    plan = mechanism.plan(Mechanism.SOCKET, SOCKET, Path("/" + "y" * 120))
+
+    assert plan == Plan(Mechanism.SOCKET, f"@{SOCKET}", None)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +82,8 @@ def test_pattern_that_is_too_long_is_refused() -> None:
     [
         ("|/usr/lib/systemd/systemd-coredump %P %u", "systemd-coredump"),
         ("|/usr/share/apport/apport -p%p", "apport"),
+        ("|/var/lib/x/corepipe - %P %I", "corepipe, which keeps them for the next recorder"),
+        ("|/var/lib/x/corepipe /run/s %P %I", "corepipe"),
         ("@@/run/x.sock", "the coredump socket /run/x.sock"),
         ("core", "the kernel itself, as files named 'core'"),
         ("", "nobody"),

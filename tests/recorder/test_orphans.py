@@ -31,6 +31,7 @@ from services.recorder.orphans import Orphans
 from services.recorder.settings import RecorderSettings
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_capture import frames, gdb
+from tests.support import core_pattern
 from tests.support.crashers import crasher
 from tests.support.disk import small_disk
 from tests.support.nats import NatsServer, free_port
@@ -54,17 +55,18 @@ def orphans(recorder: RecorderService) -> list[Path]:
 
 
 async def killed(recorder: RecorderService) -> RecorderService:
-    """Start a recorder with the pipe helper and kill it; crashes still go to its helper."""
+    """Start a recorder and kill it; crashes go to its helper."""
     await recorder.start()
     recorder.kill()
-    await until(lambda: "core_pattern stays" in recorder.log, WITHIN)
+    await until(lambda: "the pipe helper keeps crashes" in recorder.log, WITHIN)
     return recorder
 
 
+@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
 async def test_crash_without_a_recorder_is_captured_by_the_next_one(
-    recorder_with: MakeRecorder, tmp_path: Path
+    recorder_with: MakeRecorder, tmp_path: Path, mechanism: str
 ) -> None:
-    recorder = await killed(recorder_with(recorder_mechanism="pipe"))
+    recorder = await killed(recorder_with(recorder_mechanism=mechanism))
     program = crasher("null_pointer")
     victim = Victim(program, "an argument", cwd=tmp_path, env={"API_KEY": "hunter2", "LANG": "C"})
 
@@ -91,6 +93,22 @@ async def test_crash_without_a_recorder_is_captured_by_the_next_one(
     assert snapshot["Threads"][0]["Name"] == "null_pointer"
     assert "--- registers" in recorder.file(victim.pid, "backtrace").read_text()
     await until(lambda: not orphans(recorder), WITHIN)
+
+
+async def test_crash_while_the_next_recorder_takes_core_pattern_back_is_kept_at_once(
+    recorder_with: MakeRecorder,
+) -> None:
+    """It listens already, on a socket that is the kernel's alone: a helper there is no crash."""
+    recorder = await killed(recorder_with(recorder_mechanism="socket"))
+    stand_in = core_pattern.current()
+    await recorder.start()
+    core_pattern.set_pattern(stand_in)
+
+    pid, _ = await asyncio.to_thread(crash, crasher("null_pointer"), within=WITHIN)
+
+    record = await recorder.captured(pid)
+    assert any("pipe helper kept it" in note for note in record.notes)
+    assert "handshake_failed" not in recorder.log
 
 
 async def test_crashes_that_wait_for_their_turn_outlive_a_recorder_that_is_killed(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from services.common.finding import Finding
-from services.recorder import core_pattern, mechanism, requirements
+from services.recorder import mechanism, pattern_file, requirements
+from tests.support.requirements import need_linux
 
 
 def found(name: str) -> Finding:
@@ -52,6 +53,19 @@ def test_missing_helper_is_a_fault_where_it_is_needed(monkeypatch: pytest.Monkey
     assert os.uname().release in found("mechanism").detail
 
 
+def test_helper_that_cannot_stand_in_for_the_socket_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    need_linux((6, 16), "the coredump socket")
+    assert "a pipe helper keeps crashes" in found("mechanism").detail
+    monkeypatch.setenv("CRASHBUS_RECORDER_HELPER", "/nowhere/corepipe")
+
+    finding = found("mechanism")
+
+    assert finding.ok and finding.mend
+    assert "crashes are lost while the recorder is down" in finding.detail
+
+
 def test_every_fault_has_a_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
 
@@ -63,7 +77,7 @@ def test_every_fault_has_a_mend(monkeypatch: pytest.MonkeyPatch) -> None:
 def pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A core_pattern of the test's own."""
     path = tmp_path / "core_pattern"
-    monkeypatch.setattr(core_pattern, "PATTERN", path)
+    monkeypatch.setattr(pattern_file, "PATTERN", path)
     monkeypatch.setenv("CRASHBUS_STATE", str(tmp_path / "state"))
     return path
 

@@ -69,7 +69,7 @@ class RecorderService:
             with suppress(OSError):  # a worker ends
                 line = Path(f"/proc/{pid}/cmdline").read_bytes()
                 if b"services.recorder.watchdog" in line:
-                    found[pid] = float(line.split(b"\0")[-3])
+                    found[pid] = float(line.split(b"\0")[-5])
         return sorted(found, key=found.__getitem__)
 
     async def start(self) -> None:

@@ -1,6 +1,6 @@
 /* corepipe: the program that core_pattern names, core(5).
  *
- *     corepipe <socket> <pid> <tid> <signal> <time> [+ <for another handler>…]
+ *     corepipe <socket>|- <pid> <tid> <signal> <time> [+ <for another handler>…]
  *
  * The kernel starts it as root with the core on standard input. It hands standard input and
  * its arguments to the recorder and ends: no core passes through it. The process that crashed
@@ -87,7 +87,7 @@ int main(int count, char **arguments) {
     int size = snprintf(text, sizeof text, "%s %s %s %s\n", pid, arguments[3], arguments[4],
                         arguments[5]);
     if (size < 0 || size >= MESSAGE) return fail(pid, "arguments too long");
-    int fd = connect_to(arguments[1]);
+    int fd = strcmp(arguments[1], "-") ? connect_to(arguments[1]) : -1;
     if (fd >= 0 && is_told(fd, SECONDS) && is_told(fd, TURN) && hand_over(fd, text, (size_t)size) == 0)
         return count > ARGUMENTS ? chain(fd, arguments + ARGUMENTS + 1) : 0;
     if (fd >= 0) close(fd);
