@@ -20,7 +20,7 @@ class Scenario:
             delivered.
         lasts: seconds, the shortest and the longest.
         noisy: cores are large and do not compress.
-        gap: a crash may be cut short or not captured, and is told to be so.
+        gap: what is hit may be cut short or not captured, and is told to be so.
         replayed: crashes are told as failed, and delivered once they are replayed.
     """
 

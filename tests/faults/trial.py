@@ -93,5 +93,7 @@ class Trial:
             return f"{len(self.crashes)} {how}"
         real = [one for one in self.crashes if isinstance(one, RealCrash)]
         found = Counter(await ends.told(real))
-        assert self._scenario.gap or found["delivered"] == len(real), found
+        # What was in hand may be; a crash that comes later is kept for the next recorder.
+        may_be_lost = self.hits.total() if self._scenario.gap else 0
+        assert len(real) - found["delivered"] <= may_be_lost, (found, self.hits)
         return ", ".join(f"{count} {end}" for end, count in found.items())
