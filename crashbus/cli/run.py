@@ -43,13 +43,17 @@ def run(
     ] = None,
 ) -> None:
     """Run all services here: from now on every crash on this host is captured and delivered."""
+    # Only here: no other command needs what the recorder needs.
+    from services.recorder import guard
+    from services.recorder.settings import RecorderSettings
+
     environment = dict(os.environ)
     if dest:
         environment["CRASHBUS_DESTINATIONS"] = ",".join(dest)
     if nats:
         environment["CRASHBUS_NATS_URL"] = f"nats://127.0.0.1:{port}"
     os.environ.update(environment)
-    settings = BusSettings.load()
+    settings, socket = BusSettings.load(), RecorderSettings.load().socket
     if not settings.destinations:
         raise Trouble("no destination is set", "give --dest file:///var/crashes or s3://bucket")
     if os.geteuid() != 0:
@@ -71,7 +75,11 @@ def run(
             await _start_nats(together, settings, port, logs_to)
         await _start_services(together, environment, shippers, logs_to)
 
-    asyncio.run(_supervise(start))
+    try:
+        asyncio.run(_supervise(start))
+    finally:
+        # The recorder has done so itself, unless it was killed and was not back yet.
+        guard.put_back(settings.state, last=socket)
 
 
 async def _supervise(start: Callable[[Supervisor], Coroutine[Any, Any, None]]) -> None:

@@ -176,6 +176,18 @@ async def test_run_starts_a_killed_service_again(running: Running, name: str) ->
     await running.crash_and_deliver()
 
 
+async def test_run_that_stops_while_its_recorder_is_dead_puts_core_pattern_back(
+    running: Running, pattern: str
+) -> None:
+    os.kill(running.service("recorder"), signal.SIGKILL)
+    await until(lambda: core_pattern.current().startswith("|"))
+
+    running.process.terminate()
+
+    assert await asyncio.wait_for(running.process.wait(), 60) == 0
+    assert core_pattern.current() == pattern
+
+
 async def test_killed_run_takes_all_it_started_with_it(running: Running) -> None:
     running.process.kill()
     await running.process.wait()
