@@ -15,6 +15,7 @@ from services.collector.ledger import Ledger
 from services.collector.publish import Publisher
 from services.collector.retention import Retention
 from services.collector.settings import CollectorSettings
+from services.common import descriptors
 from services.common.service import Runtime, run
 from services.common.settings import SettingsError
 
@@ -22,6 +23,7 @@ from services.common.settings import SettingsError
 async def work(runtime: Runtime, settings: CollectorSettings) -> None:
     """Gather and deliver until cancelled."""
     shared = runtime.bus_settings
+    descriptors.raise_limit()  # each set inside a container is held open until it is whole
     if not shared.destinations:
         raise SettingsError(
             "CRASHBUS_DESTINATIONS is empty: say where crash files go, such as file:///var/crashes"

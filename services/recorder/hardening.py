@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import resource
 
 NOBODY = 65534
 _PR_SET_DUMPABLE = 4
@@ -36,13 +35,6 @@ def become_nobody() -> None:
 def leave_network() -> bool:
     """Move to an empty network namespace, unshare(2); False where that is not permitted."""
     return int(_libc.unshare(_CLONE_NEWNET)) == 0
-
-
-def raise_descriptor_limit() -> int:
-    """Raise RLIMIT_NOFILE as far as it goes and return it: every crash holds descriptors."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard if hard != resource.RLIM_INFINITY else 1 << 20
 
 
 def _prctl(option: int, value: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 
+from services.common import descriptors
 from services.common.health import Health
 from services.common.service import Runtime, finish
 from services.recorder import (
@@ -20,7 +21,6 @@ from services.recorder import (
     capturing,
     core_pattern,
     finishing,
-    hardening,
     left_behind,
     metrics,
     takeover,
@@ -273,12 +273,12 @@ def _no_progress(hold: Hold, _: float) -> bool:
 
 
 def _shares(settings: RecorderSettings) -> Shares:
-    descriptors = hardening.raise_descriptor_limit()
-    shares = Shares.of(descriptors, settings.captures)
+    limit = descriptors.raise_limit()  # every crash holds some
+    shares = Shares.of(limit, settings.captures)
     if shares.captures < settings.captures:
         log.warning(
             "few descriptors: less is captured at once (RLIMIT_NOFILE, ulimit -Hn)",
-            descriptors=descriptors,
+            descriptors=limit,
             captures=shares.captures,
         )
     return shares

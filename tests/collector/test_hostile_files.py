@@ -1,6 +1,7 @@
 """What others leave in the spool: refused or cut, and no harm to what is a crash."""
 
 import os
+import re
 import shutil
 import subprocess
 from contextlib import suppress
@@ -171,3 +172,14 @@ async def test_file_over_the_limit_is_cut_and_flagged(setup: Setup) -> None:
     await setup.shipper.has(FILE, core.name)
     source = (setup.spool / str(process.pid) / core.name).read_bytes()
     assert setup.shipper.content(FILE, core.name) == source[:100_000]
+
+
+async def test_as_many_files_may_be_open_as_the_host_allows(setup: Setup) -> None:
+    """For each process under AppScope in a container some are; with 1024, sixteen take them all."""
+    setup.collector._wrapper = ("prlimit", "--nofile=256:5000")
+
+    await setup.collector.start()
+    await setup.collector.healthy()
+
+    limits = Path(f"/proc/{setup.collector.pid}/limits").read_text()
+    assert re.search(r"Max open files +5000 +5000 ", limits)
