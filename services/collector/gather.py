@@ -69,6 +69,7 @@ class Gatherer:
         self._waiting: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._lock = asyncio.Lock()  # one look at a time: each is short
         self._watched: dict[asyncinotify.Watch, str] = {}
+        self._watched_names: set[str] = set()  # the same, for anybody can make a great many
         self._root_watch: asyncinotify.Watch | None = None
         self._root_identity: tuple[int, int] | None = None
         self._changed: set[str] = set()
@@ -102,7 +103,7 @@ class Gatherer:
             if event.watch is None:
                 continue
             if Mask.IGNORED in event.mask:
-                self._watched.pop(event.watch, None)
+                self._watched_names.discard(self._watched.pop(event.watch, ""))
                 continue
             name = (
                 str(event.name)
@@ -124,12 +125,14 @@ class Gatherer:
                 await self.look(self._changed.pop())
 
     def _watch(self, inotify: Inotify, name: str) -> None:
-        if name in self._watched.values():
+        if name in self._watched_names:
             return
         try:
             self._watched[inotify.add_watch(self.root / name, _CHANGES)] = name
         except OSError as error:  # gone again, no directory, or no watches left: rounds go on
             log.debug("directory is not watched", directory=name, error=str(error))
+        else:
+            self._watched_names.add(name)
 
     async def _rounds(self, inotify: Inotify) -> None:
         while True:

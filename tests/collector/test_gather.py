@@ -1,0 +1,41 @@
+"""The spool is open to all: what one makes there in great numbers holds up nobody else."""
+
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from asyncinotify import Inotify
+
+from crashbus import Bus, identity
+from services.collector.entering import Entering
+from services.collector.gather import Gatherer
+from services.collector.ledger import Ledger
+
+
+@pytest.fixture
+async def gatherer(tmp_path: Path, bus: Bus) -> AsyncIterator[Gatherer]:
+    """Of a spool without any watch yet."""
+    root, boot_id = tmp_path / "appscope", identity.boot_id()
+    root.mkdir(mode=0o1777)
+    ledger = Ledger(tmp_path / "state")
+    ledger.load()
+    entering = Entering(root, "test-host", boot_id, (), ledger, lambda _: None)
+    yield Gatherer(root, "test-host", boot_id, entering, bus, lambda *_: None, lambda: None)
+
+
+async def test_each_of_many_directories_costs_the_same(gatherer: Gatherer) -> None:
+    names = [str(number) for number in range(1, 30_001)]
+    for name in names:
+        (gatherer.root / name).mkdir()
+    times = []
+
+    with Inotify() as inotify:
+        for some in (names[:2000], names[2000:-2000], names[-2000:]):
+            began = time.process_time()
+            for name in some:
+                gatherer._watch(inotify, name)
+            times.append(time.process_time() - began)
+
+    assert len(gatherer._watched) == len(names)
+    assert times[2] < 5 * times[0]
