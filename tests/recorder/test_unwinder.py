@@ -47,7 +47,7 @@ def test_garbage_is_an_answer(core: int, content: bytes) -> None:
 
 # Of Linux 6.1 on a processor with pointer authentication, and tests/support/crashers/null_pointer.c
 # built for it with -g -mbranch-protection=pac-ret+leaf -nostdlib -static -Wl,-e,main.
-ARM64 = Path(__file__).parents[1] / "support/samples/arm64"
+ARM64 = Path(__file__).with_name("arm64")
 STORE = bytes.fromhex("010000b9")
 
 
