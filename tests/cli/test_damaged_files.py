@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import zstandard
 
 from crashbus.layout import Kind
 from tests.cli.support import NO_BUS, MadeCrash, crashbus, get, make, names
+from tests.support.disk import tmpfs
 from tests.support.nats import NatsServer
-from tests.support.requirements import need_root
 
 
 def flip(folder: Path, made: MadeCrash) -> None:
@@ -125,19 +124,13 @@ async def test_a_damaged_copy_is_passed_over_for_a_good_one(
 async def test_a_disk_that_fills_is_named_and_leaves_nothing(
     delivered: Path, tmp_path: Path
 ) -> None:
-    need_root()  # for mount
     made = make(core=os.urandom(3_000_000))
     made.deliver(delivered)
-    small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "small", str(small)], check=True)
-    try:
+    with tmpfs(tmp_path / "small", "size=1m") as small:
         got = await get(delivered, made.id, "core", "-o", str(small), cwd=tmp_path)
         assert got.status == 1
         assert "No space left on device; take another directory with -o" in got.err
         assert names(small) == []
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 async def test_hostile_manifests_harm_nothing(delivered: Path, tmp_path: Path) -> None:

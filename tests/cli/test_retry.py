@@ -14,7 +14,7 @@ from crashbus.cli.crashes import Crash, State
 from crashbus.cli.retry import Wanted, replays
 from tests.cli.support import EPOCH, Command, Result, make
 from tests.support.crashers import crasher
-from tests.support.nats import NatsServer
+from tests.support.nats import NatsServer, stored
 from tests.support.requirements import need_root
 from tests.support.service import ServiceProcess
 from tests.support.wait import until
@@ -41,13 +41,6 @@ class Host:
             return next((one for one in found if one.process.pid), None) if found else None
 
         assert process.returncode
-        return await until(look)
-
-    async def failed(self, count: int) -> list[DeadLetter]:
-        async def look() -> list[DeadLetter]:
-            found = await self.bus.stored(DeadLetter)
-            return found if len(found) >= count else []
-
         return await until(look)
 
     async def state(self, crash_id: str) -> str:
@@ -84,7 +77,7 @@ async def host(tmp_path: Path, nats_server: NatsServer, bus: Bus) -> AsyncIterat
 
 async def test_what_failed_for_good_is_delivered_once_it_is_mended(host: Host) -> None:
     manifest = await host.crash()
-    letters = await host.failed(len(manifest.files))
+    letters = await stored(host.bus, DeadLetter, len(manifest.files))
     assert {letter.reason for letter in letters} == {"not_a_directory"}
     assert await host.state(manifest.crash_id) == State.FAILED
     # The sources are kept, and a restart does not lose sight of what failed.
@@ -112,12 +105,12 @@ async def test_what_failed_for_good_is_delivered_once_it_is_mended(host: Host) -
 
 async def test_what_still_fails_becomes_a_dead_letter_again(host: Host) -> None:
     manifest = await host.crash()
-    before = len(await host.failed(len(manifest.files)))
+    before = len(await stored(host.bus, DeadLetter, len(manifest.files)))
 
     done = await host.command("retry", "--all", "--reason", "not_a_directory")
 
     assert done.status == 0, done.err
-    await host.failed(before + len(manifest.files))
+    await stored(host.bus, DeadLetter, before + len(manifest.files))
     assert await host.state(manifest.crash_id) == State.FAILED
 
 
@@ -129,7 +122,7 @@ async def test_crash_that_the_host_knows_no_more_is_told(host: Host) -> None:
     done = await host.command("retry", made.id)
 
     assert done.status == 0, done.err
-    letters = await host.failed(2)
+    letters = await stored(host.bus, DeadLetter, 2)
     assert letters[-1].reason == "source_gone"
 
 

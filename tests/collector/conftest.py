@@ -12,17 +12,15 @@ import pytest
 from nats.js.api import StreamConfig
 
 from crashbus import Bus, Manifest, streams
-from crashbus.errors import BusUnreachable
 from services.collector.ahead import Ahead
 from services.collector.delivery import Deliverer
 from services.collector.ledger import Crash, Ledger, Source
 from services.collector.publish import Publisher
 from tests.collector.stand_in import StandInShipper, signal_event
 from tests.support.crashers import crasher
-from tests.support.nats import NatsServer
+from tests.support.nats import NatsServer, stored
 from tests.support.requirements import need_root
 from tests.support.service import ServiceProcess
-from tests.support.wait import until
 
 FILE = "file:///delivered"
 TCP = "tcp://127.0.0.1:9"
@@ -91,15 +89,7 @@ def crash(setup: Setup, *options: str) -> subprocess.Popen[bytes]:
 
 async def reports(setup: Setup, count: int = 1) -> list[Manifest]:
     """Wait until there are so many manifests."""
-
-    async def enough() -> list[Manifest] | None:
-        try:
-            found = await setup.bus.stored(Manifest)
-        except BusUnreachable:
-            return None
-        return found if len(found) >= count else None
-
-    return await until(enough, within=60)
+    return await stored(setup.bus, Manifest, count)
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """A capture record is readable at any moment, on a full disk too."""
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from crashbus import capture
 from crashbus.capture import CapturedFile, CaptureRecord
 from crashbus.parts import Process
-from tests.support.requirements import need_program, need_root
+from tests.support.disk import tmpfs
 
 EPOCH = 1795388839
 RECORD = CaptureRecord(
@@ -31,13 +30,8 @@ def with_note(length: int, state: str = "writing") -> CaptureRecord:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 1 MiB."""
-    need_root()
-    need_program("mount")
-    place = tmp_path / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], check=True)
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with tmpfs(tmp_path / "disk", "size=1m") as place:
+        yield place
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from services.common import outbox as module
 from services.common.outbox import Outbox, Outgoing
-from tests.support.requirements import need_root
+from tests.support.disk import tmpfs
 from tests.support.wait import until
 
 
@@ -145,12 +145,8 @@ def test_memory_is_bounded_while_the_disk_refuses(path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    need_root()
-    place = tmp_path / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], check=True)
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
+    with tmpfs(tmp_path / "disk", "size=256k") as place:
+        yield place
 
 
 def fill(filler: Path) -> None:

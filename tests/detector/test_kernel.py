@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from services.detector.program import BTF_FILE
 from tests.detector.watching import HOST, Watch
 from tests.support.cgroup import limit, memory_cgroup
 from tests.support.crashers import FATAL, crasher
+from tests.support.disk import tmpfs
 from tests.support.victim import Victim
 from tests.support.wait import until
 
@@ -305,9 +304,7 @@ async def test_names_that_are_not_utf8(watch: Watch, tmp_path: Path) -> None:
 
 
 async def test_executable_below_a_mount(watch: Watch, tmp_path: Path) -> None:
-    deep = tmp_path / "mount"
-    deep.mkdir()
-    with mounted_tmpfs(deep):
+    with tmpfs(tmp_path / "mount", "size=8m") as deep:
         program = deep / "a" / "b" / "crash"
         program.parent.mkdir(parents=True)
         shutil.copy(crasher("null_pointer"), program)
@@ -363,12 +360,3 @@ async def test_oom_kill(watch: Watch, tmp_path: Path) -> None:
     assert rss is not None
     assert total is not None
     assert 24 * 1024 < rss <= 32 * 1024 < total
-
-
-@contextmanager
-def mounted_tmpfs(place: Path, options: str = "size=8m") -> Iterator[None]:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)

@@ -13,7 +13,7 @@ import pytest
 from crashbus import Bus, DeadLetter
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import HOG, crasher
-from tests.support.disk import small_disk
+from tests.support.disk import small_disk, tmpfs
 from tests.support.fuse import StandingStill
 from tests.support.nats import NatsServer
 from tests.support.recorder import FILES, crash
@@ -38,12 +38,8 @@ async def test_core_over_the_limit_is_cut_and_flagged(recorder_with: MakeRecorde
 @pytest.fixture
 def small_memory(tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MiB."""
-    need_program("mount")
-    place = tmp_path / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)], check=True)
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with tmpfs(tmp_path / "disk", "size=24m") as place:
+        yield place
 
 
 @pytest.mark.parametrize(

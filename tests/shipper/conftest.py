@@ -29,7 +29,7 @@ from services.shipper.hands import consumer
 from services.shipper.place import Place
 from services.shipper.settings import ShipperSettings
 from services.shipper.shipper import Shipper
-from tests.support.nats import NatsServer
+from tests.support.nats import NatsServer, stored
 from tests.support.service import ServiceProcess
 from tests.support.tcp import Receiver
 from tests.support.wait import until
@@ -108,22 +108,12 @@ async def _send_file(
 
 async def receipts_of(bus: Bus, sent: Sent, count: int, within: float = 60) -> list[Receipt]:
     """Wait until a crash has so many receipts."""
-
-    async def look() -> list[Receipt]:
-        found = await bus.stored(Receipt, f"crash.shipped.*.{sent.crash_id}")
-        return found if len(found) >= count else []
-
-    return await until(look, within, every=0.1)
+    return await stored(bus, Receipt, count, f"crash.shipped.*.{sent.crash_id}", within)
 
 
 async def dead_letters(bus: Bus, count: int = 1, within: float = 60) -> list[DeadLetter]:
     """Wait until there are so many dead letters."""
-
-    async def look() -> list[DeadLetter]:
-        found = await bus.stored(DeadLetter)
-        return found if len(found) >= count else []
-
-    return await until(look, within, every=0.1)
+    return await stored(bus, DeadLetter, count, within=within)
 
 
 async def nothing_left(bus: Bus) -> None:

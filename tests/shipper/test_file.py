@@ -22,7 +22,7 @@ from tests.shipper.conftest import (
     receipts_of,
     send,
 )
-from tests.support.requirements import need_root
+from tests.support.disk import tmpfs
 from tests.support.wait import until
 
 CONTENTS = {"info_1": b"PID: 1", "cfg_1": b"", "core_1": os.urandom(3 * MIB) + bytes(20 * MIB)}
@@ -35,12 +35,8 @@ def files_below(directory: Path) -> list[str]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""
-    need_root()
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(directory)], check=True)
-    yield directory
-    subprocess.run(["umount", str(directory)], check=True)
+    with tmpfs(tmp_path / "disk", "size=4m") as directory:
+        yield directory
 
 
 async def test_files_arrive_whole_under_their_names(

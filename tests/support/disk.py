@@ -80,6 +80,18 @@ def immutable(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def tmpfs(place: Path, options: str) -> Iterator[Path]:
+    """Mount a file system in memory, with tmpfs(5)'s options, on a directory, made if missing."""
+    need_root()
+    place.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@contextmanager
 def small_disk(place: Path, mib: int) -> Iterator[SmallDisk]:
     """Mount a file system of so many MiB on a directory, which is made."""
     need_root()

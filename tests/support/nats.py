@@ -6,14 +6,20 @@ import signal
 import socket
 import ssl
 import subprocess
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nats.aio.client import ServerVersion
 
 from crashbus import Bus, removing
+from crashbus.errors import BusUnreachable
 from crashbus.keys import SEED, make_keys
+from crashbus.message_base import Message
+from tests.support.wait import until
+
+M = TypeVar("M", bound=Message)
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "nats"
 
@@ -35,6 +41,21 @@ def free_port() -> int:
 def listens(bus: Bus) -> bool:
     """Tell whether someone has begun to listen to crashes on this connection."""
     return any(one.subject.startswith("crash.") for one in bus._client._subs.values())
+
+
+async def stored(
+    bus: Bus, kind: type[M], count: int = 1, subject: str | None = None, within: float = 60
+) -> list[M]:
+    """Wait until the bus holds so many messages of a kind, and return all."""
+
+    async def enough() -> list[M]:
+        with suppress(BusUnreachable):  # it may just be starting
+            found = await bus.stored(kind, subject)
+            if len(found) >= count:
+                return found
+        return []
+
+    return await until(enough, within, every=0.1)
 
 
 class NatsServer:
