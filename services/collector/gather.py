@@ -197,8 +197,9 @@ class Gatherer:
         settled = True
         self._settled[directory] = changed  # also when a fault of our own ends this look
         self._forget(directory, but={one.epoch for one in found})
+        events = await self._events_of(int(directory), found)
         for one in found:
-            judged, process = await self._identified(one)
+            judged, process = await self._identified(one, events)
             before = self._being_captured.pop((directory, one.epoch), None)
             if judged.verdict is Verdict.WAIT:
                 settled = False
@@ -225,11 +226,30 @@ class Gatherer:
         self._changed.add(directory)
         self._wake.set()
 
-    async def _identified(self, found: FoundSet) -> tuple[FoundSet, Process | None]:
+    async def _events_of(self, pid: int, found: list[FoundSet]) -> list[SignalEvent]:
+        """Ask the bus which processes took signals when sets of unknown writers were made.
+
+        Once for all of them: anybody can write thousands, each of another time.
+
+        Args:
+            pid: that these processes have in their own namespace.
+        """
+        now = time.time()
+        times = [one.epoch - processes.EVENT_BEFORE for one in found if _is_of_unknown(one)]
+        recent = [since for since in times if now - EVENTS_KEPT < since < now]
+        if not recent:
+            return []
+        subject = f"crash.signal.{token(self._host)}.>"
+        events = await self._bus.stored(SignalEvent, subject, min(recent))
+        return [event for event in events if event.process.ns_pid == pid]
+
+    async def _identified(
+        self, found: FoundSet, events: list[SignalEvent]
+    ) -> tuple[FoundSet, Process | None]:
         """Find out who made a set of AppScope's; judge it anew if that process still lives."""
-        if found.record is not None or found.writer is not None:
+        if not _is_of_unknown(found):
             return found, found.writer
-        process = await self._seen_by_detector(found)
+        process = processes.from_events(int(found.directory), found.epoch, found.owners, events)
         if process is not None and processes.is_alive(process.pid, process.start_ticks):
             found = await asyncio.to_thread(found.judged, process)
         return found, process
@@ -273,13 +293,9 @@ class Gatherer:
             if self._entering.has_new(directory, entries)
         ]
 
-    async def _seen_by_detector(self, found: FoundSet) -> Process | None:
-        """Ask the bus which process took a signal when the set was made."""
-        since = found.epoch - processes.EVENT_BEFORE
-        if not time.time() - EVENTS_KEPT < since < time.time():
-            return None
-        events = await self._bus.stored(SignalEvent, f"crash.signal.{token(self._host)}.>", since)
-        return processes.from_events(int(found.directory), found.epoch, found.owners, events)
+
+def _is_of_unknown(found: FoundSet) -> bool:
+    return found.record is None and found.writer is None
 
 
 def _make_spool(root: Path) -> tuple[int, int]:

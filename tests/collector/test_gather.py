@@ -1,5 +1,6 @@
 """The spool is open to all: what one makes there in great numbers holds up nobody else."""
 
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from crashbus import Bus, identity
 from services.collector.entering import Entering
 from services.collector.gather import Gatherer
 from services.collector.ledger import Ledger
+from tests.collector.stand_in import signal_event
 
 
 @pytest.fixture
@@ -39,3 +41,25 @@ async def test_each_of_many_directories_costs_the_same(gatherer: Gatherer) -> No
 
     assert len(gatherer._watched) == len(names)
     assert times[2] < 5 * times[0]
+
+
+async def test_bus_is_asked_once_for_all_sets_of_a_directory(gatherer: Gatherer, bus: Bus) -> None:
+    victim = subprocess.Popen(["sleep", "600"])
+    event = signal_event(victim.pid)
+    victim.kill()
+    victim.wait()
+    await bus.publish(event)
+    place = gatherer.root / str(victim.pid)
+    place.mkdir()
+    newest = int(event.time)
+    for epoch in range(newest - 200, newest + 1):
+        (place / f"info_{epoch}").write_text("Process name: x")
+    before = bus._client.stats["out_msgs"]
+
+    assert await gatherer.look(place.name)
+
+    assert bus._client.stats["out_msgs"] - before < 20
+    crash = gatherer._entering._ledger.get(event.crash_id)
+    assert crash is not None
+    assert f"info_{newest}" in crash.sources
+    assert f"info_{newest - 100}" not in crash.sources
