@@ -54,7 +54,6 @@ class _Registers:
     """Values of registers by the numbers and names that the disassembler has for them."""
 
     def __init__(self, machine: int, registers: Mapping[str, int], one: "capstone.CsInsn") -> None:
-        self._machine = machine
         self._registers = registers
         self._one = one
         self.mask = (1 << (32 if machine == known.I386 else 64)) - 1
