@@ -23,7 +23,7 @@ async def work(runtime, settings):
     runtime.ready()
     {end}
 
-run("stuck", StuckSettings, work, lambda settings: "")
+run("shipper", StuckSettings, work, lambda settings: "")
 """
 
 

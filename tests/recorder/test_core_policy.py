@@ -255,7 +255,7 @@ async def test_program_of_a_user_leaves_its_core_while_there_is_no_recorder(
     recorder = recorder_with(recorder_mechanism="pipe")
     await recorder.start()
     recorder.kill()
-    await until(lambda: "core_pattern stays" in recorder.log)
+    await until(lambda: "the pipe helper keeps crashes" in recorder.log)
 
     pid, _ = await asyncio.to_thread(crash, sys.executable, *_LIKE_OURS)
 
