@@ -66,6 +66,7 @@ async def test_agent_takes_over_from_a_killed_recorder_and_guard_and_puts_core_p
         kill(stack, stack.agent("ps", "--quiet", "recorder").split())
 
     assert core_pattern.current() == walked.core_pattern
+    assert not list((stack.directory / "state").rglob("corepipe"))
 
 
 def kill(stack: Stack, containers: list[str]) -> None:
