@@ -31,7 +31,7 @@ from services.common import log as logs
 from services.common import redact
 from services.common.bus_settings import BusSettings
 from services.common.health import Health, serve
-from services.common.memory import return_large_blocks
+from services.common.memory import keep_little
 from services.common.settings import Settings, SettingsError, variable_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -126,7 +126,7 @@ def run(name: str, settings_class: type[S], work: Work[S], http: Callable[[S], s
     except SettingsError as error:
         sys.stderr.write(f"crashbus {name}: {error}\n")
         sys.exit(EXIT_SETTINGS)
-    return_large_blocks()
+    keep_little()
     logs.configure(bus_settings.log_level, bus_settings.log_format, name)
     runtime = Runtime(name, bus_settings, Health())
     runtime.health.failing("start", "not ready yet")

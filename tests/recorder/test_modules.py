@@ -1,8 +1,6 @@
 """What is mapped as code is found as it is, and as an attacker would have it."""
 
 import os
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,22 +79,6 @@ def test_no_file_is_found_but_those_that_all_mappings_tell(lines: list[bytes]) -
     }
 
     assert set(modules.parse_maps(raw)) == expected
-
-
-@pytest.mark.parametrize("name", [b"", b"[anon: x]"])
-def test_mappings_of_no_file_cost_a_fraction_of_looking_at_each(name: bytes) -> None:
-    raw = b"".join(_mapping(number, "rw-p", 0, name) for number in range(65_000))
-
-    def least(run: Callable[[], object]) -> float:
-        """Return seconds of this process, of the best of five runs."""
-        times = []
-        for _ in range(5):
-            began = time.process_time()
-            run()
-            times.append(time.process_time() - began)
-        return min(times)
-
-    assert least(lambda: modules.parse_maps(raw)) < least(lambda: list(proc.mappings(raw))) / 2
 
 
 def test_line_that_cannot_be_parsed_costs_no_other() -> None:
