@@ -9,13 +9,16 @@ from dataclasses import replace
 
 from crashbus.identity import crash_id
 from crashbus.parts import Process
-from services.recorder import arrival, core_head, facts, fault_address, metrics, modules
+from services.recorder import facts, metrics, modules
 from services.recorder.conditions import Conditions
-from services.recorder.core_writing import write_core
+from services.recorder.core import core_head
+from services.recorder.core.core_writing import write_core
 from services.recorder.errors import CaptureFailed
-from services.recorder.hold import Hold
+from services.recorder.handover import arrival
+from services.recorder.handover.hold import Hold
 from services.recorder.recording import Recording, begin, understand, write_early
-from services.recorder.taken import Taken
+from services.recorder.taker.taken import Taken
+from services.recorder.unwinding import fault_address
 
 
 def capture_crash(hold: Hold, on: Conditions) -> Recording:

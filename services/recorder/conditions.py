@@ -12,16 +12,16 @@ from crashbus.identity import boot_id
 from services.common.bus_settings import BusSettings
 from services.common.unrecorded import Unrecorded
 from services.recorder.binaries import Binaries
-from services.recorder.chain import Chain
 from services.recorder.containers import Runtime
-from services.recorder.core_bus import BusWay
-from services.recorder.core_policy import CorePolicy, Extent
-from services.recorder.debuginfod import Debuginfod
-from services.recorder.mechanism import Mechanism
+from services.recorder.core.core_bus import BusWay
+from services.recorder.core.core_policy import CorePolicy, Extent
+from services.recorder.handover.chain import Chain
+from services.recorder.handover.mechanism import Mechanism
 from services.recorder.settings import RecorderSettings
-from services.recorder.taker_library import LIBRARY, load
-from services.recorder.taking import Taker
-from services.recorder.unwind_process import Server as UnwindServer
+from services.recorder.taker.taker_library import LIBRARY, load
+from services.recorder.taker.taking import Taker
+from services.recorder.unwinding.debuginfod import Debuginfod
+from services.recorder.unwinding.unwind_process import Server as UnwindServer
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 

@@ -21,9 +21,10 @@ import structlog
 
 from services.common.bus_settings import BusSettings
 from services.common.settings import SettingsError
-from services.recorder import mechanism, pattern_file
+from services.recorder import pattern_file
 from services.recorder.errors import RecorderError
-from services.recorder.mechanism import Plan
+from services.recorder.handover import mechanism
+from services.recorder.handover.mechanism import Plan
 from services.recorder.pattern_file import (
     LOCK,
     LOCK_WITHIN,

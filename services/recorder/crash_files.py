@@ -16,9 +16,15 @@ from crashbus import signals
 from crashbus.fingerprint import frames
 from crashbus.parts import Container
 from services.common import resources
-from services.recorder.backtrace import Backtrace, Frame, Instruction, LoadedModule, Thread
-from services.recorder.core_head import Cause
+from services.recorder.core.core_head import Cause
 from services.recorder.facts import Facts
+from services.recorder.unwinding.backtrace import (
+    Backtrace,
+    Frame,
+    Instruction,
+    LoadedModule,
+    Thread,
+)
 
 _REGISTERS_IN_A_LINE = 4
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {

@@ -14,7 +14,7 @@ from services.common import process as processes
 from services.common import redact, resources
 from services.common.proc import LIVE, Proc, mappings
 from services.common.resources import Resources
-from services.recorder.core_head import Head
+from services.recorder.core.core_head import Head
 from services.recorder.errors import CaptureFailed
 from services.recorder.modules import Module
 

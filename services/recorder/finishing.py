@@ -12,12 +12,13 @@ import structlog
 from crashbus import elf, fingerprint
 from crashbus.layout import Kind, crash_file_name
 from crashbus.parts import Module
-from services.recorder import backtrace_json, crash_files, metrics, unwinder
-from services.recorder.backtrace import Backtrace
+from services.recorder import crash_files, metrics
 from services.recorder.conditions import Conditions
 from services.recorder.errors import CaptureFailed
 from services.recorder.facts import Facts
 from services.recorder.recording import Recording, add_container, keep_record, write_file
+from services.recorder.unwinding import backtrace_json, unwinder
+from services.recorder.unwinding.backtrace import Backtrace
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 

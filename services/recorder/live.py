@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from services.common import proc
+from services.recorder.core.registers import AARCH64, X86_64
 from services.recorder.errors import CaptureFailed
-from services.recorder.hold import Hold
-from services.recorder.registers import AARCH64, X86_64
+from services.recorder.handover.hold import Hold
 
 _MACHINES = {"x86_64": X86_64, "aarch64": AARCH64}
 _REGISTERS = {X86_64: 216, AARCH64: 272}  # bytes of pr_reg

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import structlog
 
 from crashbus.identity import boot_id, crash_id, start_ticks
-from services.recorder import arrival, metrics
-from services.recorder.arrival import KeptByHelper
+from services.recorder import metrics
 from services.recorder.errors import CaptureFailed
-from services.recorder.hold import Hold
-from services.recorder.mechanism import Mechanism
+from services.recorder.handover import arrival
+from services.recorder.handover.arrival import KeptByHelper
+from services.recorder.handover.hold import Hold
+from services.recorder.handover.mechanism import Mechanism
 from services.recorder.settings import RecorderSettings
 from services.recorder.workers import Workers
 

@@ -20,7 +20,7 @@ from services.common.crash_directory import SpoolUnusable
 from services.recorder import containers, crash_files
 from services.recorder.conditions import Conditions
 from services.recorder.containers import Answer
-from services.recorder.core_head import Cause, Head
+from services.recorder.core.core_head import Cause, Head
 from services.recorder.errors import CaptureFailed
 from services.recorder.facts import Facts
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from services.common.bus_settings import BusSettings
 from services.common.finding import Finding
-from services.recorder import core_pattern, mechanism, pattern_file
-from services.recorder.chain import CannotChain, Handler
+from services.recorder import core_pattern, pattern_file
 from services.recorder.errors import RecorderError
-from services.recorder.mechanism import Mechanism
+from services.recorder.handover import mechanism
+from services.recorder.handover.chain import CannotChain, Handler
+from services.recorder.handover.mechanism import Mechanism
 from services.recorder.settings import RecorderSettings
 
 _ENOUGH_ROOM = 1024**3  # bytes; a core of a common service fits

@@ -16,32 +16,26 @@ import structlog
 from services.common import descriptors
 from services.common.health import Health
 from services.common.service import Runtime, finish
-from services.recorder import (
-    adopting,
-    capturing,
-    core_pattern,
-    finishing,
-    left_behind,
-    metrics,
-    takeover,
-)
-from services.recorder.arrival import KeptByHelper
-from services.recorder.chain import Chain, Handler
+from services.recorder import capturing, core_pattern, finishing, metrics
 from services.recorder.conditions import MODULE_FILES, Conditions
+from services.recorder.core.room import Lack
 from services.recorder.dead_letters import DeadLetters
 from services.recorder.descriptors import Shares
 from services.recorder.errors import CaptureFailed, RecorderError
-from services.recorder.hold import Hold, end_those_let_go
-from services.recorder.listener import Listener
-from services.recorder.mechanism import Plan
-from services.recorder.orphan import Orphan
-from services.recorder.orphans import Orphans
+from services.recorder.handover import takeover
+from services.recorder.handover.arrival import KeptByHelper
+from services.recorder.handover.chain import Chain, Handler
+from services.recorder.handover.hold import Hold, end_those_let_go
+from services.recorder.handover.listener import Listener
+from services.recorder.handover.mechanism import Plan
+from services.recorder.handover.takeover import Takeover
+from services.recorder.kept import adopting, left_behind
+from services.recorder.kept.orphan import Orphan
+from services.recorder.kept.orphans import Orphans
 from services.recorder.patience import Patience, waiting
 from services.recorder.recording import Recording, say_what_is_there
-from services.recorder.room import Lack
 from services.recorder.settings import RecorderSettings
-from services.recorder.takeover import Takeover
-from services.recorder.unwind_process import Server as UnwindServer
+from services.recorder.unwinding.unwind_process import Server as UnwindServer
 from services.recorder.watchdog import Watchdogs
 from services.recorder.workers import Workers
 

@@ -10,8 +10,8 @@ from pydantic_settings import SettingsConfigDict
 from crashbus import destination
 from services.common import s3_endpoint
 from services.common.settings import Settings, prefix_of
-from services.recorder.core_policy import OWN, Rule
-from services.recorder.debug_sources import S3, Sources
+from services.recorder.core.core_policy import OWN, Rule
+from services.recorder.unwinding.debug_sources import S3, Sources
 
 _BUILT_HELPER = Path(__file__).parents[2] / "build" / "corepipe"
 

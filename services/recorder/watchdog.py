@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from services.recorder import hardening, pattern_file
 
 if TYPE_CHECKING:  # it is the recorder's side alone that has one
-    from services.recorder.mechanism import Plan
+    from services.recorder.handover.mechanism import Plan
 
 _ENDS_WITHIN = 5.0  # seconds from SIGKILL to the end of the recorder
 _SECOND = 2  # times the patience of the first has the second

@@ -11,7 +11,7 @@ import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
-from services.recorder.taker_library import Crash
+from services.recorder.taker.taker_library import Crash
 from tests.recorder.test_helper import me, recorder, rules
 from tests.support.requirements import need_program
 

@@ -6,11 +6,11 @@ import threading
 
 import pytest
 
-from services.recorder import arrival
-from services.recorder.arrival import KeptByHelper
 from services.recorder.errors import CaptureFailed
-from services.recorder.hold import Hold
-from services.recorder.mechanism import Mechanism
+from services.recorder.handover import arrival
+from services.recorder.handover.arrival import KeptByHelper
+from services.recorder.handover.hold import Hold
+from services.recorder.handover.mechanism import Mechanism
 
 
 def ends_when_told(helper: socket.socket) -> None:

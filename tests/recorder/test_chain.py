@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from services.recorder.chain import CannotChain, Handler
+from services.recorder.handover.chain import CannotChain, Handler
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_capture import gdb
 from tests.support import core_pattern, systemd_coredump

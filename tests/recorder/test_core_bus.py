@@ -13,11 +13,11 @@ from crashbus.chunks import Verifier
 from crashbus.parts import CrashFile
 from services.common import core_stream
 from services.common.core_stream import Announced
-from services.recorder import core_bus, core_copy
-from services.recorder.core_bus import BusWay, NotSent
-from services.recorder.core_memory import LiveMemory
-from services.recorder.core_pages import Pages
-from services.recorder.core_writing import _with_notes
+from services.recorder.core import core_bus, core_copy
+from services.recorder.core.core_bus import BusWay, NotSent
+from services.recorder.core.core_memory import LiveMemory
+from services.recorder.core.core_pages import Pages
+from services.recorder.core.core_writing import _with_notes
 from tests.pipeline.conftest import top_frames
 from tests.recorder.test_core_pages import SMALL_PYTHON, Crash, same
 from tests.support import core_pattern

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from services.recorder import core_copy
-from services.recorder.core_copy import BLOCK, Copied
-from services.recorder.hold import Hold
+from services.recorder.core import core_copy
+from services.recorder.core.core_copy import BLOCK, Copied
+from services.recorder.handover.hold import Hold
 
 HEAD = b"head" * 16
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.recorder import core_head
-from services.recorder.core_head import Cause
+from services.recorder.core import core_head
+from services.recorder.core.core_head import Cause
 
 
 def note(kind: int, body: bytes, order: str = "<") -> bytes:

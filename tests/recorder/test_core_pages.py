@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from services.recorder import arrival, core_copy, core_head, core_pages, sparse, touched
-from services.recorder.core_memory import PagesUnreadable
-from services.recorder.core_pages import Pages
-from services.recorder.hold import Hold
-from services.recorder.mechanism import Mechanism
-from services.recorder.touched import Touched
+from services.recorder.core import core_copy, core_head, core_pages, sparse, touched
+from services.recorder.core.core_memory import PagesUnreadable
+from services.recorder.core.core_pages import Pages
+from services.recorder.core.touched import Touched
+from services.recorder.handover import arrival
+from services.recorder.handover.hold import Hold
+from services.recorder.handover.mechanism import Mechanism
 from tests.support import core_pattern
 from tests.support.crashers import FATAL, crasher
 from tests.support.requirements import need_linux

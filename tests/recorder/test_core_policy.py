@@ -13,8 +13,8 @@ import pytest
 
 from crashbus import layout, own_cores
 from crashbus.parts import Container, Process
-from services.recorder import core_policy
-from services.recorder.core_policy import CorePolicy, Extent, Rule
+from services.recorder.core import core_policy
+from services.recorder.core.core_policy import CorePolicy, Extent, Rule
 from services.recorder.settings import RecorderSettings
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher

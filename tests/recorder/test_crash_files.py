@@ -4,10 +4,10 @@ import json
 
 from crashbus.parts import Process
 from services.recorder import crash_files
-from services.recorder.backtrace import Backtrace, Frame, LoadedModule, Thread
-from services.recorder.core_head import Cause
+from services.recorder.core.core_head import Cause
 from services.recorder.facts import Facts
 from services.recorder.modules import Module
+from services.recorder.unwinding.backtrace import Backtrace, Frame, LoadedModule, Thread
 
 FAULT = Cause(11, 1, 0, fault_address=0xDEADBEEF)
 

@@ -18,10 +18,11 @@ import pytest
 from pydantic import ValidationError
 
 from crashbus import elf
-from services.recorder import debuginfod, metrics
-from services.recorder.debug_sources import S3, Sources
-from services.recorder.debuginfod import Debuginfod
+from services.recorder import metrics
 from services.recorder.settings import RecorderSettings
+from services.recorder.unwinding import debuginfod
+from services.recorder.unwinding.debug_sources import S3, Sources
+from services.recorder.unwinding.debuginfod import Debuginfod
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
 from tests.support.nats import free_port

@@ -2,9 +2,9 @@
 
 import pytest
 
-from services.recorder import demangling
-from services.recorder.backtrace import MAX_TEXT
-from services.recorder.demangling import Demangler
+from services.recorder.unwinding import demangling
+from services.recorder.unwinding.backtrace import MAX_TEXT
+from services.recorder.unwinding.demangling import Demangler
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.recorder.fault_address import describe
+from services.recorder.unwinding.fault_address import describe
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
 from tests.support.recorder import crash

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.recorder.backtrace import MAX_TEXT, ModuleFile
-from services.recorder.go_names import GoNames, _sections
-from services.recorder.go_table import _HEAD, BadTable, Function, GoTable
+from services.recorder.unwinding.backtrace import MAX_TEXT, ModuleFile
+from services.recorder.unwinding.go_names import GoNames, _sections
+from services.recorder.unwinding.go_table import _HEAD, BadTable, Function, GoTable
 from tests.support.crashers import SOURCES
 from tests.support.requirements import need_program
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.recorder import instruction, registers
-from services.recorder.registers import AARCH64, I386, X86_64
+from services.recorder.core import registers
+from services.recorder.core.registers import AARCH64, I386, X86_64
+from services.recorder.unwinding import instruction
 
 _X86 = {"rip": 0x1000, "rdi": 0x1234, "rsi": 3, "rsp": 0x7000, "rax": (7 << 32) + 1, "rcx": 5}
 _X86 |= {"fs_base": 0x9000, "r8": 0x100}

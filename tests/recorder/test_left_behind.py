@@ -17,7 +17,7 @@ from crashbus import Bus, DeadLetter, layout
 from crashbus.identity import crash_id
 from services.common import unrecorded
 from services.common.unrecorded import Unrecorded, is_noted
-from services.recorder import left_behind, orphan
+from services.recorder.kept import left_behind, orphan
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
 from tests.support.nats import NatsServer

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from services.recorder import mechanism
 from services.recorder.errors import RecorderError
-from services.recorder.mechanism import Mechanism, Plan
+from services.recorder.handover import mechanism
+from services.recorder.handover.mechanism import Mechanism, Plan
 
 SOCKET, HELPER = Path("/run/crashbus/coredump.sock"), Path("/var/lib/crashbus/recorder/corepipe")
 

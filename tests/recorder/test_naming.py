@@ -6,10 +6,10 @@ from typing import Any
 import drgn
 import pytest
 
-from services.recorder import naming
-from services.recorder.backtrace import LoadedModule
-from services.recorder.go_table import Function
-from services.recorder.naming import Namer
+from services.recorder.unwinding import naming
+from services.recorder.unwinding.backtrace import LoadedModule
+from services.recorder.unwinding.go_table import Function
+from services.recorder.unwinding.naming import Namer
 
 
 @dataclass

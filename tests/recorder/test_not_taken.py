@@ -15,11 +15,13 @@ import pytest
 from services.common.mounts import Mounts
 from services.common.proc import LIVE
 from services.common.unrecorded import Unrecorded
-from services.recorder import arrival, core_head, taker_library, taking
-from services.recorder.hold import Hold
-from services.recorder.mechanism import Mechanism
-from services.recorder.taken import Taken
-from services.recorder.taking import Taker
+from services.recorder.core import core_head
+from services.recorder.handover import arrival
+from services.recorder.handover.hold import Hold
+from services.recorder.handover.mechanism import Mechanism
+from services.recorder.taker import taker_library, taking
+from services.recorder.taker.taken import Taken
+from services.recorder.taker.taking import Taker
 from tests.recorder.test_taking import taker
 
 __all__ = ("taker",)

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 
 from crashbus import Bus, DeadLetter, layout, own_cores
 from crashbus.identity import crash_id
-from services.recorder import orphan as orphan_module
-from services.recorder import orphan_rules
 from services.recorder.errors import CaptureFailed
-from services.recorder.orphan import Orphan, Unreadable
-from services.recorder.orphans import Orphans
+from services.recorder.kept import orphan as orphan_module
+from services.recorder.kept import orphan_rules
+from services.recorder.kept.orphan import Orphan, Unreadable
+from services.recorder.kept.orphans import Orphans
 from services.recorder.settings import RecorderSettings
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_capture import frames, gdb

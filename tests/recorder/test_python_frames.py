@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.recorder import python_frames
-from services.recorder.backtrace import PythonFrame
-from services.recorder.python_frames import Interpreter, line_of
-from services.recorder.python_layouts import TABLES, VERSIONS, layout_of
+from services.recorder.unwinding import python_frames
+from services.recorder.unwinding.backtrace import PythonFrame
+from services.recorder.unwinding.python_frames import Interpreter, line_of
+from services.recorder.unwinding.python_layouts import TABLES, VERSIONS, layout_of
 from tests.recorder.conftest import MakeRecorder
 from tests.support.pythons import interpreter, is_installed
 from tests.support.recorder import crash

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from services.common.finding import Finding
-from services.recorder import mechanism, pattern_file, requirements
+from services.recorder import pattern_file, requirements
+from services.recorder.handover import mechanism
 from tests.support.requirements import need_linux
 
 

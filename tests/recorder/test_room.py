@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from services.recorder import room
+from services.recorder.core import room
 from tests.support.disk import small_disk
 
 MIB = 1024 * 1024

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.recorder.demangling import Demangler
-from services.recorder.rust_names import readable
+from services.recorder.unwinding.demangling import Demangler
+from services.recorder.unwinding.rust_names import readable
 from tests.support.requirements import need_program
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.recorder import core_head
+from services.recorder.core import core_head
 from tests.recorder.conftest import MakeRecorder
 from tests.support.recorder import FILES, RecorderService
 from tests.support.victim import waiting

@@ -17,15 +17,17 @@ import pytest
 from crashbus import layout
 from services.common.mounts import Mounts
 from services.common.unrecorded import Unrecorded, is_unrecorded
-from services.recorder import arrival, core_copy, facts, modules
-from services.recorder.core_pages import Pages
+from services.recorder import facts, modules
+from services.recorder.core import core_copy
+from services.recorder.core.core_pages import Pages
 from services.recorder.errors import CaptureFailed
-from services.recorder.hold import Hold
-from services.recorder.mechanism import Mechanism
+from services.recorder.handover import arrival
+from services.recorder.handover.hold import Hold
+from services.recorder.handover.mechanism import Mechanism
 from services.recorder.settings import RecorderSettings
-from services.recorder.taken import Taken
-from services.recorder.taker_library import LIBRARY, load
-from services.recorder.taking import Taker
+from services.recorder.taker.taken import Taken
+from services.recorder.taker.taker_library import LIBRARY, load
+from services.recorder.taker.taking import Taker
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_core_pages import SMALL_PYTHON, Crash, coredump_socket, same
 from tests.support.crashers import FATAL, crasher

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from crashbus import unfinished
-from services.recorder import core_pages
-from services.recorder.core_memory import LiveMemory, Piece
-from services.recorder.hold import Hold
+from services.recorder.core import core_pages
+from services.recorder.core.core_memory import LiveMemory, Piece
+from services.recorder.handover.hold import Hold
 
 MIB = 1024 * 1024
 SIZE = 48 * MIB

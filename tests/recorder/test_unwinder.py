@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from services.recorder import core_head, unwinder
+from services.recorder.core import core_head
 from services.recorder.facts import Module
-from services.recorder.unwind_process import Forked, Server
+from services.recorder.unwinding import unwinder
+from services.recorder.unwinding.unwind_process import Forked, Server
 from tests.recorder.test_core_head import core as make_core
 from tests.recorder.test_core_head import prstatus, siginfo
 from tests.support.requirements import need_root
@@ -104,7 +105,7 @@ def test_worker_gives_up_all_rights() -> None:
     need_root()
     program = """
 import os
-from services.recorder.unwind_worker import give_up_rights
+from services.recorder.unwinding.unwind_worker import give_up_rights
 give_up_rights(10)
 print(os.getresuid(), os.getresgid(), os.getgroups())
 status = dict(line.split(":", 1) for line in open("/proc/thread-self/status"))

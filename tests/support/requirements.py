@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.recorder.mechanism import kernel_version
+from services.recorder.handover.mechanism import kernel_version
 
 IN_MACHINE = "IN_TEST_MACHINE"  # set in the virtual machines of tests/kernels
 CAME_WITH = "came with Linux"  # in the reason for skipping a test there

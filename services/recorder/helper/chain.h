@@ -1,7 +1,8 @@
 #ifndef CRASHBUS_CHAIN_H
 #define CRASHBUS_CHAIN_H
 
-/* Start who had core_pattern before the recorder, when the recorder says so; services/recorder/chain.py.
+/* Start who had core_pattern before the recorder, when the recorder says so;
+ * services/recorder/handover/chain.py.
  *
  * The recorder sends "<seconds>\0<word>\0<word>\0…" and the core, open for reading. A word "%" stands
  * for the next of `expanded`, which the kernel made of this crash. The answer is one line: "exit

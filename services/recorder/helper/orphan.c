@@ -122,7 +122,7 @@ static const char *take_rule(const char *key, char *value) {
     return NULL;
 }
 
-/* The file's lines are "<key> <value>"; services/recorder/orphan_rules.py. */
+/* The file's lines are "<key> <value>"; services/recorder/kept/orphan_rules.py. */
 static const char *parse_rules(void) {
     char *rest = job.rules;
     for (char *line; (line = strsep(&rest, "\n"));) {

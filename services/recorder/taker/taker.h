@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Read a small process, whole, while it is held: services/recorder/taking.py calls this by
+/* Read a small process, whole, while it is held: services/recorder/taker/taking.py calls this by
  * ctypes, without the interpreter's lock.
  *
  * What is read of /proc lies in `arena` one after the other: 4 bytes of length and as many bytes;

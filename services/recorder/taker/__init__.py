@@ -1,0 +1,1 @@
+"""A small process, read whole at once by C, so that it is let go before anything is written."""

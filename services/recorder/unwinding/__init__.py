@@ -1,0 +1,1 @@
+"""Backtraces: frames, their names, and the debug information they come from."""
