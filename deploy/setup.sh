@@ -68,13 +68,13 @@ if [ ! -e $stamp ] || [ requirements.lock -nt $stamp ] || [ pyproject.toml -nt $
 fi
 
 helper=build/corepipe sources=services/recorder/helper
-if [ -d $sources ] && { [ ! -e $helper ] || [ -n "$(find $sources -newer $helper)" ]; }; then
+if [ -d $sources ] && { [ ! -e $helper ] || [ -n "$(find $sources -name '*.[ch]' -newer $helper)" ]; }; then
   mkdir -p build
   gcc -static -pthread -O2 -Wall -Wextra -Werror -o $helper $sources/*.c
 fi
 
 taker=build/taker.so sources=services/recorder/taker
-if [ -d $sources ] && { [ ! -e $taker ] || [ -n "$(find $sources -newer $taker)" ]; }; then
+if [ -d $sources ] && { [ ! -e $taker ] || [ -n "$(find $sources -name '*.[ch]' -newer $taker)" ]; }; then
   mkdir -p build
   gcc -shared -fPIC -O2 -Wall -Wextra -Werror -o $taker $sources/*.c
 fi

@@ -2,6 +2,7 @@
 
 import zipfile
 
+import pytest
 from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
 
@@ -11,6 +12,7 @@ from tests.compose.stack import BASE_IMAGE, BUILD_WITHIN, Stack
 LIBRARIES = {"libdw.so.1", "libelf.so.1", "libgomp.so.1", "liblzma.so.5", "libc.so.6"}
 
 
+@pytest.mark.timeout(BUILD_WITHIN)
 def test_drgn_is_built_for_arm64(built: Stack) -> None:
     options = ("--network", "host", "--secret", f"id=ca,src={built.ca_file}")
     built.docker(

@@ -77,6 +77,7 @@ async def run_again(stack: Stack, killed: dict[str, int]) -> None:
         await until(lambda c=one, k=pid: stack.pid(c) not in (0, k), WITHIN, every=0.5)  # type: ignore[misc]
 
 
+@pytest.mark.timeout(600)
 async def test_storm_with_every_container_killed_in_its_middle_is_delivered_or_told(
     stack: Stack, bus: Bus
 ) -> None:
