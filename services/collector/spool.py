@@ -20,7 +20,9 @@ MAX_ENTRIES = 4096  # looked at in one directory; AppScope writes five for each 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Of a link or a device this opens the name alone, open(2): to open a device is to act on it.
 _NAME = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC
+# Whoever holds a lease on his file would let us wait for up to /proc/sys/fs/lease-break-time,
+# fcntl(2), F_SETLEASE; refused, it can be opened at a later look.
+_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class Refused(CrashbusError):

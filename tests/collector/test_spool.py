@@ -1,6 +1,8 @@
 """Files of the spool are what was opened, and not what the directory showed before."""
 
 import os
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,11 @@ from services.collector.spool import Refused
 from tests.support.requirements import need_root
 
 NOBODY = 65534
+_LEASES = (
+    "import fcntl, signal, sys; signal.signal(signal.SIGIO, signal.SIG_IGN); "
+    "file = open(sys.argv[1], 'r+'); fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK); "
+    "print(flush=True); sys.stdin.read()"
+)
 
 
 @pytest.fixture
@@ -60,6 +67,22 @@ def test_device_is_not_opened_to_see_what_it_is(tmp_path: Path, directory: int) 
         assert list(inotify) == []
         device.read_bytes()
         assert [event.mask for event in inotify] == [Mask.OPEN]
+
+
+def test_file_with_a_lease_is_refused_and_not_waited_for(tmp_path: Path, directory: int) -> None:
+    file = tmp_path / "core_100"
+    file.write_text("a crash")
+    command = [sys.executable, "-c", _LEASES, file]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"\n"
+
+        with pytest.raises(Refused, match="cannot be opened: Resource temporarily unavailable"):
+            spool.open_file("core_100", directory, None)
+
+        holder.communicate()
+    os.close(spool.open_file("core_100", directory, None))
 
 
 def write(place: Path, epoch: int, *kinds: str) -> None:
