@@ -76,8 +76,9 @@ _BEARER = re.compile(r"(?<!\w)(bearer\s{1,4})[^\s\"',]+", re.IGNORECASE)  # RFC 
 # these comes a path, which may hold an @. What is none of that is a user and password, however
 # many / ? # it holds that should have been escaped. (Of u:12/x@h nobody can tell; it is a path.)
 _HOST = r"(?:\[[^\]/?#@\s]{1,64}\]|[^:/?#@\s\[\],]{1,255})(?::\d{0,5})?"
+# It begins at the slashes: from each letter of a scheme on, all that follows would be gone over.
 _URL_USER = re.compile(
-    rf"([A-Za-z][A-Za-z0-9+.-]{{0,31}}://)(?!(?:{_HOST}(?:,{_HOST})*)?(?:[/?#\s]|$))"
+    rf"(?<=[A-Za-z0-9+.-])(://)(?!(?:{_HOST}(?:,{_HOST})*)?(?:[/?#\s]|$))"
     r"[^\s@]{1,4096}+@(?:[^/?#\s@]{0,4096}+@)*"
 )
 
