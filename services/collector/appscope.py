@@ -254,8 +254,9 @@ class _Watched:
         process = self._event.process
         with suppress(OSError), _directory_inside(process.pid, process.ns_pid) as directory:
             if self._is_alive():
+                opened = os.dup(directory)  # where no descriptor is left, the former one stays
                 self._leave()
-                self._directory = os.dup(directory)
+                self._directory = opened
 
     def _open_new(self, directory: int) -> None:
         for epoch, entries in spool.list_directory(directory).sets.items():
