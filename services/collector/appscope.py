@@ -10,7 +10,7 @@ import asyncio
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 LOOK_AGAIN = 0.05  # seconds between looks while a set is being written
 LOOK_IDLY = 1.0  # seconds, later: the library pauses for two after each core
 WRITING = 10.0  # seconds after a signal in which its set may still be written
+FOR_ROOM = 60.0  # seconds that a set waits for room on the disk before it is cut
 AT_ONCE = 256  # processes watched at a time; more are told in the log
 _BLOCK = 1024 * 1024
 _SETS_AT_ONCE = 16  # of one process, with their files open
@@ -119,14 +120,15 @@ class Containers:
         with _Watched(event, self._root, self._host, self._reserve) as watched:
             busy_until = time.monotonic() + WRITING
             while await asyncio.to_thread(watched.look):
-                try:
-                    if await asyncio.to_thread(watched.copy_whole):
-                        busy_until = time.monotonic()
-                except (OSError, SpoolUnusable) as error:
-                    log.warning("not brought out yet", crash_id=event.crash_id, error=str(error))
+                if await asyncio.to_thread(watched.copy_whole):
+                    busy_until = time.monotonic()
                 busy = time.monotonic() < busy_until
                 await asyncio.sleep(LOOK_AGAIN if busy else LOOK_IDLY)
-            await asyncio.to_thread(watched.copy_rest)
+            try:
+                while await asyncio.to_thread(watched.copy_rest):
+                    await asyncio.sleep(LOOK_IDLY)
+            finally:  # also when we are stopped: nobody can open these files again
+                await asyncio.to_thread(watched.keep_rest)
 
     async def _tell(self, event: SignalEvent, error: str) -> None:
         letter = DeadLetter(
@@ -179,12 +181,21 @@ def _has_own_root(pid: int) -> bool:
 
 @dataclass
 class _Set:
-    """One set inside the container, its files held open from the moment they are seen."""
+    """One set inside the container, its files held open from the moment they are seen.
+
+    Attributes:
+        patient_until: time.monotonic() from which on it is cut rather than waits for room.
+    """
 
     epoch: int
     entries: dict[Kind, Entry] = field(default_factory=dict)
     files: dict[Kind, int] = field(default_factory=dict)
     verdict: Verdict = Verdict.WAIT
+    patient_until: float | None = None
+
+    @property
+    def is_patient(self) -> bool:
+        return self.patient_until is None or time.monotonic() < self.patient_until
 
     def close(self) -> None:
         for descriptor in self.files.values():
@@ -284,61 +295,103 @@ class _Watched:
         one.files[entry.kind], one.entries[entry.kind] = descriptor, entry
 
     def copy_whole(self) -> bool:
-        """Copy the sets that are whole to the spool; tell whether there was one.
+        """Copy the sets that are whole to the spool; tell whether one was.
+
+        What cannot be copied yet is left for the next call.
+        """
+        before = len(self._done)
+        self._copy([one for one in self._sets.values() if one.verdict is Verdict.WHOLE])
+        return len(self._done) > before
+
+    def copy_rest(self) -> bool:
+        """Copy what is left of a process that has ended; tell whether some of it waits for room."""
+        self._copy(self._left())
+        return any(one.is_patient for one in self._left())
+
+    def keep_rest(self) -> None:
+        """Copy what is still left, as far as there is room.
 
         Raises:
-            OSError, SpoolUnusable: one could not be copied; nothing of it is left there.
+            OSError, SpoolUnusable: of a set nothing could be kept; all others were tried.
         """
-        return self._copy([one for one in self._sets.values() if one.verdict is Verdict.WHOLE])
+        lost: list[OSError | SpoolUnusable] = []
+        for one in self._left():
+            try:
+                self._copy_set(one, as_far_as_possible=True)
+            except (OSError, SpoolUnusable) as error:
+                lost.append(error)
+        if lost:
+            raise lost[0]
 
-    def copy_rest(self) -> None:
-        """Copy what is left of a process that has ended; raises as `copy_whole` does."""
-        self._copy([one for one in self._sets.values() if one.files])
+    def _left(self) -> list[_Set]:
+        return [one for one in self._sets.values() if one.files]
 
-    def _copy(self, sets: list[_Set]) -> bool:
+    def _copy(self, sets: list[_Set]) -> None:
         for one in sets:
-            self._copy_set(one)
-            one.close()
-            del self._sets[one.epoch]
-            self._done.add(one.epoch)
-        return bool(sets)
+            try:
+                self._copy_set(one, as_far_as_possible=not one.is_patient)
+            except (OSError, SpoolUnusable) as error:
+                if one.patient_until is None:
+                    one.patient_until = time.monotonic() + FOR_ROOM
+                crash_id = self._event.crash_id
+                log.warning("not brought out yet", crash_id=crash_id, error=str(error))
 
-    def _copy_set(self, one: _Set) -> None:
-        """Copy one set under a capture record."""
+    def _copy_set(self, one: _Set, as_far_as_possible: bool) -> None:
+        """Copy one set under a capture record, and be done with it.
+
+        Args:
+            as_far_as_possible: keep of each file what there is room for.
+
+        Raises:
+            OSError, SpoolUnusable: it could not be copied; nothing of it is in the spool.
+        """
         directory, epoch = crash_directory.open_crash(
             self._root, self._event.process.pid, one.epoch
         )
+        crash_id = self._event.crash_id
         try:
             descriptor = capture.create(directory, epoch, self._record("writing", {}))
             try:
-                captured = self._copy_files(one, directory, epoch)
+                captured = self._copy_files(one, directory, epoch, as_far_as_possible)
                 capture.write(descriptor, self._record("complete", captured))
-            except OSError:
-                # It is tried again; until then this would be taken for a set that was cut short.
-                for kind in (*one.files, Kind.CAPTURE):
-                    with suppress(FileNotFoundError):
-                        os.unlink(layout.crash_file_name(kind, epoch), dir_fd=directory)
-                raise
+                log.info("brought out of a container", crash_id=crash_id, files=len(captured))
+            except OSError as error:
+                # An incomplete record says that the set was cut short, which it is not if it is
+                # tried again.
+                if not as_far_as_possible:
+                    _remove(directory, epoch, (*one.files, Kind.CAPTURE))
+                    raise
+                log.warning("brought out in part", crash_id=crash_id, error=str(error))
             finally:
                 os.close(descriptor)
         finally:
             os.close(directory)
-        log.info("brought out of a container", crash_id=self._event.crash_id, files=len(captured))
+        one.close()
+        del self._sets[one.epoch]
+        self._done.add(one.epoch)
 
-    def _copy_files(self, one: _Set, directory: int, epoch: int) -> dict[str, CapturedFile]:
+    def _copy_files(
+        self, one: _Set, directory: int, epoch: int, as_far_as_possible: bool
+    ) -> dict[str, CapturedFile]:
         doubtful = set() if one.verdict is Verdict.WHOLE else judge.doubtful(one.files.keys())
         captured = {}
-        for kind, source in one.files.items():
-            most = self._room(directory) if kind in LARGE else MAX_SMALL
-            size, whole = _copy(source, directory, kind, epoch, most)
+        # The small ones first: of these all are kept where there is no room for the large one.
+        for kind in sorted(one.files, key=lambda kind: os.fstat(one.files[kind]).st_size):
+            source, most = one.files[kind], MAX_SMALL
+            if kind in LARGE:
+                most = self._room(directory)
+                if not as_far_as_possible and most < _size_on_disk(source):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            copied = _copy(source, directory, kind, epoch, most)
+            if copied.error is not None and not as_far_as_possible:
+                raise copied.error
             note = "its writer ended before it was whole" if kind in doubtful else None
-            if size < whole:
-                why = "for want of room" if kind in LARGE else "as many as are read of its kind"
-                note = f"cut to {size} bytes of {whole}, {why}"
+            if copied.size < copied.whole:
+                note = f"cut to {copied.size} bytes of {copied.whole}, {copied.why(kind)}"
             captured[layout.crash_file_name(kind, epoch)] = CapturedFile(
-                size=size,
+                size=copied.size,
                 truncated=note is not None,
-                expected=whole if size < whole else None,
+                expected=copied.whole if copied.size < copied.whole else None,
                 note=note,
             )
         return captured
@@ -381,24 +434,70 @@ def _directory_inside(pid: int, ns_pid: int) -> Iterator[int]:
         yield current
 
 
-def _copy(source: int, directory: int, kind: Kind, epoch: int, most: int) -> tuple[int, int]:
+def _remove(directory: int, epoch: int, kinds: Iterable[Kind]) -> None:
+    for kind in kinds:
+        with suppress(FileNotFoundError):
+            os.unlink(layout.crash_file_name(kind, epoch), dir_fd=directory)
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """A copy of a file.
+
+    Attributes:
+        size: bytes of the copy.
+        whole: bytes of the file, as it was at the beginning.
+        error: what ended the copying too early.
+        shrank: whether the file was cut meanwhile.
+    """
+
+    size: int
+    whole: int
+    error: OSError | None
+    shrank: bool
+
+    def why(self, kind: Kind) -> str:
+        """Tell why the copy is shorter than the file."""
+        if self.error is not None:
+            return f"{self.error.strerror}"
+        if self.shrank:
+            return "where its writer cut it meanwhile"
+        return "for want of room" if kind in LARGE else "as many as are read of its kind"
+
+
+def _copy(source: int, directory: int, kind: Kind, epoch: int, most: int) -> _Copied:
     """Copy what a file holds, up to `most` bytes of data; its holes stay holes.
 
-    Returns:
-        The copy's size, and the file's.
+    Raises:
+        OSError: the copy cannot be made at all.
     """
     target = crash_directory.create_file(directory, kind, epoch)
     whole = os.fstat(source).st_size
     try:
-        position = 0
-        while (start := _data_from(source, position, whole)) < whole and most > 0:
-            end = min(os.lseek(source, start, os.SEEK_HOLE), whole, start + most)
-            position = _copy_range(source, target, start, end)
-            most -= end - start
-        os.ftruncate(target, start)
+        size = _copy_data(source, target, whole, most)
+        now = os.fstat(source).st_size
+        os.ftruncate(target, min(size, now))
+        return _Copied(min(size, now), whole, None, now < whole)
+    except OSError as error:
+        return _Copied(os.fstat(target).st_size, whole, error, False)
     finally:
         os.close(target)
-    return start, whole
+
+
+def _copy_data(source: int, target: int, whole: int, most: int) -> int:
+    """Copy up to `most` bytes of data and return where the copy ends."""
+    position = 0
+    while (start := _data_from(source, position, whole)) < whole and most > 0:
+        end = min(os.lseek(source, start, os.SEEK_HOLE), whole, start + most)
+        position = _copy_range(source, target, start, end)
+        most -= end - start
+    return start
+
+
+def _size_on_disk(file: int) -> int:
+    """Return how many bytes the data of a file takes, its holes left out."""
+    status = os.fstat(file)
+    return min(status.st_size, status.st_blocks * 512)
 
 
 def _data_from(source: int, position: int, size: int) -> int:

@@ -1,5 +1,6 @@
 """What AppScope's library left inside a container, or another put there for us, is brought out."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -10,14 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from crashbus import Bus
 from crashbus.capture import CaptureRecord
 from crashbus.layout import Kind
 from crashbus.messages import SignalEvent
-from services.collector.appscope import _Watched
+from services.collector import appscope
+from services.collector.appscope import Containers, _Watched
 from services.collector.judge import Verdict
 from tests.collector.stand_in import signal_event
 from tests.support.disk import small_disk
 from tests.support.requirements import need_root
+from tests.support.wait import until
 
 _WAITS = (
     "import os, sys; os.chroot(sys.argv[1]); os.chdir('/'); print(flush=True); sys.stdin.read()"
@@ -41,10 +45,10 @@ class Contained:
     def event(self) -> SignalEvent:
         return signal_event(self.process.pid, "handled")
 
-    def write(self, files: dict[str, bytes]) -> None:
+    def write(self, files: dict[str, bytes], epoch: int = EPOCH) -> None:
         self.place.mkdir(parents=True, exist_ok=True)
         for kind, content in files.items():
-            (self.place / f"{kind}_{EPOCH}").write_bytes(content)
+            (self.place / f"{kind}_{epoch}").write_bytes(content)
 
     def end(self) -> None:
         self.process.communicate()
@@ -138,7 +142,9 @@ def test_core_that_is_larger_than_the_disk_is_cut_at_its_reserve(
         watching(contained.event, disk.place, 25) as watched,
     ):
         assert watched.look()
-        assert watched.copy_whole()
+        assert not watched.copy_whole()
+        assert files_in(disk.place, contained) == []  # it waits for room
+        watched.keep_rest()
 
         state = os.statvfs(disk.place)
         assert state.f_bavail * 4 >= state.f_blocks - 64  # blocks: the record, and the file's own
@@ -150,21 +156,134 @@ def test_core_that_is_larger_than_the_disk_is_cut_at_its_reserve(
         assert not record.files[f"info_{EPOCH}"].truncated
 
 
-def test_set_that_finds_no_room_at_all_leaves_nothing_behind(
+def files_in(spool: Path, contained: Contained) -> list[Path]:
+    return list((spool / str(contained.process.pid)).iterdir())
+
+
+def test_set_that_finds_no_room_leaves_nothing_behind_and_is_tried_again(
     contained: Contained, tmp_path: Path
 ) -> None:
-    contained.write({**WHOLE, "core": b"core", "info": os.urandom(8 * MIB)})
+    contained.write({**WHOLE, "core": os.urandom(3 * MIB)})
+
+    with (
+        small_disk(tmp_path / "spool", 4) as disk,
+        watching(contained.event, disk.place) as watched,
+    ):
+        disk.fill(leaving=MIB)
+        assert watched.look()
+        for _ in range(3):
+            assert not watched.copy_whole()
+            assert files_in(disk.place, contained) == []
+        contained.end()
+        assert not watched.look()
+        assert watched.copy_rest()
+        assert files_in(disk.place, contained) == []
+        disk.empty()
+
+        assert not watched.copy_rest()
+
+        record = brought_out(disk.place, contained.process.pid)
+        assert not any(file.truncated for file in record.files.values())
+        assert record.files[f"core_{EPOCH}"].size == 3 * MIB
+
+
+def test_set_that_waited_long_enough_for_room_is_cut(
+    contained: Contained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(appscope, "FOR_ROOM", 0)
+    contained.write({**WHOLE, "core": os.urandom(8 * MIB)})
 
     with (
         small_disk(tmp_path / "spool", 4) as disk,
         watching(contained.event, disk.place) as watched,
     ):
         assert watched.look()
-        for _ in range(3):
-            with pytest.raises(OSError, match="No space left"):
-                watched.copy_whole()
+        assert not watched.copy_whole()
+        assert watched.copy_whole()
 
-        assert list((disk.place / str(contained.process.pid)).iterdir()) == []
+        record = brought_out(disk.place, contained.process.pid)
+        assert {name: file.truncated for name, file in record.files.items()} == {
+            **{f"{kind}_{EPOCH}": False for kind in WHOLE},
+            f"core_{EPOCH}": True,
+        }
+
+
+def test_at_last_every_set_is_kept_as_far_as_there_is_room(
+    contained: Contained, tmp_path: Path
+) -> None:
+    contained.write({**WHOLE, "info": os.urandom(8 * MIB)})
+    contained.write({"info": b"of another signal"}, EPOCH + 1)
+
+    with (
+        small_disk(tmp_path / "spool", 4) as disk,
+        watching(contained.event, disk.place) as watched,
+    ):
+        assert watched.look()
+        contained.end()
+        assert not watched.look()
+        assert watched.copy_rest()
+
+        watched.keep_rest()
+
+        assert not watched._sets
+        place = disk.place / str(contained.process.pid)
+        record = CaptureRecord.model_validate_json((place / f"capture_{EPOCH}").read_bytes())
+        info = record.files[f"info_{EPOCH}"]
+        assert info.truncated
+        assert info.expected == 8 * MIB
+        assert info.size == (place / f"info_{EPOCH}").stat().st_size > MIB
+        assert (place / f"backtrace_{EPOCH}").read_bytes() == WHOLE["backtrace"]
+        assert (place / f"info_{EPOCH + 1}").exists()
+
+
+async def test_what_waits_for_room_is_kept_when_the_collector_is_stopped(
+    contained: Contained, tmp_path: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contained.write({**WHOLE, "core": os.urandom(8 * MIB)})
+    waits, loop = asyncio.Event(), asyncio.get_running_loop()
+    copy_rest = _Watched.copy_rest
+
+    def telling(watched: _Watched) -> bool:
+        is_left = copy_rest(watched)
+        loop.call_soon_threadsafe(waits.set)
+        return is_left
+
+    monkeypatch.setattr(_Watched, "copy_rest", telling)
+    with small_disk(tmp_path / "spool", 4) as disk:
+        containers = Containers(disk.place, "test-host", bus, tmp_path / "state", 0)
+        await containers.resume()
+        await containers.watch(contained.event)
+        (task,) = containers._watches.values()
+        await until((disk.place / str(contained.process.pid)).exists)  # it was tried once
+        await asyncio.to_thread(contained.end)
+        await asyncio.wait_for(waits.wait(), 30)
+        assert files_in(disk.place, contained) == []
+
+        containers.stop()
+        await asyncio.wait([task], timeout=30)
+
+        record = brought_out(disk.place, contained.process.pid)
+        assert record.files[f"core_{EPOCH}"].truncated
+
+
+def test_file_that_shrinks_while_it_is_copied_is_not_called_whole(
+    contained: Contained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contained.write({**WHOLE, "core": os.urandom(3 * MIB)})
+    copy_range = appscope._copy_range
+
+    def shrinking(source: int, target: int, start: int, end: int) -> int:
+        if end == 3 * MIB:
+            os.truncate(contained.place / f"core_{EPOCH}", MIB)
+        return copy_range(source, target, start, end)
+
+    monkeypatch.setattr(appscope, "_copy_range", shrinking)
+    with watching(contained.event, tmp_path / "spool") as watched:
+        assert watched.look()
+        assert watched.copy_whole()
+
+    core = brought_out(tmp_path / "spool", contained.process.pid).files[f"core_{EPOCH}"]
+    assert (core.size, core.truncated, core.expected) == (MIB, True, 3 * MIB)
 
 
 def test_small_file_that_is_huge_is_cut(contained: Contained, tmp_path: Path) -> None:
