@@ -38,6 +38,7 @@ from services.recorder.pattern_file import (
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 KERNEL_DEFAULT = "core"
+_NAME = "core_pattern.json"  # of the file that says what was before, beside the pipe helper
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,11 @@ def former(state: Path) -> str:
     Raises:
         OSError: it may not be read.
     """
-    found, saved = current(), _load(_path(state))
-    return saved.pattern if saved is not None and saved.has(found) else found
+    found = current()
+    saved = _left_behind(state, found)
+    if saved is not None:
+        return saved.pattern
+    return KERNEL_DEFAULT if mechanism.helper_of(found) else found
 
 
 def install(state: Path, plan: Plan, chains: bool = False) -> None:
@@ -203,18 +207,30 @@ def remove_helper(state: Path) -> None:
 def _previous(state: Path, plan: Plan) -> Saved:
     """Tell what to go back to: what is in force, unless that is a killed recorder's."""
     found = current()
-    saved = _load(_file(state))
-    if saved is not None and saved.has(found):
+    saved = _left_behind(state, found)
+    if saved is not None:
         log.info("the last recorder did not put core_pattern back", previous=saved.pattern)
         return saved
-    if found in (plan.pattern, plan.stand_in) or found.startswith(f"{plan.pattern} "):
+    if mechanism.helper_of(found) or found == plan.pattern:
         log.warning(
-            "core_pattern is our own and nothing says what was before it; the kernel's default "
-            "will be put back",
+            "core_pattern is a recorder's and nothing says what was before it; the kernel's "
+            "default will be put back",
             default=KERNEL_DEFAULT,
         )
         return Saved(KERNEL_DEFAULT, 0, found, None)
     return Saved(found, int(PIPE_LIMIT.read_text()), plan.pattern, plan.stand_in)
+
+
+def _left_behind(state: Path, found: str) -> Saved | None:
+    """Return what a recorder whose pattern is in force has saved, here or in the state directory
+    that its helper lies in; None where that is not known, or it is no recorder's.
+    """
+    theirs = mechanism.helper_of(found)
+    for path in (_path(state), *([theirs.with_name(_NAME)] if theirs else [])):
+        saved = _load(path)
+        if saved is not None and saved.has(found):
+            return saved
+    return None
 
 
 def _is_dead_socket(pattern: str) -> bool:
@@ -237,7 +253,7 @@ def _file(state: Path) -> Path:
 
 
 def _path(state: Path) -> Path:
-    return state / "recorder" / "core_pattern.json"
+    return state / "recorder" / _NAME
 
 
 def _load(path: Path) -> Saved | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from services.recorder import core_pattern as ours
 from tests.recorder.conftest import MakeRecorder
 from tests.support import core_pattern
 from tests.support.crashers import crasher
@@ -67,6 +68,29 @@ async def test_core_pattern_of_before_survives_a_killed_recorder_and_watchdog(
     recorder.stop()
 
     assert core_pattern.current() == "/somewhere/core.%p"
+
+
+@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
+@pytest.mark.parametrize(("lost", "before"), [(False, "/somewhere/core.%p"), (True, "core")])
+async def test_core_pattern_of_before_a_killed_recorder_with_another_state_is_put_back(
+    recorder_with: MakeRecorder, mechanism: str, lost: bool, before: str
+) -> None:
+    core_pattern.set_pattern("/somewhere/core.%p")
+    killed = recorder_with(recorder_mechanism=mechanism)
+    await killed.start()
+    killed.kill()
+    helper = killed.state / "recorder" / "corepipe"
+    await until(lambda: core_pattern.current().startswith(f"|{helper} "), 60)
+    if lost:
+        helper.with_name("core_pattern.json").unlink()
+    recorder = recorder_with(recorder_mechanism=mechanism)
+    assert ours.former(recorder.state) == before
+
+    await recorder.start()
+    recorder.stop()
+
+    assert core_pattern.current() == before
+    assert ("nothing says what was before it" in recorder.log) is lost
 
 
 async def test_core_pattern_can_be_put_back_without_a_recorder(

@@ -139,6 +139,14 @@ def _fits(pattern: str) -> bool:
     return len(os.fsencode(pattern)) <= MAX_PATTERN
 
 
+def helper_of(pattern: str) -> Path | None:
+    """Return the pipe helper of a recorder, whichever state directory it has, that a core_pattern
+    names; None where it names none.
+    """
+    program = Path(pattern[1:].partition(" ")[0])
+    return program if pattern.startswith("|") and program.name == HELPER else None
+
+
 def owner(pattern: str) -> str:
     """Say in words who gets the cores with this core_pattern."""
     if pattern.startswith("|"):
