@@ -259,8 +259,10 @@ def _path(state: Path) -> Path:
 def _load(path: Path) -> Saved | None:
     try:
         raw = json.loads(path.read_bytes())
-        stand_in = raw.get("stand_in")  # no older version wrote one
-        return Saved(str(raw["pattern"]), int(raw["pipe_limit"]), str(raw["ours"]), stand_in)
+        ours = str(raw["ours"])
+        # Older versions wrote none, and left crashes to a pipe helper only where it was theirs.
+        stand_in = raw.get("stand_in", ours if ours.startswith("|") else None)
+        return Saved(str(raw["pattern"]), int(raw["pipe_limit"]), ours, stand_in)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

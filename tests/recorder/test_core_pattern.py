@@ -1,8 +1,10 @@
 """core_pattern while a recorder starts and stops, is killed, or finds another."""
 
+import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,13 @@ from tests.support import core_pattern
 from tests.support.crashers import crasher
 from tests.support.recorder import crash
 from tests.support.wait import until
+
+
+@pytest.fixture
+def kept() -> Iterator[None]:
+    """core_pattern, put back at the end."""
+    with core_pattern.core_pattern_kept():
+        yield
 
 
 @pytest.mark.parametrize("mechanism", ["socket", "pipe"])
@@ -68,6 +77,19 @@ async def test_core_pattern_of_before_survives_a_killed_recorder_and_watchdog(
     recorder.stop()
 
     assert core_pattern.current() == "/somewhere/core.%p"
+
+
+def test_file_of_a_version_without_a_stand_in_names_the_helper_it_left_crashes_to(
+    kept: None, tmp_path: Path
+) -> None:
+    theirs = f"|{tmp_path}/recorder/corepipe /run/s %P %I %s %t"
+    saved = {"pattern": "/somewhere/core.%p", "pipe_limit": 0, "ours": theirs}
+    (tmp_path / "recorder").mkdir(mode=0o700)
+    (tmp_path / "recorder" / "core_pattern.json").write_text(json.dumps(saved))
+    core_pattern.set_pattern(theirs)
+
+    assert ours.leave_to_helper(tmp_path)
+    assert ours.keeps_crashes(tmp_path)
 
 
 @pytest.mark.parametrize("mechanism", ["socket", "pipe"])
