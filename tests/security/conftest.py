@@ -18,14 +18,16 @@ def pinned(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module", params=["installed", "pinned"])
-def secured(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[SecuredNats]:
-    need_program("openssl")
+def program(request: pytest.FixtureRequest) -> str:
+    """One nats-server after the other."""
+    need_program("openssl")  # for its certificates
     if request.param == "pinned":
-        program = request.getfixturevalue("pinned")
-    else:
-        program = need_program("nats-server")
+        return str(request.getfixturevalue("pinned"))
+    return need_program("nats-server")
+
+
+@pytest.fixture(scope="module")
+def secured(program: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredNats]:
     server = SecuredNats(tmp_path_factory.mktemp("nats"), program=program)
     server.start()
     yield server
