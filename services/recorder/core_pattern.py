@@ -285,12 +285,15 @@ def _save(path: Path, saved: Saved) -> None:
         os.close(folder)
 
 
-def _was_killed() -> bool:
+def _is_started_again() -> bool:
     """Tell whether we clean up for systemd, after a recorder that it starts again.
 
-    ExecStopPost= learns that by SERVICE_RESULT, systemd.exec(5).
+    ExecStopPost= learns by SERVICE_RESULT and EXIT_STATUS how it ended, systemd.exec(5). Those that
+    are not: one that was stopped, in order or killed after TimeoutStopSec=, and one that found a
+    setting or the host wrong, RestartPreventExitStatus= of the unit.
     """
-    return os.environ.get("SERVICE_RESULT", "success") != "success"
+    result = os.environ.get("SERVICE_RESULT", "success")
+    return result not in ("success", "timeout") and os.environ.get("EXIT_STATUS") != "2"
 
 
 def main() -> None:
@@ -302,7 +305,7 @@ def main() -> None:
     try:
         state = arguments.state or BusSettings.load().state
         with only_one():
-            if _was_killed() and leave_to_helper(state):
+            if _is_started_again() and leave_to_helper(state):
                 sys.stdout.write("the pipe helper keeps crashes\n")
                 return
             restored = restore(state)

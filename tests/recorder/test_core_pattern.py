@@ -25,9 +25,18 @@ def kept() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mechanism", ["socket", "pipe"])
-@pytest.mark.parametrize(("result", "keeps"), [("signal", True), ("success", False)])
-async def test_pipe_helper_keeps_crashes_while_systemd_starts_a_killed_recorder_again(
-    recorder_with: MakeRecorder, mechanism: str, result: str, keeps: bool
+@pytest.mark.parametrize(
+    ("result", "status", "keeps"),
+    [
+        ("signal", "KILL", True),
+        ("exit-code", "1", True),
+        ("exit-code", "2", False),  # RestartPreventExitStatus=
+        ("timeout", "KILL", False),  # of a stop
+        ("success", "0", False),
+    ],
+)
+async def test_pipe_helper_keeps_crashes_while_systemd_starts_a_recorder_again(
+    recorder_with: MakeRecorder, mechanism: str, result: str, status: str, keeps: bool
 ) -> None:
     core_pattern.set_pattern("/somewhere/core.%p")
     recorder = recorder_with(recorder_mechanism=mechanism)
@@ -38,7 +47,8 @@ async def test_pipe_helper_keeps_crashes_while_systemd_starts_a_killed_recorder_
         "--restore", "--state", str(recorder.state),
     ]  # fmt: skip
 
-    subprocess.run(command, check=True, env=os.environ | {"SERVICE_RESULT": result})
+    told = {"SERVICE_RESULT": result, "EXIT_STATUS": status}
+    subprocess.run(command, check=True, env=os.environ | told)
 
     helper = recorder.state / "recorder" / "corepipe"
     assert core_pattern.current().startswith(f"|{helper} " if keeps else "/somewhere")
