@@ -36,6 +36,8 @@ TAKES_LONG = 0.2  # seconds; most sets are whole by then
 WAIT_FOR = 1024  # processes waited for at a time
 _PID = re.compile(r"[1-9][0-9]{0,6}")  # at most 4194304, proc_sys_kernel(5), pid_max
 _CHANGES = Mask.CREATE | Mask.CLOSE_WRITE | Mask.MOVED_TO | Mask.ONLYDIR | Mask.DONT_FOLLOW
+# A directory that was renamed keeps its watch, inotify(7); another may get its former name.
+_ROOT_CHANGES = _CHANGES | Mask.MOVED_FROM
 
 
 class Gatherer:
@@ -94,7 +96,7 @@ class Gatherer:
         """Watch the spool itself, made ours if it is not; again if it was made anew."""
         identity = await asyncio.to_thread(_make_spool, self.root)
         if identity != self._root_identity:
-            self._root_watch = inotify.add_watch(self.root, _CHANGES)
+            self._root_watch = inotify.add_watch(self.root, _ROOT_CHANGES)
             self._root_identity = identity
 
     async def _notice(self, inotify: Inotify) -> None:
@@ -111,6 +113,9 @@ class Gatherer:
                 else self._watched.get(event.watch)
             )
             if name is None or not _PID.fullmatch(name):
+                continue
+            if Mask.MOVED_FROM in event.mask:
+                self._watched_names.discard(name)
                 continue
             if event.watch is self._root_watch:
                 self._watch(inotify, name)

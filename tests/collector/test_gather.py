@@ -1,5 +1,6 @@
 """The spool is open to all: what one makes there in great numbers holds up nobody else."""
 
+import asyncio
 import subprocess
 import time
 from collections.abc import AsyncIterator
@@ -9,10 +10,12 @@ import pytest
 from asyncinotify import Inotify
 
 from crashbus import Bus, identity
+from services.collector import gather
 from services.collector.entering import Entering
 from services.collector.gather import Gatherer
 from services.collector.ledger import Ledger
 from tests.collector.stand_in import signal_event
+from tests.support.wait import until
 
 
 @pytest.fixture
@@ -41,6 +44,37 @@ async def test_each_of_many_directories_costs_the_same(gatherer: Gatherer) -> No
 
     assert len(gatherer._watched) == len(names)
     assert times[2] < 5 * times[0]
+
+
+@pytest.mark.parametrize("moved", ["8", "elsewhere"])
+async def test_new_directory_with_the_name_of_a_renamed_one_is_watched(
+    gatherer: Gatherer, moved: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gather, "LOOK_AGAIN", 3600)  # no round shall find what no watch tells
+    looks: list[str] = []
+
+    async def look(directory: str) -> bool:
+        looks.append(directory)
+        return True
+
+    monkeypatch.setattr(gatherer, "look", look)
+    ready = asyncio.Event()
+    gatherer._on_ready = ready.set
+    task = asyncio.create_task(gatherer.run())
+    await ready.wait()
+    (gatherer.root / "7").mkdir()
+    await until(lambda: "7" in looks)
+    (gatherer.root / "7").rename(gatherer.root / moved)
+    looks.clear()
+    (gatherer.root / "7").mkdir()
+    await until(lambda: "7" in looks)
+
+    looks.clear()
+    (gatherer.root / "7/info_1").touch()
+
+    await until(lambda: "7" in looks, within=10)
+    task.cancel()
+    await asyncio.wait([task])
 
 
 async def test_bus_is_asked_once_for_all_sets_of_a_directory(gatherer: Gatherer, bus: Bus) -> None:
