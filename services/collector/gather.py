@@ -199,22 +199,30 @@ class Gatherer:
 
     async def _look(self, directory: str) -> None:
         changed, found = await asyncio.to_thread(self._examine, directory)
-        settled = True
         self._settled[directory] = changed  # also when a fault of our own ends this look
         self._forget(directory, but={one.epoch for one in found})
-        events = await self._events_of(int(directory), found)
-        for one in found:
-            judged, process = await self._identified(one, events)
-            before = self._being_captured.pop((directory, one.epoch), None)
-            if judged.verdict is Verdict.WAIT:
-                settled = False
-                if judged.record and judged.record.record:
-                    self._note_capture(judged, judged.record.record.crash_id, before is None)
-                self._look_when_gone(judged)
-            else:
-                await self._entering.enter(judged, process)
-        if not settled:
+        # First what can be told without the bus, which may be away.
+        unknown = [one for one in found if _is_of_unknown(one)]
+        settled = [await self._take(one, one.writer) for one in found if not _is_of_unknown(one)]
+        events = await self._events_of(int(directory), unknown)
+        settled += [await self._take(*await self._identified(one, events)) for one in unknown]
+        if not all(settled):
             self._settled.pop(directory, None)
+
+    async def _take(self, found: FoundSet, process: Process | None) -> bool:
+        """Enter a set, unless its writer is not done with it; tell whether it is entered.
+
+        Args:
+            process: who made it, where that is known and no record says so.
+        """
+        before = self._being_captured.pop((found.directory, found.epoch), None)
+        if found.verdict is not Verdict.WAIT:
+            await self._entering.enter(found, process)
+            return True
+        if found.record and found.record.record:
+            self._note_capture(found, found.record.record.crash_id, before is None)
+        self._look_when_gone(found)
+        return False
 
     def _note_capture(self, found: FoundSet, crash_id: str, is_new: bool) -> None:
         """Keep in mind that a set is being written; have its core sent if that takes long."""
@@ -231,7 +239,7 @@ class Gatherer:
         self._changed.add(directory)
         self._wake.set()
 
-    async def _events_of(self, pid: int, found: list[FoundSet]) -> list[SignalEvent]:
+    async def _events_of(self, pid: int, unknown: list[FoundSet]) -> list[SignalEvent]:
         """Ask the bus which processes took signals when sets of unknown writers were made.
 
         Once for all of them: anybody can write thousands, each of another time.
@@ -240,7 +248,7 @@ class Gatherer:
             pid: that these processes have in their own namespace.
         """
         now = time.time()
-        times = [one.epoch - processes.EVENT_BEFORE for one in found if _is_of_unknown(one)]
+        times = [one.epoch - processes.EVENT_BEFORE for one in unknown]
         recent = [since for since in times if now - EVENTS_KEPT < since < now]
         if not recent:
             return []
@@ -251,9 +259,7 @@ class Gatherer:
     async def _identified(
         self, found: FoundSet, events: list[SignalEvent]
     ) -> tuple[FoundSet, Process | None]:
-        """Find out who made a set of AppScope's; judge it anew if that process still lives."""
-        if not _is_of_unknown(found):
-            return found, found.writer
+        """Find out who made a set of an unknown; judge it anew if that process still lives."""
         process = processes.from_events(int(found.directory), found.epoch, found.owners, events)
         if process is not None and processes.is_alive(process.pid, process.start_ticks):
             found = await asyncio.to_thread(found.judged, process)

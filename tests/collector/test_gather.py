@@ -1,6 +1,7 @@
 """The spool is open to all: what one makes there in great numbers holds up nobody else."""
 
 import asyncio
+import os
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -8,13 +9,19 @@ from pathlib import Path
 import pytest
 from asyncinotify import Inotify
 
-from crashbus import Bus, identity
-from services.collector import gather
+from crashbus import Bus, capture, identity
+from crashbus.capture import CaptureRecord
+from crashbus.messages import SignalEvent
+from services.collector import gather, spool
 from services.collector.entering import Entering
 from services.collector.gather import Gatherer
 from services.collector.ledger import Ledger
 from tests.collector.stand_in import signal_event
+from tests.support.nats import NatsServer
+from tests.support.requirements import need_root
 from tests.support.wait import until
+
+NO_PID = 4194304  # proc_sys_kernel(5), pid_max: the highest is one less
 
 
 @pytest.fixture
@@ -104,3 +111,41 @@ async def test_bus_is_asked_once_for_all_sets_of_a_directory(gatherer: Gatherer,
     assert crash is not None
     assert f"info_{newest}" in crash.sources
     assert f"info_{newest - 100}" not in crash.sources
+
+
+async def test_set_of_the_recorder_waits_for_no_bus(
+    gatherer: Gatherer, nats_server: NatsServer
+) -> None:
+    """Anybody can put a set of his own beside it, of which only the bus knows whose it is."""
+    need_root()
+    event = signal_event(os.getpid())
+    place = gatherer.root / str(NO_PID)
+    place.mkdir()
+    newest = int(event.time)
+    (place / f"info_{newest}").write_text("Process name: x")
+    (place / f"info_{newest - 1}").write_text("Process name: y")
+    record_set(place, newest - 1, event)
+    nats_server.kill()
+    try:
+        assert not await gatherer.look(place.name)
+
+        crash = gatherer._entering._ledger.get(event.crash_id)
+        assert crash is not None
+        assert crash.sources.keys() == {f"info_{newest - 1}"}
+    finally:
+        nats_server.start()
+
+
+def record_set(place: Path, epoch: int, event: SignalEvent) -> None:
+    """Write the capture record of a whole set."""
+    record = CaptureRecord(
+        state="complete",
+        crash_id=event.crash_id,
+        host=event.host,
+        crashed_at=event.time,
+        process=event.process,
+        signal=event.signal,
+        signal_name=event.signal_name,
+    )
+    with spool.open_directory(str(place)) as directory:
+        os.close(capture.create(directory, epoch, record))
