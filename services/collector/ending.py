@@ -43,11 +43,11 @@ class Ending:
             await self._release_chunks(crash)
             if crash.reported is not None:
                 await self._send_manifest(crash)
-            await self.finish(crash)
+            await self._finish(crash)
         if crash.delivered_at is not None:
             self._locks.pop(crash.crash_id, None)
 
-    async def finish(self, crash: Crash) -> None:
+    async def _finish(self, crash: Crash) -> None:
         """Note that a crash is delivered, if it is."""
         if crash.delivered_at is not None or crash.reported is None or not is_everywhere(crash):
             return

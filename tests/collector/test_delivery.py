@@ -21,7 +21,7 @@ async def test_crash_that_is_delivered_leaves_no_chunk_on_the_bus(bus: Bus, tmp_
     crash.manifest = source
     assert await bus.chunk_count(crash.crash_id, source.name) == 1
 
-    await own.deliverer._ending.finish(crash)
+    await own.deliverer._ending._finish(crash)
 
     assert crash.delivered_at is not None
     assert await bus.chunk_count(crash.crash_id, source.name) == 0
