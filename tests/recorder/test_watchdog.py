@@ -88,6 +88,24 @@ async def test_core_pattern_is_put_back_after_sigkill_where_there_is_no_helper(
     await until(lambda: "core_pattern put back" in recorder.log, 60)
 
 
+@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
+@pytest.mark.parametrize("what", ["cannot be written", "are too long for the helper"])
+async def test_core_pattern_is_put_back_after_sigkill_where_rules(
+    recorder_with: MakeRecorder, mechanism: str, what: str
+) -> None:
+    core_pattern.set_pattern("/somewhere/core.%p")
+    off = f"executable={'x' * (64 * 1024)}" if "long" in what else ""
+    recorder = recorder_with(recorder_mechanism=mechanism, recorder_core_off=off)
+    if not off:
+        (recorder.state / "recorder" / "rules.new").mkdir(parents=True)
+    await recorder.start()
+    assert "crashes while no recorder is there will not be kept" in recorder.log
+
+    recorder.kill()
+
+    await until(lambda: core_pattern.current() == "/somewhere/core.%p", 60)
+
+
 async def test_recorder_that_took_over_is_left_alone(recorder_with: MakeRecorder) -> None:
     first = recorder_with()
     await first.start()

@@ -58,12 +58,9 @@ class Takeover:
         templates = self.former.templates if self.former is not None else ""
         helper = core_pattern.helper(self._state)
         plan = mechanism.plan(self.mechanism, socket, helper, templates)
-        if plan.mechanism is Mechanism.PIPE:
-            self._write_rules(helper, orphans)
-            _install_helper(self._settings.helper, helper)
-        elif plan.stand_in is None:
+        if plan.stand_in is None:
             _say_unkept(f"{helper} is too long for core_pattern: shorten CRASHBUS_STATE")
-        elif not self._can_stand_in(helper, orphans):
+        elif not self._can_stand_in(plan, helper, orphans):
             return replace(plan, stand_in=None)
         return plan
 
@@ -71,11 +68,17 @@ class Takeover:
         """Have the kernel send crashes here from now on."""
         core_pattern.install(self._state, plan, chains=self.former is not None)
 
-    def _can_stand_in(self, helper: Path, orphans: Orphans) -> bool:
-        """Lay down the helper for the time when no recorder is there; tell whether it will do."""
+    def _can_stand_in(self, plan: Plan, helper: Path, orphans: Orphans) -> bool:
+        """Lay down the helper and its rules; tell whether it will do while no recorder is there.
+
+        Raises:
+            RecorderError: it will not do while one is there, either.
+        """
         try:
             _install_helper(self._settings.helper, helper)
         except RecorderError as error:
+            if plan.mechanism is Mechanism.PIPE:
+                raise
             _say_unkept(str(error))
             return False
         return self._write_rules(helper, orphans)
@@ -84,13 +87,13 @@ class Takeover:
         """Leave rules for that time; False where that cannot be."""
         place = helper.with_name(orphan_rules.NAME)
         try:
-            rules = orphan_rules.text(orphans.prepare(), self._settings, self.former)
+            rules = orphan_rules.encoded(orphans.prepare(), self._settings, self.former)
             # Whole at any moment, for a helper takes what it finds, if nobody else may write it.
             new = place.with_suffix(".new")
-            new.write_text(rules, errors="surrogateescape")
+            new.write_bytes(rules)
             new.chmod(0o600)
             new.replace(place)
-        except (OSError, SpoolUnusable) as error:
+        except (OSError, SpoolUnusable, RecorderError) as error:
             # As before there were any: such a crash is a visible gap.
             place.unlink(missing_ok=True)
             _say_unkept(str(error))
@@ -123,7 +126,11 @@ def _former(state: Path) -> Handler | None:
 
 
 def _install_helper(source: Path, place: Path) -> None:
-    """Copy the helper to where only root can change what the kernel will run as root."""
+    """Copy the helper to where only root can change what the kernel will run as root.
+
+    Raises:
+        RecorderError: it cannot be copied.
+    """
     new = place.with_suffix(".new")
     try:
         shutil.copyfile(source, new)

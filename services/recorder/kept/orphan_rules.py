@@ -11,12 +11,29 @@ from pathlib import Path
 
 from crashbus import layout
 from services.recorder.core.core_policy import Rule
+from services.recorder.errors import RecorderError
 from services.recorder.handover.chain import Handler
 from services.recorder.settings import RecorderSettings
 
 NAME = "rules"
 MOST = 64  # crashes kept; of more the helper tells in the kernel's log
+_MAX_BYTES = 64 * 1024 - 1  # less than RULES of orphan.c
 _WITHIN = 60  # seconds for which the helper holds a process at most
+
+
+def encoded(spool: Path, settings: RecorderSettings, handler: Handler | None = None) -> bytes:
+    """Return the file's content; arguments as for `text`.
+
+    Raises:
+        RecorderError: the helper would not read so much.
+    """
+    rules = os.fsencode(text(spool, settings, handler))
+    if len(rules) > _MAX_BYTES:
+        raise RecorderError(
+            f"the pipe helper's rules have {len(rules)} bytes, and may have {_MAX_BYTES}: "
+            "shorten CRASHBUS_RECORDER_CORE_OFF"
+        )
+    return rules
 
 
 def text(spool: Path, settings: RecorderSettings, handler: Handler | None = None) -> str:
