@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from services.recorder import core_pattern as ours
 from tests.recorder.conftest import MakeRecorder
 from tests.support import core_pattern
 from tests.support.crashers import crasher
+from tests.support.disk import tmpfs
 from tests.support.recorder import crash
+from tests.support.requirements import need_program, need_root
 from tests.support.wait import until
 
 
@@ -197,3 +200,59 @@ async def test_state_that_others_may_write_to_is_refused(
     assert recorder.process.wait(60) == 2
     assert "others may write to" in recorder.log
     assert core_pattern.current() == before
+
+
+async def test_state_on_a_disk_without_programs_is_refused_with_the_pipe_helper(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    before = core_pattern.current()
+    with tmpfs(tmp_path / "state", "noexec,mode=700") as state:
+        recorder = recorder_with(state=state, recorder_mechanism="pipe")
+
+        recorder.launch()
+        assert recorder.process is not None
+
+        assert recorder.process.wait(60) == 2
+    assert "noexec" in recorder.log
+    assert core_pattern.current() == before
+
+
+async def test_no_helper_stands_in_from_a_disk_without_programs(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    core_pattern.set_pattern("/somewhere/core.%p")
+    with tmpfs(tmp_path / "state", "noexec,mode=700") as state:
+        recorder = recorder_with(state=state, recorder_mechanism="socket")
+        await recorder.start()
+        assert "crashes while no recorder is there will not be kept" in recorder.log
+
+        recorder.kill()
+
+        await until(lambda: core_pattern.current() == "/somewhere/core.%p", 60)
+
+
+# A host, which its first process sees, and a container's mount of the same directory in it.
+_HOST = """
+mount -t tmpfs -o $1 tmpfs "$3" && install -m 700 /bin/true "$3/corepipe"
+unshare --mount sh -c 'mount -o remount,bind,$2 "$3" && "$4" -c "$5"' - "$@"
+"""
+_ASK = """
+from pathlib import Path
+from services.recorder.handover.takeover import kernel_can_start
+print(kernel_can_start(Path("{}/corepipe")), kernel_can_start(Path("{}/nothing")))
+"""
+
+
+@pytest.mark.parametrize(("host", "container"), [("noexec", "exec"), ("exec", "noexec")])
+def test_whether_the_kernel_can_start_the_helper_is_for_the_host_to_tell(
+    tmp_path: Path, host: str, container: str
+) -> None:
+    need_root()
+    need_program("unshare")
+    ask = _ASK.replace("{}", str(tmp_path))
+    arguments = [_HOST, "-", host, container, str(tmp_path), sys.executable, ask]
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", *arguments]
+
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    assert told == f"{host == 'exec'} False\n"

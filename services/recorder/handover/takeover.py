@@ -125,11 +125,22 @@ def _former(state: Path) -> Handler | None:
         return None
 
 
+def kernel_can_start(program: Path) -> bool:
+    """Tell whether core_pattern may name a program: it is there, and not mounted ``noexec``.
+
+    The kernel looks for it in the first process's mount namespace. Where we may not look into that
+    one, ours has to do: a bind mount is ``noexec`` when what it shows is.
+    """
+    first = Path("/proc/1/root")
+    root = first if os.access(first, os.X_OK) else Path("/")
+    return os.access(root / program.relative_to("/"), os.X_OK)  # EACCES on noexec, access(2)
+
+
 def _install_helper(source: Path, place: Path) -> None:
     """Copy the helper to where only root can change what the kernel will run as root.
 
     Raises:
-        RecorderError: it cannot be copied.
+        RecorderError: it cannot be copied, or the kernel cannot start it there.
     """
     new = place.with_suffix(".new")
     try:
@@ -141,3 +152,9 @@ def _install_helper(source: Path, place: Path) -> None:
             f"the pipe helper {source} cannot be installed as {place}: {error.strerror}; build it "
             "with make setup, or set CRASHBUS_RECORDER_HELPER"
         ) from error
+    if not kernel_can_start(place):
+        raise RecorderError(
+            f"the kernel cannot start the pipe helper {place}: on the host its file system is "
+            "mounted noexec, or nothing is there; let CRASHBUS_STATE name another directory, in a "
+            "container by the host's own path"
+        )
