@@ -1,7 +1,9 @@
 """What the pipe helper may keep when no recorder takes a crash: the file ``rules`` beside it.
 
-The helper is a small C program, so its rules are lines of ``<key> <value>``, and it takes what it
-does not understand for a word against keeping any memory; services/recorder/helper/orphan.c.
+The helper is a small C program, so its rules are lines of ``<key> <value>``. A number or the
+directory that is wrong, missing or there twice, and a second handler, make it refuse the whole
+crash. What else it does not understand it takes for a word against keeping any memory;
+services/recorder/helper/orphan.c.
 """
 
 import os
