@@ -29,12 +29,14 @@ class Blow:
     Attributes:
         another: lets one more crash come, where none is to come anyway.
         hits: what was hit, and how often.
+        may_be_lost: PIDs of the crashes that the fault may cut short or keep from being captured.
     """
 
     rig: Rig
     random: Random
     another: Callable[[], Awaitable[None]]
     hits: Counter[str] = field(default_factory=Counter)
+    may_be_lost: set[int] = field(default_factory=set)
 
     async def reach(self, what: str, count: Count) -> None:
         """Return at a random moment at which a number is not 0, and note it."""

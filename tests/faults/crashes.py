@@ -55,13 +55,18 @@ class RealCrash:
     at: float
 
 
-async def crash(mib: int) -> RealCrash:
-    """Let a process with so many MiB of noise in its memory die, and wait for its end."""
+async def victim(mib: int) -> asyncio.subprocess.Process:
+    """Start a process, and return it once it has so many MiB of noise in its memory."""
     process = await asyncio.create_subprocess_exec(
         crasher("heap"), str(mib), stdout=asyncio.subprocess.PIPE, cwd="/tmp"
     )
     assert process.stdout is not None
     await process.stdout.readline()
+    return process
+
+
+async def crash(process: asyncio.subprocess.Process, mib: int) -> RealCrash:
+    """Let a process of `victim` die, and wait for its end."""
     name = crash_id(identity.boot_id(), process.pid, identity.start_ticks(process.pid))
     at = time.time()
     process.send_signal(signal.SIGSEGV)

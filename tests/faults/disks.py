@@ -44,7 +44,7 @@ async def ledger_hangs(blow: Blow) -> AsyncIterator[None]:
 async def spool_full(blow: Blow) -> AsyncIterator[None]:
     """Nothing finds room there, or small files alone; what the collector gives back is taken."""
     rig = blow.rig
-    before = await rig.without_room()
+    before, begun = await rig.without_room(), len(rig.begun)
     async with _kept_full(rig.spool_disk, leaving=blow.random.choice((0, MIB))):
         yield
 
@@ -52,6 +52,7 @@ async def spool_full(blow: Blow) -> AsyncIterator[None]:
             return await rig.without_room() - before
 
         await blow.until("times without room", found_no_room)
+    blow.may_be_lost.update(rig.begun[begun:])
 
 
 @asynccontextmanager

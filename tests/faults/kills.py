@@ -1,12 +1,15 @@
 """Faults of processes: they are killed or stopped while they have something in hand."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from signal import SIGCONT, SIGKILL, SIGSTOP
 
 from tests.faults.blow import Blow
 from tests.faults.rig import Rig
+from tests.support import core_pattern
 from tests.support.service import ServiceProcess
+from tests.support.wait import until
 
 SWIFT = 0.05  # seconds; most captures take little more
 
@@ -93,9 +96,12 @@ async def all_killed(blow: Blow) -> AsyncIterator[None]:
     rig = blow.rig
     services = [service for service in rig.services if service.name != "detector"]
     await blow.catch(services, "crashes in their hands", lambda: _in_any_hand(rig))
+    gap = _gap(blow) if rig.capture else None
     rig.nats.kill()
     for service in services:
         service.kill(SIGKILL)
+    if gap:
+        await gap
     yield
     await rig.restart_nats()
     for service in services:
@@ -103,7 +109,7 @@ async def all_killed(blow: Blow) -> AsyncIterator[None]:
 
 
 def _in_any_hand(rig: Rig) -> int:
-    return rig.undelivered() + (rig.being_captured() if rig.capture else 0)
+    return rig.undelivered() + (len(rig.being_captured()) if rig.capture else 0)
 
 
 # With real crashes
@@ -112,7 +118,9 @@ def _in_any_hand(rig: Rig) -> int:
 @asynccontextmanager
 async def recorder_killed(blow: Blow) -> AsyncIterator[None]:
     recorder = await _recorder_caught(blow)
+    gap = _gap(blow)
     recorder.kill(SIGKILL)
+    await gap
     yield
     await blow.rig.restart(recorder)
 
@@ -121,17 +129,33 @@ async def recorder_killed(blow: Blow) -> AsyncIterator[None]:
 async def recorder_stopped(blow: Blow) -> AsyncIterator[None]:
     """It goes on, or was killed for it."""
     recorder = await _recorder_caught(blow)
+    gap = _gap(blow)
     yield
     if recorder.has_ended:
+        await gap
         await blow.rig.restart(recorder)
     else:
+        gap.cancel()
         recorder.kill(SIGCONT)
 
 
 async def _recorder_caught(blow: Blow) -> ServiceProcess:
     recorder = blow.rig.service("recorder")
-    await blow.catch([recorder], "crashes being captured", blow.rig.being_captured, SWIFT)
+    await blow.catch(
+        [recorder], "crashes being captured", lambda: len(blow.rig.being_captured()), SWIFT
+    )
     return recorder
+
+
+def _gap(blow: Blow) -> asyncio.Task[None]:
+    """Note what may be lost with a recorder that stands still now, if it is killed."""
+    return asyncio.create_task(_until_helper(blow, blow.rig.being_captured(), len(blow.rig.begun)))
+
+
+async def _until_helper(blow: Blow, in_hand: set[int], begun: int) -> None:
+    """Note what a recorder had in hand, and what crashed until the pipe helper stood in for it."""
+    await until(lambda: core_pattern.current().startswith("|"))
+    blow.may_be_lost |= in_hand.union(blow.rig.begun[begun:])
 
 
 @asynccontextmanager
@@ -154,6 +178,6 @@ async def detector_stopped(blow: Blow) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _missing_crashes(blow: Blow, what: str) -> AsyncIterator[None]:
-    before = blow.rig.crashed
+    before = len(blow.rig.begun)
     yield
-    await blow.until(what, lambda: blow.rig.crashed - before)
+    await blow.until(what, lambda: len(blow.rig.begun) - before)

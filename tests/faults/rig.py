@@ -13,8 +13,10 @@ from nats.aio.msg import Msg
 from nats.js.api import ConsumerInfo
 
 from crashbus import Bus, streams
+from crashbus.capture import is_being_written
+from services.common.unrecorded import is_unrecorded
 from tests.faults.bucket import Bucket
-from tests.faults.crashes import RealCrash, crash
+from tests.faults.crashes import RealCrash, crash, victim
 from tests.faults.ends import PATIENCE, Ends, on_the_way
 from tests.support.disk import SmallDisk
 from tests.support.nats import NatsServer
@@ -40,8 +42,8 @@ class Rig:
         user: the S3 user that is its own.
         largest: MiB of a core at most.
         capture: recorder and detector, where crashes are real.
-        dying: crashes that began and have not ended.
-        crashed: how many have begun.
+        begun: PIDs of all processes that were let crash, in order.
+        dying: those of them that have not ended.
         taken_over: how many work items were done by who did not have them first.
     """
 
@@ -61,8 +63,8 @@ class Rig:
     collector: ServiceProcess
     shippers: list[ServiceProcess]
     capture: dict[str, ServiceProcess]
-    dying: int = 0
-    crashed: int = 0
+    begun: list[int] = field(default_factory=list)
+    dying: set[int] = field(default_factory=set)
     taken_over: int = 0
     ends: Ends = field(init=False)
 
@@ -82,12 +84,13 @@ class Rig:
 
     async def crash(self, mib: int) -> RealCrash:
         """Let a process with so many MiB in its memory die."""
-        self.dying += 1
-        self.crashed += 1
+        process = await victim(mib)
+        self.begun.append(process.pid)
+        self.dying.add(process.pid)
         try:
-            return await crash(mib)
+            return await crash(process, mib)
         finally:
-            self.dying -= 1
+            self.dying.remove(process.pid)
 
     # What is in flight
 
@@ -133,10 +136,14 @@ class Rig:
         """Return how many crashes the collector knows that are not delivered."""
         return sum('"delivered_at": null' in one for one in _texts(self.ledger, "*.json"))
 
-    def being_captured(self) -> int:
-        """Return how many crashes the recorder holds or writes files of."""
-        records = _texts(self.spool, "[0-9]*/capture_*")
-        return self.dying + sum('"state": "writing"' in one for one in records)
+    def being_captured(self) -> set[int]:
+        """Return the PIDs of crashes that a recorder holds, has read, or writes files of."""
+        return self.dying | {pid for pid in self.begun if self._is_in_hand(pid)}
+
+    def _is_in_hand(self, pid: int) -> bool:
+        """Tell whether a recorder has locked what says so; the locks end with it."""
+        records = (self.spool / str(pid)).glob("capture_*")
+        return is_unrecorded(self.spool, pid) or any(map(_is_locked, records))
 
     async def metric(self, service: ServiceProcess, name: str) -> float:
         """Return a metric's sum; 0 where the service does not tell."""
@@ -201,6 +208,11 @@ class Rig:
                 return False
 
         return lambda: asyncio.to_thread(look)
+
+
+def _is_locked(record: Path) -> bool:
+    with record.open("rb") as file:
+        return is_being_written(file.fileno())
 
 
 def _texts(directory: Path, pattern: str) -> Iterator[str]:

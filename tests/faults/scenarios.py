@@ -20,7 +20,6 @@ class Scenario:
             delivered.
         lasts: seconds, the shortest and the longest.
         noisy: cores are large and do not compress.
-        gap: what is hit may be cut short or not captured, and is told to be so.
         replayed: crashes are told as failed, and delivered once they are replayed.
     """
 
@@ -30,7 +29,6 @@ class Scenario:
     lasts: tuple[float, float] = (0.2, 1.5)
     replayed: bool = False
     noisy: bool = False
-    gap: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -107,10 +105,10 @@ S3 = (
 CAPTURE = (
     Scenario("real crashes, detector: SIGKILL", kills.detector_killed),
     Scenario("real crashes, detector: SIGSTOP", kills.detector_stopped),
-    Scenario("real crashes, recorder: SIGKILL", kills.recorder_killed, gap=True),
-    Scenario("real crashes, recorder: SIGSTOP", kills.recorder_stopped, lasts=(0.2, 6), gap=True),
-    Scenario("real crashes, all but the detector: SIGKILL", kills.all_killed, gap=True),
+    Scenario("real crashes, recorder: SIGKILL", kills.recorder_killed),
+    Scenario("real crashes, recorder: SIGSTOP", kills.recorder_stopped, lasts=(0.2, 6)),
+    Scenario("real crashes, all but the detector: SIGKILL", kills.all_killed),
     Scenario("real crashes, nats-server: its store is lost", bus.nats_store_lost),
-    Scenario("real crashes, disk of the spool full", disks.spool_full, first=True, gap=True),
+    Scenario("real crashes, disk of the spool full", disks.spool_full, first=True),
 )
 ALL = PROCESSES + BUS + S3 + CAPTURE
