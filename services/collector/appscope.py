@@ -10,10 +10,11 @@ import asyncio
 import errno
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 from pydantic import ValidationError
@@ -32,6 +33,8 @@ from services.collector.spool import Entry, Refused
 from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
 from services.common.process import read_process
+
+T = TypeVar("T")
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -94,10 +97,13 @@ class Containers:
         await asyncio.to_thread(self._note(event).write_text, event.model_dump_json())
         self._start(event)
 
-    def stop(self) -> None:
-        """Watch no longer; `resume` goes on."""
-        for task in self._watches.values():
+    async def stop(self) -> None:
+        """Watch no longer, once what is being copied is there; `resume` goes on."""
+        tasks = list(self._watches.values())
+        for task in tasks:
             task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     def _note(self, event: SignalEvent) -> Path:
         return self._state / f"{event.crash_id}.json"
@@ -119,16 +125,16 @@ class Containers:
     async def _until_it_ends(self, event: SignalEvent) -> None:
         with _Watched(event, self._root, self._host, self._reserve) as watched:
             busy_until = time.monotonic() + WRITING
-            while await asyncio.to_thread(watched.look):
-                if await asyncio.to_thread(watched.copy_whole):
+            while await _to_its_end(watched.look):
+                if await _to_its_end(watched.copy_whole):
                     busy_until = time.monotonic()
                 busy = time.monotonic() < busy_until
                 await asyncio.sleep(LOOK_AGAIN if busy else LOOK_IDLY)
             try:
-                while await asyncio.to_thread(watched.copy_rest):
+                while await _to_its_end(watched.copy_rest):
                     await asyncio.sleep(LOOK_IDLY)
             finally:  # also when we are stopped: nobody can open these files again
-                await asyncio.to_thread(watched.keep_rest)
+                await _to_its_end(watched.keep_rest)
 
     async def _tell(self, event: SignalEvent, error: str) -> None:
         letter = DeadLetter(
@@ -143,6 +149,16 @@ class Containers:
             await self._bus.publish(letter)
         except (BusUnreachable, BusFull) as failure:
             log.error("could not tell", crash_id=event.crash_id, error=str(failure))
+
+
+async def _to_its_end(work: Callable[[], T]) -> T:
+    """Do work in a thread, and wait for its end also when cancelled: it uses open files."""
+    working = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait([working])
+        raise
 
 
 def _is_contained(event: SignalEvent) -> bool:

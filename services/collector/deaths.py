@@ -72,7 +72,7 @@ class Deaths:
         try:
             await self._run()
         finally:
-            self._containers.stop()
+            await self._containers.stop()
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -253,17 +254,43 @@ async def test_what_waits_for_room_is_kept_when_the_collector_is_stopped(
         containers = Containers(disk.place, "test-host", bus, tmp_path / "state", 0)
         await containers.resume()
         await containers.watch(contained.event)
-        (task,) = containers._watches.values()
         await until((disk.place / str(contained.process.pid)).exists)  # it was tried once
         await asyncio.to_thread(contained.end)
         await asyncio.wait_for(waits.wait(), 30)
         assert files_in(disk.place, contained) == []
 
-        containers.stop()
-        await asyncio.wait([task], timeout=30)
+        await containers.stop()
 
         record = brought_out(disk.place, contained.process.pid)
         assert record.files[f"core_{EPOCH}"].truncated
+
+
+async def test_what_is_being_copied_is_copied_to_its_end_when_the_collector_is_stopped(
+    contained: Contained, tmp_path: Path, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contained.write({**WHOLE, "core": os.urandom(MIB)})
+    begun, stopping, loop = asyncio.Event(), threading.Event(), asyncio.get_running_loop()
+    copy_whole = _Watched.copy_whole
+
+    def slow(watched: _Watched) -> bool:
+        loop.call_soon_threadsafe(begun.set)
+        stopping.wait(30)
+        return copy_whole(watched)
+
+    monkeypatch.setattr(_Watched, "copy_whole", slow)
+    containers = Containers(tmp_path / "spool", "test-host", bus, tmp_path / "state", 0)
+    await containers.resume()
+    await containers.watch(contained.event)
+    await asyncio.wait_for(begun.wait(), 30)
+
+    stop = asyncio.create_task(containers.stop())
+    done, _ = await asyncio.wait([stop], timeout=0.1)
+    stopping.set()
+    await stop
+
+    assert not done
+    record = brought_out(tmp_path / "spool", contained.process.pid)
+    assert record.files[f"core_{EPOCH}"].size == MIB
 
 
 def test_file_that_shrinks_while_it_is_copied_is_not_called_whole(
