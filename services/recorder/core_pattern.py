@@ -21,7 +21,7 @@ import structlog
 
 from services.common.bus_settings import BusSettings
 from services.common.settings import SettingsError
-from services.recorder import pattern_file
+from services.recorder import hardening, pattern_file
 from services.recorder.errors import RecorderError
 from services.recorder.handover import mechanism
 from services.recorder.handover.mechanism import Plan
@@ -298,6 +298,7 @@ def _is_started_again() -> bool:
 
 def main() -> None:
     """Put core_pattern back after a recorder that was killed."""
+    hardening.never_dump_core()
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--restore", action="store_true", required=True, help="do so")
     parser.add_argument("--state", type=Path, help="state directory (default: CRASHBUS_STATE)")

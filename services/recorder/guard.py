@@ -15,7 +15,7 @@ import structlog
 from services.common import log as logs
 from services.common.bus_settings import BusSettings
 from services.common.settings import SettingsError
-from services.recorder import core_pattern, pattern_file
+from services.recorder import core_pattern, hardening, pattern_file
 from services.recorder.errors import RecorderError
 from services.recorder.pattern_file import LOCK_WITHIN
 from services.recorder.settings import RecorderSettings
@@ -27,6 +27,7 @@ LOOK_EVERY = 1.0  # seconds, in which a container engine has started it again, o
 
 def main() -> None:
     """Watch over core_pattern until SIGTERM, and put it back last of all."""
+    hardening.never_dump_core()
     try:
         settings, socket = BusSettings.load(), RecorderSettings.load().socket
     except SettingsError as error:

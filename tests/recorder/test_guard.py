@@ -11,7 +11,8 @@ import pytest
 
 from tests.recorder.conftest import MakeRecorder
 from tests.support import core_pattern
-from tests.support.recorder import RecorderService
+from tests.support.crashers import crasher
+from tests.support.recorder import RecorderService, crash
 from tests.support.wait import until
 
 BEFORE = "/somewhere/core.%p"
@@ -92,6 +93,20 @@ async def test_guard_leaves_crashes_to_the_helper_until_it_is_stopped_last(
     assert core_pattern.current() == BEFORE
     assert not helper.exists()
     assert not (recorder.state.with_name("run") / "s").exists()
+
+
+async def test_guard_leaves_no_core_when_it_crashes(
+    recorder_with: MakeRecorder, guards: list[Guard]
+) -> None:
+    recorder = await started(recorder_with, "pipe")
+    guard = await guarding(guards, recorder)
+
+    guard.process.send_signal(signal.SIGSEGV)
+    assert guard.process.wait(60) == -signal.SIGSEGV
+
+    pid, _ = crash(crasher("null_pointer"))
+    await recorder.captured(pid)
+    assert [path.name for path in recorder.spool.glob("[0-9]*")] == [str(pid)]
 
 
 async def test_guard_leaves_a_recorder_that_runs_alone(
