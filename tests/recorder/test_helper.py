@@ -12,13 +12,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.support.requirements import need_program, need_root
+from tests.support.requirements import lacking, need_program, need_root
 
 SOURCES = Path(__file__).parents[2] / "services/recorder/helper"
 WITHIN = 60  # seconds for a run; the machine may be busy
@@ -174,15 +174,21 @@ def test_odd_cores_are_kept_as_they_come(
 @contextmanager
 def kernel_log() -> Iterator[Callable[[], str]]:
     """Give what reads the kernel's log from now on."""
-    log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        log = os.open("/dev/kmsg", os.O_RDWR | os.O_NONBLOCK)  # the helper writes to it
+    except OSError as error:
+        lacking(f"needs the kernel's log: {error}")
     os.lseek(log, 0, os.SEEK_END)
 
     def read() -> str:
         lines = []
-        with suppress(BlockingIOError):
-            while line := os.read(log, 8192):
-                lines.append(line.decode(errors="replace"))
-        return "".join(lines)
+        while True:
+            try:
+                lines.append(os.read(log, 8192).decode(errors="replace"))
+            except BrokenPipeError:
+                continue  # the oldest were overwritten; the next one is read then
+            except BlockingIOError:
+                return "".join(lines)
 
     try:
         yield read
