@@ -13,7 +13,7 @@ from crashbus.cli.services import SERVICES, become
 
 def main() -> None:
     """Run the command line and exit."""
-    # Destinations' keys are in our environment.
+    # Keys may be in our environment; a crash until now leaves a core, which has it.
     own_cores.leave_none("crashbus")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

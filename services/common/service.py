@@ -119,7 +119,9 @@ def run(name: str, settings_class: type[S], work: Work[S], http: Callable[[S], s
     Exits with 0 after SIGTERM or SIGINT, 2 when a setting is wrong, 1 when it failed.
     """
     _help(name, settings_class)
-    own_cores.leave_none(f"cb-{name}")  # before we know any key
+    # Before we read a file with a key. A crash until now leaves a core, which has the environment
+    # in it: docs/decisions/0024-own-cores.md.
+    own_cores.leave_none(f"cb-{name}")
     try:
         bus_settings, settings = BusSettings.load(), settings_class.load()
         redact.also(bus_settings.redact_names, bus_settings.redact_forms)
