@@ -349,8 +349,8 @@ class _Watched:
             except (OSError, SpoolUnusable) as error:
                 if one.patient_until is None:
                     one.patient_until = time.monotonic() + FOR_ROOM
-                crash_id = self._event.crash_id
-                log.warning("not brought out yet", crash_id=crash_id, error=str(error))
+                    crash_id = self._event.crash_id
+                    log.warning("not brought out yet", crash_id=crash_id, error=str(error))
 
     def _copy_set(self, one: _Set, as_far_as_possible: bool) -> None:
         """Copy one set under a capture record, and be done with it.
@@ -366,6 +366,9 @@ class _Watched:
         )
         crash_id = self._event.crash_id
         try:
+            if not as_far_as_possible:
+                # Before anything is made: whoever looks into the spool now would see it vanish.
+                self._need_room(one, directory)
             descriptor = capture.create(directory, epoch, self._record("writing", {}))
             try:
                 captured = self._copy_files(one, directory, epoch, as_far_as_possible)
@@ -411,6 +414,12 @@ class _Watched:
                 note=note,
             )
         return captured
+
+    def _need_room(self, one: _Set, directory: int) -> None:
+        """Raise OSError unless there is room for a set's large files."""
+        large = (file for kind, file in one.files.items() if kind in LARGE)
+        if self._room(directory) < sum(map(_size_on_disk, large)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _room(self, directory: int) -> int:
         """Return how many bytes may be written before the disk is at its reserve."""
