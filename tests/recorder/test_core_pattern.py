@@ -235,6 +235,14 @@ async def test_no_helper_stands_in_from_a_disk_without_programs(
 _HOST = """
 mount -t tmpfs -o $1 tmpfs "$3" && install -m 700 /bin/true "$3/corepipe"
 unshare --mount sh -c 'mount -o remount,bind,$2 "$3" && "$4" -c "$5"' - "$@"
+exit $?
+"""
+# A host's link to another disk, where the container has what it leads to.
+_HOST_WITH_LINK = """
+ln -s /nonexistent "$1/state"
+unshare --mount sh -c 'mount -t tmpfs tmpfs "$1" &&
+  install -D -m 700 /bin/true "$1/state/corepipe" && "$2" -c "$3"' - "$@"
+exit $?
 """
 _ASK = """
 from pathlib import Path
@@ -250,9 +258,21 @@ def test_whether_the_kernel_can_start_the_helper_is_for_the_host_to_tell(
     need_root()
     need_program("unshare")
     ask = _ASK.replace("{}", str(tmp_path))
-    arguments = [_HOST, "-", host, container, str(tmp_path), sys.executable, ask]
-    command = ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", *arguments]
-
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    told = _as_first_process(_HOST, host, container, str(tmp_path), sys.executable, ask)
 
     assert told == f"{host == 'exec'} False\n"
+
+
+def test_link_of_the_host_is_no_reason_not_to_start_the_helper(tmp_path: Path) -> None:
+    need_root()
+    need_program("unshare")
+    ask = _ASK.format(tmp_path / "state", tmp_path)
+
+    told = _as_first_process(_HOST_WITH_LINK, str(tmp_path), sys.executable, ask)
+
+    assert told == "True False\n"
+
+
+def _as_first_process(script: str, *arguments: str) -> str:
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", script, "-", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

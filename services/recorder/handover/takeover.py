@@ -129,11 +129,16 @@ def kernel_can_start(program: Path) -> bool:
     """Tell whether core_pattern may name a program: it is there, and not mounted ``noexec``.
 
     The kernel looks for it in the first process's mount namespace. Where we may not look into that
-    one, ours has to do: a bind mount is ``noexec`` when what it shows is.
+    one, or a link there would lead us to a place of ours, path_resolution(7), our own has to do: a
+    bind mount is ``noexec`` when what it shows is.
     """
-    first = Path("/proc/1/root")
-    root = first if os.access(first, os.X_OK) else Path("/")
-    return os.access(root / program.relative_to("/"), os.X_OK)  # EACCES on noexec, access(2)
+    first, inside = Path("/proc/1/root"), program.relative_to("/")
+    root = first if os.access(first, os.X_OK) and not _has_links(first, inside) else Path("/")
+    return os.access(root / inside, os.X_OK)  # EACCES on noexec, access(2)
+
+
+def _has_links(root: Path, inside: Path) -> bool:
+    return any((root / place).is_symlink() for place in inside.parents if place.name)
 
 
 def _install_helper(source: Path, place: Path) -> None:
