@@ -29,6 +29,8 @@ _MEND = {
     "CRASHBUS_COLLECTOR_SPOOL_BYTES, CRASHBUS_COLLECTOR_DISK_RESERVE",
     "larger_than_bus": "enlarge the stream CRASH_CHUNKS (nats stream edit), or limit cores with "
     "CRASHBUS_RECORDER_MAX_CORE_BYTES; the file is kept here",
+    "source_unreadable": "see that the file can be read (a disk that fails, another owner, a lease "
+    "on it), then crashbus retry it; it is kept here",
 }
 
 
