@@ -116,9 +116,10 @@ class Consumer:
 
     async def _fetch(self, batch: int) -> list[Msg]:
         if self._subscription is None:
-            self._subscription = await self._js.pull_subscribe(
-                self._subject, durable=self._durable, stream=self._stream, config=self._config
-            )
+            with obeying_cancellation():
+                self._subscription = await self._js.pull_subscribe(
+                    self._subject, durable=self._durable, stream=self._stream, config=self._config
+                )
         with obeying_cancellation():
             found: list[Msg] = await self._subscription.fetch(batch, timeout=FETCH_TIMEOUT)
         return found

@@ -13,6 +13,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from crashbus import Bus, SignalEvent, names
+from crashbus.consuming import Consumer
 from crashbus.errors import BusUnreachable
 from tests.cli.support import make
 from tests.support.nats import NatsServer, listens
@@ -182,3 +183,28 @@ async def test_what_was_stored_before_a_moment_is_left_out(bus: Bus) -> None:
     assert found == [f"since{number}" for number in range(5)]
     assert len(await bus.stored(SignalEvent, since=moment - 60)) == 15
     assert await bus.stored(SignalEvent, since=moment + 60) == []
+
+
+class Forgetful:
+    """A bus's client that begins to wait, and forgets a cancellation, as asyncio.wait_for may."""
+
+    async def pull_subscribe(self, *_: object, **__: object) -> "Forgetful":
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return self
+
+    async def fetch(self, *_: object, **__: object) -> list[Msg]:
+        await asyncio.sleep(60)
+        return []
+
+
+async def test_consumer_that_is_cancelled_as_it_begins_ends() -> None:
+    forgetful: Any = Forgetful()
+    consumer = Consumer(forgetful, "CRASH_FILES", ">", "shipper", None, lambda: until(lambda: True))  # type: ignore[arg-type]
+    taking = asyncio.create_task(consumer.next(1))
+    await asyncio.sleep(0)  # it has begun
+
+    taking.cancel()
+
+    await asyncio.wait({taking}, timeout=10)
+    assert taking.cancelled()
