@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -202,33 +203,41 @@ async def test_state_that_others_may_write_to_is_refused(
     assert core_pattern.current() == before
 
 
+@pytest.fixture
+def disk_without_programs() -> Iterator[Path]:
+    with (
+        # core_pattern takes 127 characters.
+        tempfile.TemporaryDirectory(prefix="cb-", dir="/tmp") as place,
+        tmpfs(Path(place) / "state", "noexec,mode=700") as state,
+    ):
+        yield state
+
+
 async def test_state_on_a_disk_without_programs_is_refused_with_the_pipe_helper(
-    recorder_with: MakeRecorder, tmp_path: Path
+    disk_without_programs: Path, recorder_with: MakeRecorder
 ) -> None:
     before = core_pattern.current()
-    with tmpfs(tmp_path / "state", "noexec,mode=700") as state:
-        recorder = recorder_with(state=state, recorder_mechanism="pipe")
+    recorder = recorder_with(state=disk_without_programs, recorder_mechanism="pipe")
 
-        recorder.launch()
-        assert recorder.process is not None
+    recorder.launch()
+    assert recorder.process is not None
 
-        assert recorder.process.wait(60) == 2
+    assert recorder.process.wait(60) == 2
     assert "noexec" in recorder.log
     assert core_pattern.current() == before
 
 
 async def test_no_helper_stands_in_from_a_disk_without_programs(
-    recorder_with: MakeRecorder, tmp_path: Path
+    disk_without_programs: Path, recorder_with: MakeRecorder
 ) -> None:
     core_pattern.set_pattern("/somewhere/core.%p")
-    with tmpfs(tmp_path / "state", "noexec,mode=700") as state:
-        recorder = recorder_with(state=state, recorder_mechanism="socket")
-        await recorder.start()
-        assert "crashes while no recorder is there will not be kept" in recorder.log
+    recorder = recorder_with(state=disk_without_programs, recorder_mechanism="socket")
+    await recorder.start()
+    assert "crashes while no recorder is there will not be kept" in recorder.log
 
-        recorder.kill()
+    recorder.kill()
 
-        await until(lambda: core_pattern.current() == "/somewhere/core.%p", 60)
+    await until(lambda: core_pattern.current() == "/somewhere/core.%p", 60)
 
 
 # A host, which its first process sees, and a container's mount of the same directory in it.
