@@ -20,7 +20,7 @@ from crashbus.identity import crash_id
 from crashbus.messages import DeadLetter, Manifest, SignalEvent
 from crashbus.names import token
 from services.collector import metrics, oom, processes
-from services.collector.appscope import Containers
+from services.collector.appscope.containers import Containers
 from services.collector.gather import Gatherer
 from services.collector.ledger import Crash, Ledger
 from services.common.crash_directory import SpoolUnusable

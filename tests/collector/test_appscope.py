@@ -16,8 +16,9 @@ from crashbus import Bus
 from crashbus.capture import CaptureRecord
 from crashbus.layout import Kind
 from crashbus.messages import SignalEvent
-from services.collector import appscope
-from services.collector.appscope import Containers, _Watched
+from services.collector.appscope import copying, sets
+from services.collector.appscope.containers import Containers
+from services.collector.appscope.sets import Watched
 from services.collector.judge import Verdict
 from tests.collector.stand_in import signal_event
 from tests.support.disk import small_disk
@@ -69,8 +70,8 @@ def contained(tmp_path: Path) -> Iterator[Contained]:
     made.end()
 
 
-def watching(event: SignalEvent, spool: Path, reserve: float = 0) -> _Watched:
-    return _Watched(event, spool, "test-host", reserve)
+def watching(event: SignalEvent, spool: Path, reserve: float = 0) -> Watched:
+    return Watched(event, spool, "test-host", reserve)
 
 
 def test_last_files_of_a_process_are_seen_when_it_has_ended(
@@ -191,7 +192,7 @@ def test_set_that_finds_no_room_leaves_nothing_behind_and_is_tried_again(
 def test_set_that_waited_long_enough_for_room_is_cut(
     contained: Contained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(appscope, "FOR_ROOM", 0)
+    monkeypatch.setattr(sets, "FOR_ROOM", 0)
     contained.write({**WHOLE, "core": os.urandom(8 * MIB)})
 
     with (
@@ -242,14 +243,14 @@ async def test_what_waits_for_room_is_kept_when_the_collector_is_stopped(
 ) -> None:
     contained.write({**WHOLE, "core": os.urandom(8 * MIB)})
     waits, loop = asyncio.Event(), asyncio.get_running_loop()
-    copy_rest = _Watched.copy_rest
+    copy_rest = Watched.copy_rest
 
-    def telling(watched: _Watched) -> bool:
+    def telling(watched: Watched) -> bool:
         is_left = copy_rest(watched)
         loop.call_soon_threadsafe(waits.set)
         return is_left
 
-    monkeypatch.setattr(_Watched, "copy_rest", telling)
+    monkeypatch.setattr(Watched, "copy_rest", telling)
     with small_disk(tmp_path / "spool", 4) as disk:
         containers = Containers(disk.place, "test-host", bus, tmp_path / "state", 0)
         await containers.resume()
@@ -270,14 +271,14 @@ async def test_what_is_being_copied_is_copied_to_its_end_when_the_collector_is_s
 ) -> None:
     contained.write({**WHOLE, "core": os.urandom(MIB)})
     begun, stopping, loop = asyncio.Event(), threading.Event(), asyncio.get_running_loop()
-    copy_whole = _Watched.copy_whole
+    copy_whole = Watched.copy_whole
 
-    def slow(watched: _Watched) -> bool:
+    def slow(watched: Watched) -> bool:
         loop.call_soon_threadsafe(begun.set)
         stopping.wait(30)
         return copy_whole(watched)
 
-    monkeypatch.setattr(_Watched, "copy_whole", slow)
+    monkeypatch.setattr(Watched, "copy_whole", slow)
     containers = Containers(tmp_path / "spool", "test-host", bus, tmp_path / "state", 0)
     await containers.resume()
     await containers.watch(contained.event)
@@ -297,14 +298,14 @@ def test_file_that_shrinks_while_it_is_copied_is_not_called_whole(
     contained: Contained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contained.write({**WHOLE, "core": os.urandom(3 * MIB)})
-    copy_range = appscope._copy_range
+    copy_range = copying._copy_range
 
     def shrinking(source: int, target: int, start: int, end: int) -> int:
         if end == 3 * MIB:
             os.truncate(contained.place / f"core_{EPOCH}", MIB)
         return copy_range(source, target, start, end)
 
-    monkeypatch.setattr(appscope, "_copy_range", shrinking)
+    monkeypatch.setattr(copying, "_copy_range", shrinking)
     with watching(contained.event, tmp_path / "spool") as watched:
         assert watched.look()
         assert watched.copy_whole()
