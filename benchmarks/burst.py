@@ -15,6 +15,7 @@ from benchmarks import pipeline
 from benchmarks.pipeline import MIB, WITHIN, Pipeline, peak_of, seconds, table
 from crashbus import DeadLetter, Receipt
 from tests.support.crashers import crasher
+from tests.support.s3 import S3Server
 from tests.support.wait import until
 
 AT_ONCE = 8
@@ -26,7 +27,7 @@ def main() -> None:
         asyncio.run(measure(s3, crashes))
 
 
-async def measure(s3: pipeline.S3Server, crashes: int) -> None:
+async def measure(s3: S3Server, crashes: int) -> None:
     program = str(crasher("null_pointer"))
     async with pipeline.running(s3, shippers=2, real=True) as running:
         started = time.monotonic()

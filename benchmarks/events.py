@@ -82,7 +82,7 @@ def main() -> None:
 def measure(rate: int, seconds: float, lost: Lost) -> Seen:
     """Have a program send signals, and wait until all that were not lost are taken."""
     before = time.process_time()
-    command = [crasher("paced"), str(rate), str(seconds)]
+    command = [str(crasher("paced")), str(rate), str(seconds)]
     sent = int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return Seen(sent, lost(), time.process_time() - before)
 

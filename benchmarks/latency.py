@@ -17,6 +17,7 @@ from benchmarks.memory import sparse_core
 from benchmarks.pipeline import WITHIN, Pipeline, plot, table
 from crashbus import Receipt
 from tests.faults import crashes
+from tests.support.s3 import S3Server
 from tests.support.wait import until
 
 SMALL = ("info", "backtrace", "snapshot", "cfg")
@@ -30,7 +31,7 @@ def main() -> None:
         asyncio.run(measure(s3, count, mib))
 
 
-async def measure(s3: pipeline.S3Server, count: int, mib: int) -> None:
+async def measure(s3: S3Server, count: int, mib: int) -> None:
     async with pipeline.running(s3, real=True) as running:
         await crash(running)  # the first one brings the binaries
         alone = [await crash(running) for _ in range(count)]
@@ -39,7 +40,7 @@ async def measure(s3: pipeline.S3Server, count: int, mib: int) -> None:
             sparse_core(core, mib)
             large = await asyncio.to_thread(running.hand_over, core, 1)
         shipping = asyncio.create_task(running.receipts(large, "core"))
-        beside = []
+        beside: list[float] = []
         while not shipping.done() and len(beside) < count:
             beside.append(await crash(running))
         await shipping
@@ -56,7 +57,7 @@ async def measure(s3: pipeline.S3Server, count: int, mib: int) -> None:
 
 async def crash(running: Pipeline) -> float:
     """Return the seconds from a process's signal until its small files are confirmed."""
-    died = await crashes.crash(1)
+    died = await crashes.crash(await crashes.victim(1), 1)
 
     async def look() -> float:
         found = await running.bus.stored(Receipt, f"crash.shipped.*.{died.crash_id}")

@@ -11,6 +11,7 @@ from random import Random
 
 from benchmarks import pipeline
 from benchmarks.pipeline import MIB, peak_of, plot, table
+from tests.support.s3 import S3Server
 
 SIZES = (64, 1024, 8192)  # MiB
 _NOISE = 16  # one MiB in so many is noise, as in the core of a program with a large, sparse heap
@@ -31,7 +32,7 @@ def sparse_core(path: Path, mib: int) -> None:
         file.truncate(mib * MIB)
 
 
-async def measure(s3: pipeline.S3Server, sizes: list[int] | tuple[int, ...]) -> None:
+async def measure(s3: S3Server, sizes: list[int] | tuple[int, ...]) -> None:
     rows = []
     async with pipeline.running(s3) as running:
         with tempfile.TemporaryDirectory(prefix="bench-core-") as place:

@@ -16,6 +16,7 @@ from benchmarks.pipeline import WITHIN, plot, seconds, table
 from crashbus import streams
 from tests.faults.crashes import core_pieces, write_set
 from tests.support.proxy import Proxy
+from tests.support.s3 import S3Server
 from tests.support.wait import until
 
 SHIPPERS = (1, 2, 4, 8)
@@ -29,7 +30,7 @@ def main() -> None:
         asyncio.run(measure(s3, crashes))
 
 
-async def measure(s3: pipeline.S3Server, crashes: int) -> None:
+async def measure(s3: S3Server, crashes: int) -> None:
     way = Proxy(s3.port)
     way.latency = LATENCY
     took = {count: await drain(s3, way.port, count, crashes) for count in SHIPPERS}
@@ -44,7 +45,7 @@ async def measure(s3: pipeline.S3Server, crashes: int) -> None:
     plot([(str(count), took[1] / one) for count, one in took.items()], "times one")
 
 
-async def drain(s3: pipeline.S3Server, port: int, shippers: int, crashes: int) -> float:
+async def drain(s3: S3Server, port: int, shippers: int, crashes: int) -> float:
     """Return the seconds until the files of so many small crashes are delivered."""
     async with pipeline.running(s3, shippers=shippers, s3_port=port, proxied=True) as running:
         running.shipper_way.silence()

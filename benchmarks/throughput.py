@@ -23,6 +23,7 @@ from benchmarks.link import link
 from benchmarks.pipeline import MIB, Pipeline, Processors, plot, seconds, table
 from crashbus import Receipt
 from crashbus.layout import Kind
+from tests.support.s3 import S3Server
 from tests.support.wait import until
 
 ROUNDS = 3
@@ -72,7 +73,7 @@ class Run:
     used: dict[str, float]
 
 
-async def measure(core: Path, s3: pipeline.S3Server, where: str) -> None:
+async def measure(core: Path, s3: S3Server, where: str) -> None:
     size = core.stat().st_size
     ours, raw, zipped, stored = [], [], [], 0
     async with pipeline.running(s3) as running:

@@ -6,14 +6,20 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 
 
+@overload
 async def until(
-    condition: Callable[[], T | Awaitable[T]], within: float = 60, every: float = 0.02
-) -> T:
+    condition: Callable[[], Awaitable[T | None]], within: float = 60, every: float = 0.02
+) -> T: ...
+@overload
+async def until(
+    condition: Callable[[], T | None], within: float = 60, every: float = 0.02
+) -> T: ...
+async def until(condition: Callable[[], Any], within: float = 60, every: float = 0.02) -> Any:
     """Return the first true result of `condition`.
 
     Raises:
