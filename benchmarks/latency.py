@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import pipeline
-from benchmarks.memory import sparse_core
+from benchmarks.memory import heap_core
 from benchmarks.pipeline import WITHIN, Pipeline, plot, table
 from crashbus import Receipt
 from tests.faults import crashes
@@ -35,16 +35,8 @@ async def measure(s3: S3Server, count: int, mib: int) -> None:
     async with pipeline.running(s3, real=True) as running:
         await crash(running)  # the first one brings the binaries
         alone = [await crash(running) for _ in range(count)]
-        with tempfile.TemporaryDirectory(prefix="bench-core-") as place:
-            core = Path(place) / "core"
-            sparse_core(core, mib)
-            large = await asyncio.to_thread(running.hand_over, core, 1)
-        shipping = asyncio.create_task(running.receipts(large, "core"))
-        beside: list[float] = []
-        while not shipping.done() and len(beside) < count:
-            beside.append(await crash(running))
-        await shipping
-    rows = [("by themselves", alone), (f"while a core of {mib} MiB ships", beside)]
+        beside = await crashes_beside(running, mib, count)
+    rows = [("by themselves", alone), (f"while cores of {mib} MiB ship", beside)]
     table(
         ("crashes", "number", "p50, s", "p99, s", "p50 of AppScope's waits"),
         [
@@ -53,6 +45,21 @@ async def measure(s3: S3Server, count: int, mib: int) -> None:
         ],
     )
     plot([(f"{name}, p50", p50(one)) for name, one in rows] + [("AppScope's waits", 3.0)], "s")
+
+
+async def crashes_beside(running: Pipeline, mib: int, count: int) -> list[float]:
+    """Return how long so many took; while a large core ships, then another, until there are all."""
+    took: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="bench-core-") as place:
+        core = Path(place) / "core"
+        heap_core(core, mib)
+        while len(took) < count:
+            large = await asyncio.to_thread(running.hand_over, core, len(took))
+            shipping = asyncio.create_task(running.receipts(large, "core"))
+            while not shipping.done() and len(took) < count:
+                took.append(await crash(running))
+            await shipping
+    return took
 
 
 async def crash(running: Pipeline) -> float:

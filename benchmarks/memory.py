@@ -14,7 +14,8 @@ from benchmarks.pipeline import MIB, peak_of, plot, table
 from tests.support.s3 import S3Server
 
 SIZES = (64, 1024, 8192)  # MiB
-_NOISE = 16  # one MiB in so many is noise, as in the core of a program with a large, sparse heap
+_NOISE = 64 * 1024  # bytes of each MiB that do not compress
+_WORD = 16  # bytes
 
 
 def main() -> None:
@@ -23,13 +24,15 @@ def main() -> None:
         asyncio.run(measure(s3, sizes))
 
 
-def sparse_core(path: Path, mib: int) -> None:
+def heap_core(path: Path, mib: int) -> None:
+    """Write what compresses as a program's heap does, to a seventh; nothing of it is a hole."""
     random = Random(mib)
+    words = [random.randbytes(_WORD) for _ in range(32)]
+    objects = b"".join(random.choices(words, k=(MIB - _NOISE) // _WORD))
     with path.open("wb") as file:
-        for number in range(0, mib, _NOISE):
-            file.seek(number * MIB)
-            file.write(random.randbytes(MIB))
-        file.truncate(mib * MIB)
+        for number in range(mib):
+            at = number * _WORD % len(objects)
+            file.write(random.randbytes(_NOISE) + objects[at:] + objects[:at])
 
 
 async def measure(s3: S3Server, sizes: list[int] | tuple[int, ...]) -> None:
@@ -38,7 +41,7 @@ async def measure(s3: S3Server, sizes: list[int] | tuple[int, ...]) -> None:
         with tempfile.TemporaryDirectory(prefix="bench-core-") as place:
             for number, mib in enumerate(sizes):
                 core = Path(place) / "core"
-                sparse_core(core, mib)
+                heap_core(core, mib)
                 for service in (running.collector, *running.shippers):
                     peak_of(service)
                 crash = await asyncio.to_thread(running.hand_over, core, number)

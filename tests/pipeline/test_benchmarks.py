@@ -11,4 +11,4 @@ from tests.support.s3 import S3Server
 def test_benchmark_of_one_crash(s3: S3Server, capsys: pytest.CaptureFixture[str]) -> None:
     asyncio.run(latency.measure(s3, count=1, mib=1))
 
-    assert "while a core of 1 MiB ships" in capsys.readouterr().out
+    assert "while cores of 1 MiB ship" in capsys.readouterr().out

@@ -38,7 +38,9 @@ def crasher(name: str) -> Path:
     """Return the program made of ``crashers/<name>.c``."""
     program = _build_directory() / name
     if not program.exists():
-        library = [_libscope(), "-Wl,-rpath,$ORIGIN"] if "libscope" in name else []
+        library: list[str | Path] = (
+            [_libscope(), "-Wl,-rpath,$ORIGIN"] if "libscope" in name else []
+        )
         _compile(SOURCES / f"{name}.c", program, *library, "-pthread")
     return program
 
