@@ -190,8 +190,20 @@ class DeadLetter(Message):
     attempts: Count = 0
     history: tuple[Attempt, ...] = ()
     work: WorkItem | None = Field(None, description="the work item that failed, for a replay")
+    destinations: tuple[Url, ...] = Field(
+        (), max_length=1024, description="where there is no work item: who waits for `files`"
+    )
+    files: tuple[FileName, ...] = Field(
+        (), max_length=64, description="where there is no work item: what a replay can bring"
+    )
     subject_received: str | None = Field(None, description="subject of a malformed message")
     payload_received: bytes | None = Field(None, description="a malformed message as it came")
+
+    def given_up(self) -> set[tuple[str, str]]:
+        """Return destination and name of each file that a replay can bring."""
+        if self.work is not None:
+            return {(self.work.destination, file.name) for file in self.work.files}
+        return {(place, name) for place in self.destinations for name in self.files}
 
     @property
     def subject(self) -> str:
@@ -227,16 +239,6 @@ class Replay(CrashMessage):
     destination: Url
     files: tuple[FileName, ...] = Field(min_length=1, max_length=64)
     failed_at: Time = Field(description="time of the latest dead letter that this answers")
-
-    def answers(self, letter: DeadLetter) -> bool:
-        """Tell whether a dead letter was there when this was asked for, and is meant by it."""
-        work = letter.work
-        return (
-            work is not None
-            and work.destination == self.destination
-            and letter.time <= self.failed_at
-            and {file.name for file in work.files} <= set(self.files)
-        )
 
     @property
     def subject(self) -> str:

@@ -108,26 +108,34 @@ class Crash:
         return State.NOT_CAPTURED
 
     def stands(self, letter: DeadLetter) -> bool:
-        """Whether what the letter tells of was neither put right since nor asked for again; a
-        letter without a work item tells of a loss that no delivery puts right.
+        """Whether what the letter tells of was neither put right since nor asked for again; one
+        that names no files tells of a loss that no delivery puts right.
         """
-        if letter.work is None:
-            return True
+        return not letter.given_up() or bool(self.unanswered(letter))
+
+    def unanswered(self, letter: DeadLetter) -> set[tuple[str, str]]:
+        """Return destination and name of each file of a letter for which there is neither a
+        receipt nor a later request.
+        """
         confirmed = {(r.destination, r.file.name) for r in self.receipts}
-        given_up = {(letter.work.destination, file.name) for file in letter.work.files}
-        return not given_up <= confirmed and not any(one.answers(letter) for one in self.replays)
+        asked = {
+            (one.destination, name)
+            for one in self.replays
+            if letter.time <= one.failed_at
+            for name in one.files
+        }
+        return letter.given_up() - confirmed - asked
 
     def waiting(self) -> list[Postponed]:
         """Return the deliveries that failed and are to be tried again."""
         confirmed = {(r.destination, r.file.name) for r in self.receipts}
-        letters = [letter for letter in self.failures if letter.work]
         return [
             one
             for one in self.postponed
             if any((one.destination, name) not in confirmed for name in one.files)
             and not any(
-                letter.work and letter.work.destination == one.destination
-                for letter in letters
+                one.destination in dict(letter.given_up())
+                for letter in self.failures
                 if letter.time >= one.time
             )
         ]

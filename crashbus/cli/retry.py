@@ -27,13 +27,8 @@ class Wanted:
     host: str | None = None
 
     def means(self, letter: DeadLetter) -> bool:
-        """Tell whether a dead letter is one of them, and one that a delivery can answer."""
-        return (
-            letter.work is not None
-            and self.reason in (None, letter.reason)
-            and self.host in (None, letter.host)
-            and self.destination in (None, letter.work.destination)
-        )
+        """Tell whether a dead letter is one of them, if it is for their destination."""
+        return self.reason in (None, letter.reason) and self.host in (None, letter.host)
 
 
 def retry(
@@ -74,25 +69,24 @@ async def _retry(given: list[str], wanted: Wanted) -> list[Replay]:
 
 def replays(crash: Crash, wanted: Wanted) -> list[Replay]:
     """Return what is to be asked of a crash's collector so that all that failed is delivered."""
-    failed: dict[str, list[DeadLetter]] = defaultdict(list)
-    for letter in crash.failures:
-        if letter.work is not None and wanted.means(letter) and crash.stands(letter):
-            failed[letter.work.destination].append(letter)
+    failed: dict[str, dict[str, DeadLetter]] = defaultdict(dict)
+    for letter in filter(wanted.means, crash.failures):
+        for destination, name in sorted(crash.unanswered(letter)):
+            if wanted.destination in (None, destination):
+                failed[destination][name] = letter
     return [
         Replay(
-            host=letters[0].host,
+            host=crash.host,
             crash_id=crash.crash_id,
             destination=destination,
-            files=files,
-            failed_at=max(letter.time for letter in letters),
+            files=tuple(names),
+            failed_at=max(letters[name].time for name in names),
         )
         for destination, letters in failed.items()
-        for files in _some_at_a_time(letters)
+        for names in _some_at_a_time([*letters])
     ]
 
 
-def _some_at_a_time(letters: Iterable[DeadLetter]) -> Iterable[tuple[str, ...]]:
-    named = (file.name for one in letters if one.work for file in one.work.files)
-    names = [*dict.fromkeys(named)]
+def _some_at_a_time(names: list[str]) -> Iterable[list[str]]:
     for start in range(0, len(names), _FILES_AT_ONCE):
-        yield tuple(names[start : start + _FILES_AT_ONCE])
+        yield names[start : start + _FILES_AT_ONCE]

@@ -183,15 +183,16 @@ def _print_failures(crash: Crash) -> None:
     if crash.failures:
         _heading("Failures")
     for letter in crash.failures:
-        to = f" to {letter.work.destination}" if letter.work else ""
-        files = " ".join(file.name for file in letter.work.files) if letter.work else ""
+        places = sorted({place for place, _ in letter.given_up()})
+        files = " ".join(sorted({name for _, name in letter.given_up()}))
+        what = f"{files} to {', '.join(places)}: " if places else ""
         _print(
             Text.assemble(
                 f"  {moment(letter.time)}  ",
                 (f"{plain(letter.service)}: {letter.reason} ", "red"),
-                plain(f"{files}{to}: {letter.error}" if letter.work else letter.error),
+                plain(f"{what}{letter.error}"),
                 (f"\n      mend: {plain(letter.mend)}", "bold"),
             )
         )
-    if any(letter.work and crash.stands(letter) for letter in crash.failures):
+    if any(crash.unanswered(letter) for letter in crash.failures):
         _print(f"  once that is mended: crashbus retry {crash.crash_id}")

@@ -61,7 +61,7 @@ class Ending:
         log.info("delivered", crash_id=crash.crash_id, files=len(crash.sources), whole=whole)
 
     async def _report(self, crash: Crash) -> None:
-        names = tuple(s.name for s in crash.in_order())
+        names = tuple(s.name for s in crash.in_order() if s.file)
         read = all(s.file or not waiting(crash, s) for s in crash.sources.values())
         if not read or names == crash.reported:
             return

@@ -20,6 +20,13 @@ from crashbus.parts import CrashFile, Module, Process
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
+class Told(BaseModel):
+    """What a dead letter said; see `DeadLetter`."""
+
+    error: str = "it was given up, and the dead letter that said why is gone"
+    mend: str = "see the logs of collector and shippers, then crashbus retry it; it is kept here"
+
+
 class Source(BaseModel):
     """One crash file: where it lies, and how far its delivery is.
 
@@ -32,6 +39,7 @@ class Source(BaseModel):
         file: size, hash and form; None until it was read for the first time.
         delivered: the destinations that confirmed it.
         failed: the destinations that gave it up, each with its reason.
+        told: what the dead letters said of it, by destination.
         lost: there is nothing left of it that could be delivered.
         removed: its copy here was removed for room, when its chunks were on the bus.
         released: its chunks are off the bus, for no destination waits for them.
@@ -51,6 +59,7 @@ class Source(BaseModel):
     file: CrashFile | None = None
     delivered: list[str] = Field(default_factory=list)
     failed: dict[str, str] = Field(default_factory=dict)
+    told: dict[str, Told] = Field(default_factory=dict)
     lost: bool = False
     removed: bool = False
     released: bool = False
@@ -62,6 +71,15 @@ class Source(BaseModel):
     def waits_for(self, destinations: tuple[str, ...]) -> tuple[str, ...]:
         """Return the destinations that have neither confirmed it nor given it up."""
         return tuple(d for d in destinations if d not in self.delivered and d not in self.failed)
+
+    def give_up(self, destination: str, reason: str, told: Told) -> None:
+        """Note that a destination does not wait for it any more."""
+        self.failed[destination], self.told[destination] = reason, told
+
+    def expect(self, destination: str) -> None:
+        """Note that nothing is wrong with a destination any more."""
+        self.failed.pop(destination, None)
+        self.told.pop(destination, None)
 
 
 class Crash(BaseModel):

@@ -15,7 +15,7 @@ from crashbus.messages import DeadLetter, Receipt, WorkItem
 from crashbus.names import token
 from services.collector import metrics
 from services.collector.ahead import Ahead
-from services.collector.ledger import Crash, Ledger, Source
+from services.collector.ledger import Crash, Ledger, Source, Told
 from services.collector.plan import all_sources, apply_failure, apply_receipt, is_wanted, waiting
 from services.collector.publish import Publisher, SourceLost
 
@@ -23,14 +23,17 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 SMALL_AT_ONCE = 8  # files of one crash
 _LOST = {"source_vanished", "dropped_for_room"}  # reasons after which no try can succeed
+_KEPT = "then crashbus retry it; it is kept here"
 _NO_MEND = "nothing can bring this file back; the crash's other files are delivered"
 _MEND = {
     "dropped_for_room": "make the destinations faster, or give the spool more room: "
     "CRASHBUS_COLLECTOR_SPOOL_BYTES, CRASHBUS_COLLECTOR_DISK_RESERVE",
     "larger_than_bus": "enlarge the stream CRASH_CHUNKS (nats stream edit), or limit cores with "
-    "CRASHBUS_RECORDER_MAX_CORE_BYTES; the file is kept here",
+    f"CRASHBUS_RECORDER_MAX_CORE_BYTES; {_KEPT}",
     "source_unreadable": "see that the file can be read (a disk that fails, another owner, a lease "
-    "on it), then crashbus retry it; it is kept here",
+    f"on it), {_KEPT}",
+    "source_changed": "put it back as it was (where another destination has it, crashbus get "
+    f"fetches it), {_KEPT}",
 }
 
 
@@ -94,19 +97,12 @@ class Offering:
     async def lose(self, crash: Crash, source: Source, error: SourceLost) -> None:
         """Give a file up, for all to see."""
         log.error("crash file lost", crash_id=crash.crash_id, error=str(error))
-        await self._bus.publish(
-            DeadLetter(
-                host=crash.host,
-                crash_id=crash.crash_id,
-                service="collector",
-                reason=error.reason,
-                error=str(error),
-                mend=_MEND.get(error.reason, _NO_MEND),
-            )
-        )
+        told = Told(error=str(error), mend=_MEND.get(error.reason, _NO_MEND))
+        places = waiting(crash, source)
+        await self._bus.publish(letter_of(crash, source, places, error.reason, told))
         metrics.FAILED.inc()
-        for place in waiting(crash, source):
-            source.failed[place] = error.reason
+        for place in places:
+            source.give_up(place, error.reason, told)
         source.lost = error.reason in _LOST
         crash.notes.append(str(error))
         await self._ledger.save(crash)  # first of all, lest it be told again
@@ -161,10 +157,29 @@ class Offering:
     async def _catch_up(self, crash: Crash) -> None:
         """Apply what the bus knows of a crash that was on its way before."""
         subject = f"{token(crash.host)}.{crash.crash_id}"
-        for letter in await self._bus.stored(DeadLetter, f"crash.failed.{subject}"):
-            apply_failure(crash, letter)
-        for receipt in await self._bus.stored(Receipt, f"crash.shipped.{subject}"):
-            apply_receipt(crash, receipt)
+        letters = await self._bus.stored(DeadLetter, f"crash.failed.{subject}")
+        receipts = await self._bus.stored(Receipt, f"crash.shipped.{subject}")
+        news = [apply_failure(crash, letter) for letter in letters]
+        news += [apply_receipt(crash, receipt) for receipt in receipts]
+        if any(news):  # when they come by the consumer they are no news any more
+            await self._ledger.save(crash)
+
+
+def letter_of(
+    crash: Crash, source: Source, places: tuple[str, ...], reason: str, told: Told
+) -> DeadLetter:
+    """Return what tells that places do not get a file; one that is not lost can be asked for."""
+    is_lost = reason in _LOST
+    return DeadLetter(
+        host=crash.host,
+        crash_id=crash.crash_id,
+        service="collector",
+        reason=reason,
+        error=told.error,
+        mend=told.mend,
+        destinations=() if is_lost else places,
+        files=() if is_lost else (source.name,),
+    )
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:

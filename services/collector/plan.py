@@ -7,10 +7,11 @@ from crashbus.layout import LARGE, MANIFEST_NAME, Kind, parse_crash_file_name
 from crashbus.messages import DeadLetter, Receipt, WorkItem
 from crashbus.parts import CrashFile
 from services.collector import metrics
-from services.collector.ledger import Crash, Source
+from services.collector.ledger import Crash, Source, Told
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
+_TOLD = 2000  # characters of a dead letter that are kept
 RENEWALS = 5  # times that chunks are published again because a shipper missed or misread some
 RENEWED = {"chunks_missing", "damaged_file"}  # reasons that a fresh copy of the source mends
 
@@ -149,7 +150,7 @@ def apply_receipt(crash: Crash, receipt: Receipt) -> bool:
         return False
     if receipt.destination in source.delivered:
         return False
-    source.failed.pop(receipt.destination, None)
+    source.expect(receipt.destination)
     source.delivered.append(receipt.destination)
     return True
 
@@ -174,7 +175,8 @@ def apply_failure(crash: Crash, letter: DeadLetter) -> bool:
             source.on_bus = 1 << 40  # more than there are: all are published again
             log.warning("publishing again", crash_id=crash.crash_id, file=file.name)
             continue
-        source.failed[place] = letter.reason
+        told = Told(error=letter.error[:_TOLD], mend=letter.mend[:_TOLD])
+        source.give_up(place, letter.reason, told)
         metrics.FAILED.inc()
         log.error(
             "a destination failed for good",

@@ -19,12 +19,15 @@ def apply_replay(crash: Crash, replay: Replay) -> bool:
         and replay.destination not in source.delivered
     ]
     for source in meant:
-        _expect_again(source, replay)
+        _expect_again(crash, source, replay)
     return bool(meant)
 
 
-def _expect_again(source: Source, replay: Replay) -> None:
-    source.failed.pop(replay.destination, None)
+def _expect_again(crash: Crash, source: Source, replay: Replay) -> None:
+    told = source.told.get(replay.destination)
+    if told is not None and told.error in crash.notes:
+        crash.notes.remove(told.error)
+    source.expect(replay.destination)
     source.renewed_for = max(source.renewed_for, replay.failed_at)
     source.renewals = 0
     source.released = False

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -9,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from crashbus import Bus, DeadLetter, Manifest, Replay
+from crashbus import Bus, DeadLetter, Manifest, Replay, streams
 from crashbus.cli.crashes import Crash, State
 from crashbus.cli.retry import Wanted, replays
+from crashbus.layout import Kind
 from tests.cli.support import EPOCH, Command, Result, make
 from tests.support.crashers import crasher
 from tests.support.nats import NatsServer, stored
 from tests.support.requirements import need_root
 from tests.support.service import ServiceProcess
 from tests.support.wait import until
-
 
 @dataclass
 class Host:
@@ -101,6 +102,92 @@ async def test_what_failed_for_good_is_delivered_once_it_is_mended(host: Host) -
     again = await host.command("retry", "--all")
     assert again.status == 1
     assert "nothing" in again.err
+
+
+async def delivered_whole(host: Host, crash_id: str) -> Manifest:
+    """Wait until a crash is delivered with its core; return the manifest that lies there."""
+
+    async def delivered() -> bool:
+        return await host.state(crash_id) == State.DELIVERED
+
+    await until(delivered, within=60, every=0.2)
+    (written,) = host.base.rglob("manifest.json")
+    manifest = Manifest.model_validate_json(written.read_bytes())
+    for file in manifest.files:
+        assert (written.parent / file.stored_name).stat().st_size == file.stored_size
+    assert {file.kind for file in manifest.files} >= {Kind.CORE, Kind.INFO}
+    # No letter stands any more: there is nothing to retry.
+    assert (await host.command("retry", "--all")).status == 1
+    return manifest
+
+
+async def retried(host: Host, crash_id: str) -> None:
+    done = await host.command("retry", crash_id)
+    assert done.status == 0, done.err
+    assert f"{crash_id}: 1 file(s) again to {host.base.as_uri()}" in done.out
+
+
+async def test_core_that_was_larger_than_the_bus_is_delivered_by_a_retry(host: Host) -> None:
+    host.base.unlink()
+    config = (await host.bus._js.stream_info(streams.CHUNKS)).config
+    config.max_bytes, enough = 100_000, config.max_bytes
+    await host.bus._js.update_stream(config)
+    manifest = await host.crash()
+    (letter,) = await stored(host.bus, DeadLetter)
+    assert letter.reason == "larger_than_bus"
+    assert "crashbus retry" in letter.mend
+    assert await host.state(manifest.crash_id) == State.FAILED
+    shown = await host.command("show", manifest.crash_id)
+    assert f"crashbus retry {manifest.crash_id}" in shown.out
+
+    config.max_bytes = enough
+    await host.bus._js.update_stream(config)
+    await retried(host, manifest.crash_id)
+
+    written = await delivered_whole(host, manifest.crash_id)
+    assert (written.revision, written.notes) == (2, ())
+
+
+async def test_core_that_could_not_be_read_is_delivered_by_a_retry(host: Host) -> None:
+    host.base.unlink()
+    await host.bus.publish_raw("crash.chunk.filler.x", os.urandom(1_040_000))
+    config = (await host.bus._js.stream_info(streams.CHUNKS)).config
+    config.max_bytes, enough = 1_050_000, config.max_bytes
+    await host.bus._js.update_stream(config)
+    crashing = asyncio.create_task(host.crash())
+    await until(lambda: "waiting for the bus" in host.collector.log)
+    (core,) = host.spool.glob("*/core_*")
+    host.collector.kill()  # one that runs holds the file open
+    await host.collector.wait()
+    os.chown(core, 65534, 65534)
+    config.max_bytes = enough
+    await host.bus._js.update_stream(config)
+    await host.collector.start()
+    manifest = await crashing
+    (letter,) = await stored(host.bus, DeadLetter)
+    assert letter.reason == "source_unreadable"
+
+    os.chown(core, os.getuid(), os.getgid())
+    await retried(host, manifest.crash_id)
+
+    await delivered_whole(host, manifest.crash_id)
+
+
+async def test_core_that_had_been_changed_is_delivered_by_a_retry(host: Host) -> None:
+    manifest = await host.crash()
+    await stored(host.bus, DeadLetter, len(manifest.files))
+    (core,) = host.spool.glob("*/core_*")
+    content = core.read_bytes()
+    core.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    host.base.unlink()
+    assert (await host.command("retry", "--all")).status == 0
+    letters = await stored(host.bus, DeadLetter, len(manifest.files) + 1)
+    assert letters[-1].reason == "source_changed"
+
+    core.write_bytes(content)
+    await retried(host, manifest.crash_id)
+
+    await delivered_whole(host, manifest.crash_id)
 
 
 async def test_what_still_fails_becomes_a_dead_letter_again(host: Host) -> None:
