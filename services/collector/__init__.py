@@ -9,5 +9,6 @@ whole) and `entering` (whose crash it is); `ledger`; `delivery`, with `plan` (wh
 `offering` (what lies on the bus), `answers` (what comes back) and `ending` (report and manifest);
 `publish` and `sending` (chunks), `ahead` (a core that is still being written) and `core_streams`
 (one that lies nowhere here); `retention`, with `room` (what goes first). `deaths` sees to it that
-no death goes untold; `appscope` and `oom` make sets of what the recorder does not see.
+no death goes untold, `failures` that none is forgotten; `appscope` and `oom` make sets of what the
+recorder does not see.
 """

@@ -9,6 +9,7 @@ from services.collector.core_streams import CoreStreams
 from services.collector.deaths import Deaths
 from services.collector.delivery import Deliverer
 from services.collector.entering import Entering
+from services.collector.failures import Failures
 from services.collector.gather import Gatherer
 from services.collector.late import Late
 from services.collector.ledger import Ledger
@@ -82,6 +83,8 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
             tasks.create_task(retention.run(), name="retention")
             late = Late(runtime.host, bus, ledger, ahead, cores, settings.recheck)
             tasks.create_task(late.run(), name="late")
+            failures = Failures(bus, ledger, settings.recheck)
+            tasks.create_task(failures.run(), name="failures")
 
 
 def main() -> None:

@@ -21,6 +21,9 @@ from tests.support.requirements import need_root
 from tests.support.service import ServiceProcess
 from tests.support.wait import until
 
+LOOKED = "compared failures with the bus"
+
+
 @dataclass
 class Host:
     bus: Bus
@@ -187,6 +190,34 @@ async def test_core_that_had_been_changed_is_delivered_by_a_retry(host: Host) ->
     core.write_bytes(content)
     await retried(host, manifest.crash_id)
 
+    await delivered_whole(host, manifest.crash_id)
+
+
+async def test_failures_are_told_again_when_the_bus_has_lost_them(host: Host) -> None:
+    manifest = await host.crash()
+    count = len(await stored(host.bus, DeadLetter, len(manifest.files)))
+    await until(lambda: host.collector.log.count("a destination failed for good") == count)
+    await host.collector.stop()
+    host.nats.kill()
+    host.nats.lose_store()
+    host.nats.start()
+    host.collector._environment["CRASHBUS_COLLECTOR_RECHECK"] = "0.1"
+    await host.collector.start()
+
+    letters = await stored(host.bus, DeadLetter, count)
+
+    assert {(one.reason, one.service) for one in letters} == {("not_a_directory", "collector")}
+    assert {one.files[0] for one in letters} == {file.name for file in manifest.files}
+    assert all(one.mend and str(host.base) in one.error for one in letters)
+    assert await host.state(manifest.crash_id) == State.FAILED
+    assert await stored(host.bus, Manifest)  # and who it was that crashed
+    # Once only.
+    looks = host.collector.log.count(LOOKED)
+    await until(lambda: host.collector.log.count(LOOKED) > looks + 1, within=60)
+    assert len(await host.bus.stored(DeadLetter)) == count
+
+    host.base.unlink()
+    assert (await host.command("retry", manifest.crash_id)).status == 0
     await delivered_whole(host, manifest.crash_id)
 
 
