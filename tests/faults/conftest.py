@@ -1,7 +1,6 @@
 """A pipeline for all scenarios of a module; after one that failed, a new one."""
 
 import os
-import secrets
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,6 +11,7 @@ from random import Random
 import pytest
 import pytest_asyncio
 
+from tests.faults import seeds
 from tests.faults.crashes import MIB
 from tests.faults.report import PROPERTY
 from tests.faults.rig import Rig
@@ -76,11 +76,15 @@ async def rigs(s3_session: S3Server, request: pytest.FixtureRequest) -> AsyncIte
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def try_out(rigs: Rigs, record_property: Callable[[str, object], None]) -> Try:
+async def try_out(
+    rigs: Rigs, record_property: Callable[[str, object], None], pytestconfig: pytest.Config
+) -> Try:
     """Return what runs a scenario and checks how it ends."""
 
     async def run(scenario: Scenario) -> None:
-        seed = int(SEED) if SEED else secrets.randbelow(1_000_000)
+        cache = pytestconfig.cache
+        assert cache is not None
+        seed = int(SEED) if SEED else seeds.draw(cache, scenario.name)
         print(f"FAULT_SEED={seed}")
         rig, started = await rigs.get(), time.monotonic()
         trial = Trial(rig, scenario, Random(seed))
@@ -90,6 +94,8 @@ async def try_out(rigs: Rigs, record_property: Callable[[str, object], None]) ->
             result["hit"] = ", ".join(f"{number} {what}" for what, number in trial.hits.items())
             result["ended"] = await trial.end()
             await rig.healthy()
+            if not SEED:
+                seeds.passed(cache, scenario.name)
         except BaseException:
             await rigs.drop()
             raise
