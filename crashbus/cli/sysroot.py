@@ -9,12 +9,14 @@
 https://sourceware.org/gdb/current/onlinedocs/gdb.html/Files.html
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
@@ -27,6 +29,9 @@ from crashbus.cli.terminal import plain
 from crashbus.layout import Kind
 from crashbus.parts import CrashFile, Module
 
+# Whoever has a lease on a file lets others wait for it, for up to /proc/sys/fs/lease-break-time,
+# fcntl(2), F_SETLEASE.
+_NO_WAIT = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _DELETED = " (deleted)"  # proc_pid_maps(5)
 # The binaries are whoever's that crashed: gdb runs no script out of them or beside them, also where
 # its user trusts all directories; those that came with it show what containers of C++ hold.
@@ -105,25 +110,28 @@ def _is_step(name: str) -> bool:
     return name not in ("", ".", "..") and "/" not in name and name.isprintable()
 
 
-def _build_id(path: Path) -> str | None:
-    """Return the build ID of a file of this machine; the path was written by whoever crashed."""
-    try:
-        found = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except (OSError, ValueError):
-        return None
+def _open_file(path: Path) -> BinaryIO:
+    """Open a file of this machine; the path was written by whoever crashed.
+
+    Raises:
+        OSError, ValueError: it cannot be opened, or not at once.
+    """
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         # To open a device may do something: /dev/watchdog begins to count down to a reboot.
         if not stat.S_ISREG(os.fstat(found).st_mode):
-            return None
-        file = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
+            raise OSError(errno.EINVAL, "no regular file")
+        return os.fdopen(os.open(f"/proc/self/fd/{found}", _NO_WAIT), "rb")
     finally:
         os.close(found)
+
+
+def _build_id(path: Path) -> str | None:
     try:
-        return elf.build_id(file)
-    finally:
-        os.close(file)
+        with _open_file(path) as file:
+            return elf.build_id(file.fileno())
+    except (OSError, ValueError):
+        return None
 
 
 def _binary(found: Found, module: Module, directory: Path) -> Path:
@@ -171,7 +179,7 @@ def _link(made: Sysroot, binary: Path, place: Path) -> None:
 def _soname(path: Path) -> str | None:
     """Return DT_SONAME of a library, elf(5), if it can be a file's name."""
     try:
-        with path.open("rb") as file:
+        with _open_file(path) as file:
             for segment in ELFFile(file).iter_segments("PT_DYNAMIC"):
                 assert isinstance(segment, DynamicSegment)
                 for tag in segment.iter_tags("DT_SONAME"):

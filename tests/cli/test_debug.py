@@ -3,14 +3,17 @@
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from crashbus import elf
+from crashbus.cli import sysroot
 from crashbus.layout import BINARIES, Kind
 from crashbus.parts import Module
 from tests.cli.support import NO_BUS, binary_of, crashbus, make
+from tests.support.lease import leased
 from tests.support.requirements import need_program
 
 NULL_POINTER = """
@@ -218,6 +221,19 @@ async def test_debug_opens_nothing_of_this_machine_but_files(
     finally:
         writer.kill()
         writer.wait()
+
+
+def test_file_with_a_lease_is_not_waited_for(crashing: tuple[Path, Path], tmp_path: Path) -> None:
+    own = shutil.copy(crashing[0], tmp_path / "program")
+    build_id = sysroot._build_id(own)
+    assert build_id is not None
+    started = time.monotonic()
+    with leased(own):
+        assert sysroot._build_id(own) is None
+        assert sysroot._soname(own) is None
+    # fcntl(2): the kernel would have broken the lease after lease-break-time, 45 s.
+    assert time.monotonic() - started < 20
+    assert sysroot._build_id(own) == build_id
 
 
 async def test_debug_of_a_crash_without_core(delivered: Path) -> None:

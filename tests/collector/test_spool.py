@@ -1,8 +1,6 @@
 """Files of the spool are what was opened, and not what the directory showed before."""
 
 import os
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +11,10 @@ from asyncinotify import Inotify, Mask
 from crashbus.layout import Kind
 from services.collector import found, spool
 from services.collector.spool import Refused
+from tests.support.lease import leased
 from tests.support.requirements import need_root
 
 NOBODY = 65534
-_LEASES = (
-    "import fcntl, signal, sys; signal.signal(signal.SIGIO, signal.SIG_IGN); "
-    "file = open(sys.argv[1], 'r+'); fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK); "
-    "print(flush=True); sys.stdin.read()"
-)
 
 
 @pytest.fixture
@@ -72,16 +66,10 @@ def test_device_is_not_opened_to_see_what_it_is(tmp_path: Path, directory: int) 
 def test_file_with_a_lease_is_refused_and_not_waited_for(tmp_path: Path, directory: int) -> None:
     file = tmp_path / "core_100"
     file.write_text("a crash")
-    command = [sys.executable, "-c", _LEASES, file]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"\n"
+    said = "cannot be opened: Resource temporarily unavailable"
+    with leased(file), pytest.raises(Refused, match=said):
+        spool.open_file("core_100", directory, None)
 
-        with pytest.raises(Refused, match="cannot be opened: Resource temporarily unavailable"):
-            spool.open_file("core_100", directory, None)
-
-        holder.communicate()
     os.close(spool.open_file("core_100", directory, None))
 
 
