@@ -18,12 +18,12 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from crashbus import unfinished
-from services.recorder.core import sparse
+from services.recorder.core import sparse, write_back
 from services.recorder.core.core_head import Head
 from services.recorder.core.core_memory import (
     BLOCK,
@@ -120,7 +120,9 @@ def copy(hold: Hold, memory: Memory, found: Iterator[Piece], core: int, size: in
     if size > _ALONE:
         with suppress(OSError):  # a file system without locks: the core is sent when it is whole
             unfinished.begin(core)
-    return _Work(hold, memory, core, found, size).done(_THREADS if size > _ALONE else 1)
+    with write_back.following(core, size) as follow:
+        work = _Work(hold, memory, core, found, size, follow)
+        return work.done(_THREADS if size > _ALONE else 1)
 
 
 def _resize(core: int, size: int) -> None:
@@ -133,10 +135,20 @@ def _resize(core: int, size: int) -> None:
 
 
 class _Work:
-    """The pieces of one core, and the threads that share them."""
+    """The pieces of one core, and the threads that share them.
+
+    Args:
+        follow: told up to where the file is final.
+    """
 
     def __init__(
-        self, hold: Hold, memory: Memory, core: int, found: Iterator[Piece], size: int
+        self,
+        hold: Hold,
+        memory: Memory,
+        core: int,
+        found: Iterator[Piece],
+        size: int,
+        follow: Callable[[int], None],
     ) -> None:
         self._hold = hold
         self._memory = memory
@@ -148,6 +160,7 @@ class _Work:
         self._in_work: set[int] = set()  # where the pieces begin that were given out
         self._told = 0 if size > _ALONE else size  # up to where it was said to be final
         self._error: Exception | None = None
+        self._follow = follow
 
     def done(self, threads: int) -> int:
         """Copy all pieces; return up to where the file is complete."""
@@ -174,6 +187,7 @@ class _Work:
             self._told = end
             with suppress(OSError):
                 unfinished.finished(self._core, end)
+            self._follow(end)
 
     def _run(self) -> None:
         buffer, piece = bytearray(BLOCK), None
