@@ -6,8 +6,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -15,13 +17,16 @@ import pytest
 from crashbus import Bus
 from crashbus.capture import CaptureRecord
 from crashbus.layout import Kind
-from crashbus.messages import SignalEvent
-from services.collector.appscope import copying, sets
+from crashbus.messages import DeadLetter, SignalEvent
+from services.collector.appscope import containers as places
+from services.collector.appscope import copying, inside, sets, threads
 from services.collector.appscope.containers import Containers
 from services.collector.appscope.sets import Watched
 from services.collector.judge import Verdict
 from tests.collector.stand_in import signal_event
+from tests.support.crashers import crasher
 from tests.support.disk import small_disk
+from tests.support.fuse import StandingStill
 from tests.support.requirements import need_root
 from tests.support.wait import until
 
@@ -43,7 +48,7 @@ class Contained:
     process: subprocess.Popen[bytes]
     place: Path
 
-    @property
+    @cached_property
     def event(self) -> SignalEvent:
         return signal_event(self.process.pid, "handled")
 
@@ -56,22 +61,35 @@ class Contained:
         self.process.communicate()
 
 
-@pytest.fixture
-def contained(tmp_path: Path) -> Iterator[Contained]:
-    need_root()
-    root = tmp_path / "root"
+def start(root: Path) -> Contained:
     root.mkdir()
     command = [sys.executable, "-c", _WAITS, root]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
     made = Contained(process, root / "tmp/appscope" / str(process.pid))
+    assert made.event.process.pid == process.pid  # as it is while it lives
+    return made
+
+
+@pytest.fixture
+def contained(tmp_path: Path) -> Iterator[Contained]:
+    need_root()
+    made = start(tmp_path / "root")
     yield made
     made.end()
 
 
-def watching(event: SignalEvent, spool: Path, reserve: float = 0) -> Watched:
-    return Watched(event, spool, "test-host", reserve)
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[Contained]:
+    need_root()
+    made = start(tmp_path / "other root")
+    yield made
+    made.end()
+
+
+def watching(event: SignalEvent, spool: Path, reserve: float = 0) -> closing[Watched]:
+    return closing(Watched(event, spool, "test-host", reserve, lambda: None, {}))
 
 
 def test_last_files_of_a_process_are_seen_when_it_has_ended(
@@ -110,8 +128,30 @@ WHOLE = {
 
 
 def brought_out(spool: Path, pid: int) -> CaptureRecord:
-    (path,) = (spool / str(pid)).glob("capture_*")
-    return CaptureRecord.model_validate_json(path.read_bytes())
+    (record,) = all_brought_out(spool, pid)
+    return record
+
+
+def all_brought_out(spool: Path, pid: int) -> list[CaptureRecord]:
+    """Return the records, the oldest set's first."""
+    paths = sorted((spool / str(pid)).glob("capture_*"))
+    return [CaptureRecord.model_validate_json(path.read_bytes()) for path in paths]
+
+
+async def watching_all(spool: Path, bus: Bus) -> Containers:
+    """Return what a started collector watches with; its notes are beside the spool."""
+    containers = Containers(spool, "test-host", bus, spool.parent / "state", 0)
+    await containers.resume()
+    return containers
+
+
+async def letters_of(bus: Bus, event: SignalEvent) -> list[DeadLetter]:
+    found = await bus.stored(DeadLetter)
+    return [letter for letter in found if letter.crash_id == event.crash_id]
+
+
+async def is_watched_no_more(containers: Containers, event: SignalEvent) -> None:
+    await until(lambda: event.crash_id not in containers._watches, 30)
 
 
 def test_holes_stay_holes(contained: Contained, tmp_path: Path) -> None:
@@ -146,7 +186,7 @@ def test_core_that_is_larger_than_the_disk_is_cut_at_its_reserve(
         assert watched.look()
         assert not watched.copy_whole()
         assert files_in(disk.place, contained) == []  # it waits for room
-        watched.keep_rest()
+        watched.keep()
 
         state = os.statvfs(disk.place)
         assert state.f_bavail * 4 >= state.f_blocks - 64  # blocks: the record, and the file's own
@@ -225,7 +265,7 @@ def test_at_last_every_set_is_kept_as_far_as_there_is_room(
         assert not watched.look()
         assert watched.copy_rest()
 
-        watched.keep_rest()
+        watched.keep()
 
         assert not watched._sets
         place = disk.place / str(contained.process.pid)
@@ -252,8 +292,7 @@ async def test_what_waits_for_room_is_kept_when_the_collector_is_stopped(
 
     monkeypatch.setattr(Watched, "copy_rest", telling)
     with small_disk(tmp_path / "spool", 4) as disk:
-        containers = Containers(disk.place, "test-host", bus, tmp_path / "state", 0)
-        await containers.resume()
+        containers = await watching_all(disk.place, bus)
         await containers.watch(contained.event)
         await until((disk.place / str(contained.process.pid)).exists)  # it was tried once
         await asyncio.to_thread(contained.end)
@@ -279,19 +318,194 @@ async def test_what_is_being_copied_is_copied_to_its_end_when_the_collector_is_s
         return copy_whole(watched)
 
     monkeypatch.setattr(Watched, "copy_whole", slow)
-    containers = Containers(tmp_path / "spool", "test-host", bus, tmp_path / "state", 0)
-    await containers.resume()
+    containers = await watching_all(tmp_path / "spool", bus)
     await containers.watch(contained.event)
     await asyncio.wait_for(begun.wait(), 30)
+    (task,) = containers._tasks.values()
 
     stop = asyncio.create_task(containers.stop())
     done, _ = await asyncio.wait([stop], timeout=0.1)
+    task.cancel()  # as the end of the loop does
+    done_again, _ = await asyncio.wait([stop], timeout=0.1)
     stopping.set()
     await stop
 
-    assert not done
+    assert not done and not done_again
     record = brought_out(tmp_path / "spool", contained.process.pid)
     assert record.files[f"core_{EPOCH}"].size == MIB
+
+
+async def test_whole_set_that_waits_for_room_is_kept_when_the_collector_is_stopped(
+    contained: Contained, tmp_path: Path, bus: Bus
+) -> None:
+    """Its process may have ended before the collector is back."""
+    contained.write({**WHOLE, "core": os.urandom(8 * MIB)})
+    with small_disk(tmp_path / "spool", 16) as disk:
+        disk.fill(leaving=4 * MIB)
+        containers = await watching_all(disk.place, bus)
+        await containers.watch(contained.event)
+        await until((disk.place / str(contained.process.pid)).exists)  # it was tried once
+        assert files_in(disk.place, contained) == []
+
+        await containers.stop()
+
+        record = brought_out(disk.place, contained.process.pid)
+        assert record.files[f"core_{EPOCH}"].truncated
+        assert not record.files[f"info_{EPOCH}"].truncated
+        # Its process lives on, and there is room.
+        disk.empty()
+        containers = await watching_all(disk.place, bus)
+        await until(lambda: len(all_brought_out(disk.place, contained.process.pid)) == 2)
+        contained.end()
+        await is_watched_no_more(containers, contained.event)
+        _, again = all_brought_out(disk.place, contained.process.pid)
+        assert again.files[f"core_{EPOCH + 1}"].size == 8 * MIB
+    assert await letters_of(bus, contained.event) == []
+
+
+async def test_set_that_was_brought_out_is_not_brought_again_after_a_restart(
+    contained: Contained, tmp_path: Path, bus: Bus
+) -> None:
+    event, spool = contained.event, tmp_path / "spool"
+    contained.write({**WHOLE, "core": b"core"})
+    containers = await watching_all(spool, bus)
+    await containers.watch(event)
+    await until(lambda: (spool / str(contained.process.pid) / f"core_{EPOCH}").exists())
+    await containers.stop()
+
+    containers = await watching_all(spool, bus)
+    contained.write({**WHOLE, "core": b"another"}, EPOCH + 5)
+    await until((spool / str(contained.process.pid) / f"core_{EPOCH + 5}").exists)
+    contained.end()
+    await is_watched_no_more(containers, event)
+
+    assert len(all_brought_out(spool, contained.process.pid)) == 2
+    assert await letters_of(bus, event) == []
+
+
+async def test_process_that_ended_while_no_collector_ran_is_told(
+    contained: Contained, tmp_path: Path, bus: Bus
+) -> None:
+    event = contained.event
+    containers = await watching_all(tmp_path / "spool", bus)
+    await containers.watch(event)
+    await containers.stop()
+    contained.write({**WHOLE, "core": b"core"})
+    contained.end()
+
+    containers = await watching_all(tmp_path / "spool", bus)
+    await is_watched_no_more(containers, event)
+
+    (letter,) = await letters_of(bus, event)
+    assert letter.reason == "not_brought_out" and "while no collector ran" in letter.error
+
+
+async def test_process_that_ended_and_waits_for_room_gives_its_place_to_a_living_one(
+    contained: Contained,
+    other: Contained,
+    tmp_path: Path,
+    bus: Bus,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(places, "AT_ONCE", 1)
+    contained.write({**WHOLE, "core": os.urandom(8 * MIB)})
+    with small_disk(tmp_path / "spool", 4) as disk:
+        containers = await watching_all(disk.place, bus)
+        event = contained.event
+        await containers.watch(event)
+        await containers.watch(other.event)
+        (letter,) = await letters_of(bus, other.event)
+        assert "more than 1 processes" in letter.error
+        await until((disk.place / str(contained.process.pid)).exists)
+        await asyncio.to_thread(contained.end)
+        await until(lambda: containers._watches[event.crash_id].waits_for_room)
+
+        async with asyncio.timeout(sets.FOR_ROOM / 3):
+            await containers.watch(other.event)
+
+        assert list(containers._watches) == [other.event.crash_id]
+        assert brought_out(disk.place, contained.process.pid).files[f"core_{EPOCH}"].truncated
+        assert len(await letters_of(bus, other.event)) == 1
+        await containers.stop()
+
+
+async def test_place_on_a_file_system_that_somebody_serves_is_not_looked_into(
+    contained: Contained, other: Contained, tmp_path: Path, bus: Bus
+) -> None:
+    contained.place.parent.parent.mkdir()
+    other.write({**WHOLE, "core": b"core"})
+    with StandingStill(contained.place.parent, crasher("waiting")) as served:
+        containers = await watching_all(tmp_path / "spool", bus)
+        served.stand_still()
+
+        await asyncio.wait_for(containers.watch(contained.event), 10)
+
+        (letter,) = await letters_of(bus, contained.event)
+        assert "whose server may not answer (fuse)" in letter.error
+        assert "tmpfs" in letter.mend
+        assert not containers._watches
+        await containers.watch(other.event)
+        place = tmp_path / "spool" / str(other.process.pid)
+        await until((place / f"core_{EPOCH}").exists)
+        await containers.stop()
+
+
+async def test_thread_that_a_file_system_holds_is_given_up(
+    contained: Contained,
+    other: Contained,
+    tmp_path: Path,
+    bus: Bus,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where it was mounted behind the check, or is below an overlay of the container's own."""
+    monkeypatch.setattr(inside, "_check", lambda pid, root: None)
+    monkeypatch.setattr(threads, "STILL", 1.0)
+    event = contained.event
+    containers = await watching_all(tmp_path / "spool", bus)
+    await containers.watch(event)
+    contained.place.parent.parent.mkdir()
+    with StandingStill(contained.place.parent, crasher("waiting")) as served:
+        served.stand_still()
+
+        (letter,) = await until(lambda: letters_of(bus, event), 30)
+
+        assert "to look at them takes more than" in letter.error
+        assert list(containers._watches) == [event.crash_id]  # its place is taken
+        other.write({**WHOLE, "core": b"core"})
+        await containers.watch(other.event)
+        place = tmp_path / "spool" / str(other.process.pid)
+        await until((place / f"core_{EPOCH}").exists)
+        await asyncio.wait_for(containers.stop(), 10)
+
+
+_PRIVATE_TMP = "mount -t tmpfs private /tmp && mkdir -p /tmp/appscope/$$ && echo && exec cat"
+
+
+@pytest.mark.parametrize("private", [True, False])
+async def test_process_with_a_tmp_of_its_own_is_watched(
+    tmp_path: Path, bus: Bus, private: bool
+) -> None:
+    """As systemd's PrivateTmp= makes it: the same root, another /tmp."""
+    need_root()
+    shared = "mkdir -p /tmp/appscope && mount --bind $0 /tmp/appscope && echo && exec cat"
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    command = ["unshare", "--mount", "sh", "-c", _PRIVATE_TMP if private else shared, spool]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    await asyncio.to_thread(process.stdout.readline)
+    made = Contained(process, Path(f"/proc/{process.pid}/root/tmp/appscope/{process.pid}"))
+    containers = await watching_all(spool, bus)
+
+    await containers.watch(made.event)
+
+    assert bool(containers._watches) is private
+    if private:
+        made.write({**WHOLE, "core": b"core"})
+        await until((spool / str(process.pid) / f"core_{EPOCH}").exists)
+    await asyncio.to_thread(made.end)
+    await containers.stop()
+    assert await letters_of(bus, made.event) == []
 
 
 def test_file_that_shrinks_while_it_is_copied_is_not_called_whole(
@@ -300,10 +514,10 @@ def test_file_that_shrinks_while_it_is_copied_is_not_called_whole(
     contained.write({**WHOLE, "core": os.urandom(3 * MIB)})
     copy_range = copying._copy_range
 
-    def shrinking(source: int, target: int, start: int, end: int) -> int:
+    def shrinking(source: int, target: int, start: int, end: int, step: Callable[[], None]) -> int:
         if end == 3 * MIB:
             os.truncate(contained.place / f"core_{EPOCH}", MIB)
-        return copy_range(source, target, start, end)
+        return copy_range(source, target, start, end, step)
 
     monkeypatch.setattr(copying, "_copy_range", shrinking)
     with watching(contained.event, tmp_path / "spool") as watched:

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,9 +26,18 @@ class BringingOut:
     Args:
         root: the spool.
         reserve: percent of the spool's disk that cores leave free.
+        step: called whenever something was copied.
     """
 
-    def __init__(self, event: SignalEvent, root: Path, host: str, reserve: float) -> None:
+    def __init__(
+        self,
+        event: SignalEvent,
+        root: Path,
+        host: str,
+        reserve: float,
+        step: Callable[[], None],
+    ) -> None:
+        self._step = step
         self._event = event
         self._root = root
         self._host = host
@@ -36,8 +45,8 @@ class BringingOut:
 
     def copy_set(
         self, since: int, files: Mapping[Kind, int], is_whole: bool, as_far_as_possible: bool
-    ) -> None:
-        """Copy one set under a capture record.
+    ) -> bool:
+        """Copy one set under a capture record; tell whether no file of it was cut.
 
         Args:
             since: its epoch; the copy has the first that is free from there on.
@@ -59,6 +68,7 @@ class BringingOut:
                 doubtful = set() if is_whole else judge.doubtful(files.keys())
                 captured = self._copy_files(files, doubtful, directory, epoch, as_far_as_possible)
                 capture.write(descriptor, self._record("complete", captured))
+                uncut = not any(file.expected is not None for file in captured.values())
                 log.info("brought out of a container", crash_id=crash_id, files=len(captured))
             except OSError as error:
                 # An incomplete record says that the set was cut short, which it is not if it is
@@ -66,11 +76,13 @@ class BringingOut:
                 if not as_far_as_possible:
                     _remove(directory, epoch, (*files, Kind.CAPTURE))
                     raise
+                uncut = False
                 log.warning("brought out in part", crash_id=crash_id, error=str(error))
             finally:
                 os.close(descriptor)
         finally:
             os.close(directory)
+        return uncut
 
     def _copy_files(
         self,
@@ -88,7 +100,7 @@ class BringingOut:
                 most = self._room(directory)
                 if not as_far_as_possible and most < size_on_disk(source):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            copied = copy(source, directory, kind, epoch, most)
+            copied = copy(source, directory, kind, epoch, most, self._step)
             if copied.error is not None and not as_far_as_possible:
                 raise copied.error
             note = "its writer ended before it was whole" if kind in doubtful else None
@@ -129,7 +141,7 @@ class BringingOut:
                 "code_meaning": event.code_meaning,
                 "fault_address": event.fault_address,
                 "files": files,
-                "notes": ("written by AppScope's library inside its container",),
+                "notes": ("written by AppScope's library in a /tmp/appscope of its own",),
             }
         )
 

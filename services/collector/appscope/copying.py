@@ -2,12 +2,13 @@
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from crashbus.layout import LARGE, Kind
 from services.common import crash_directory
 
-_BLOCK = 1024 * 1024
+_BLOCK = 256 * 1024  # bytes; as many processes as are watched may be copied at a time
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,13 @@ class Copied:
         return "for want of room" if kind in LARGE else "as many as are read of its kind"
 
 
-def copy(source: int, directory: int, kind: Kind, epoch: int, most: int) -> Copied:
+def copy(
+    source: int, directory: int, kind: Kind, epoch: int, most: int, step: Callable[[], None]
+) -> Copied:
     """Copy what a file holds, up to `most` bytes of data; its holes stay holes.
+
+    Args:
+        step: called whenever some of it was copied.
 
     Raises:
         OSError: the copy cannot be made at all.
@@ -44,7 +50,7 @@ def copy(source: int, directory: int, kind: Kind, epoch: int, most: int) -> Copi
     target = crash_directory.create_file(directory, kind, epoch)
     whole = os.fstat(source).st_size
     try:
-        size = _copy_data(source, target, whole, most)
+        size = _copy_data(source, target, whole, most, step)
         now = os.fstat(source).st_size
         os.ftruncate(target, min(size, now))
         return Copied(min(size, now), whole, None, now < whole)
@@ -54,12 +60,12 @@ def copy(source: int, directory: int, kind: Kind, epoch: int, most: int) -> Copi
         os.close(target)
 
 
-def _copy_data(source: int, target: int, whole: int, most: int) -> int:
+def _copy_data(source: int, target: int, whole: int, most: int, step: Callable[[], None]) -> int:
     """Copy up to `most` bytes of data and return where the copy ends."""
     position = 0
     while (start := _data_from(source, position, whole)) < whole and most > 0:
         end = min(os.lseek(source, start, os.SEEK_HOLE), whole, start + most)
-        position = _copy_range(source, target, start, end)
+        position = _copy_range(source, target, start, end, step)
         most -= end - start
     return start
 
@@ -80,7 +86,7 @@ def _data_from(source: int, position: int, size: int) -> int:
         return size
 
 
-def _copy_range(source: int, target: int, start: int, end: int) -> int:
+def _copy_range(source: int, target: int, start: int, end: int, step: Callable[[], None]) -> int:
     while start < end:
         block = os.pread(source, min(_BLOCK, end - start), start)
         if not block:
@@ -89,4 +95,5 @@ def _copy_range(source: int, target: int, start: int, end: int) -> int:
         while view:
             written = os.pwrite(target, view, start)
             view, start = view[written:], start + written
+            step()
     return end

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from crashbus.layout import Kind
 from crashbus.messages import SignalEvent
 from services.collector import judge, metrics, processes, spool
 from services.collector.appscope.bringing_out import BringingOut
-from services.collector.appscope.inside import directory_inside
+from services.collector.appscope.inside import Unsafe, directory_inside
 from services.collector.found import MAX_SMALL_FILE
 from services.collector.judge import Verdict
 from services.collector.spool import Entry, Refused
@@ -53,19 +54,31 @@ class Watched:
 
     Args:
         reserve: percent of the spool's disk that cores leave free.
+        step: called whenever something was done.
+        brought_out: see `services.collector.appscope.notes.Note`.
+
+    Attributes:
+        alive: the process was, at the last look.
     """
 
-    def __init__(self, event: SignalEvent, root: Path, host: str, reserve: float) -> None:
+    def __init__(
+        self,
+        event: SignalEvent,
+        root: Path,
+        host: str,
+        reserve: float,
+        step: Callable[[], None],
+        brought_out: dict[int, bool],
+    ) -> None:
         self._event = event
-        self._bringing_out = BringingOut(event, root, host, reserve)
+        self._bringing_out = BringingOut(event, root, host, reserve, step)
         self._sets: dict[int, _Set] = {}
-        self._done: set[int] = set()
         self._directory: int | None = None  # where the library writes, once it is there
+        self.brought_out = brought_out
+        self.alive = True
 
-    def __enter__(self) -> "Watched":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Let the files go."""
         for one in self._sets.values():
             one.close()
         self._leave()
@@ -76,10 +89,14 @@ class Watched:
             self._directory = None
 
     def look(self) -> bool:
-        """Open what is new and judge every set; False once the process has ended."""
+        """Open what is new and judge every set; False once the process has ended.
+
+        Raises:
+            Unsafe: that could take for ever.
+        """
         process = self._event.process
         # In this order: what an ended process has written is then all seen.
-        alive = self._is_alive()
+        self.alive = alive = self._is_alive()
         if alive:
             self._enter()
         if self._directory is not None:
@@ -115,7 +132,7 @@ class Watched:
     def _open_new(self, directory: int) -> None:
         for epoch, entries in spool.list_directory(directory).sets.items():
             # Older ones are of another process that had this PID in this container.
-            if epoch in self._done or epoch < int(self._event.time) - 1:
+            if self.brought_out.get(epoch) or epoch < int(self._event.time) - 1:
                 continue
             if len(self._sets) >= _SETS_AT_ONCE and epoch not in self._sets:
                 continue
@@ -137,33 +154,44 @@ class Watched:
             return
         one.files[entry.kind], one.entries[entry.kind] = descriptor, entry
 
+    @property
+    def has_whole(self) -> bool:
+        """Whether a set is whole and not in the spool yet."""
+        return any(one.verdict is Verdict.WHOLE for one in self._left())
+
     def copy_whole(self) -> bool:
         """Copy the sets that are whole to the spool; tell whether one was.
 
         What cannot be copied yet is left for the next call.
         """
-        before = len(self._done)
-        self._copy([one for one in self._sets.values() if one.verdict is Verdict.WHOLE])
-        return len(self._done) > before
+        before = len(self._left())
+        self._copy([one for one in self._left() if one.verdict is Verdict.WHOLE])
+        return len(self._left()) < before
 
     def copy_rest(self) -> bool:
         """Copy what is left of a process that has ended; tell whether some of it waits for room."""
         self._copy(self._left())
         return any(one.is_patient for one in self._left())
 
-    def keep_rest(self) -> None:
-        """Copy what is still left, as far as there is room.
+    def keep(self) -> None:
+        """Copy what is still left, as far as there is room; of a living process what is whole.
 
         Raises:
-            OSError, SpoolUnusable: of a set nothing could be kept; all others were tried.
+            OSError, SpoolUnusable: of an ended process's set nothing could be kept; all others
+                were tried.
         """
+        if self.alive:
+            with suppress(Unsafe):
+                self.look()
         lost: list[OSError | SpoolUnusable] = []
         for one in self._left():
+            if self.alive and one.verdict is not Verdict.WHOLE:
+                continue
             try:
                 self._copy_set(one, as_far_as_possible=True)
             except (OSError, SpoolUnusable) as error:
                 lost.append(error)
-        if lost:
+        if lost and not self.alive:
             raise lost[0]
 
     def _left(self) -> list[_Set]:
@@ -186,7 +214,10 @@ class Watched:
             OSError, SpoolUnusable: it could not be copied; nothing of it is in the spool.
         """
         is_whole = one.verdict is Verdict.WHOLE
-        self._bringing_out.copy_set(one.epoch, one.files, is_whole, as_far_as_possible)
+        uncut = self._bringing_out.copy_set(one.epoch, one.files, is_whole, as_far_as_possible)
         one.close()
         del self._sets[one.epoch]
-        self._done.add(one.epoch)
+        # What we cut when we are stopped may have room when we are back.
+        self.brought_out[one.epoch] = uncut or not one.is_patient
+        if len(self.brought_out) > spool.MAX_ENTRIES:  # of more the older are not listed
+            del self.brought_out[min(self.brought_out)]
