@@ -48,6 +48,7 @@ class Conditions:
     version: str
     max_core_bytes: int
     core_policy: CorePolicy
+    coredump_filter: int | None  # kinds of memory that a core may have; None: as the process says
     runtime: Runtime | None
     only_stream: bool  # read no memory but what the kernel sends
     taker: Taker | None  # of small processes; None: none is let go that early
@@ -86,6 +87,7 @@ class Conditions:
                 settings.loop_burst,
                 settings.loop_one_in,
             ),
+            coredump_filter=settings.coredump_filter_mask,
             runtime=Runtime(settings.runtime_socket) if settings.runtime_socket else None,
             only_stream=settings.core_source == "stream",
             taker=_taker(shared.spool, settings),
@@ -112,8 +114,8 @@ class Conditions:
 
 
 def _taker(spool: Path, settings: RecorderSettings) -> Taker | None:
-    if settings.core_source == "stream":
-        return None
+    if settings.core_source == "stream" or settings.coredump_filter:
+        return None  # of what is let go early it cannot be told which kind of memory is what
     library = settings.helper.with_name(LIBRARY)
     try:
         taking = load(library)

@@ -10,6 +10,7 @@ from pydantic_settings import SettingsConfigDict
 from crashbus import destination
 from services.common import s3_endpoint
 from services.common.settings import Settings, prefix_of
+from services.recorder.core import core_filter
 from services.recorder.core.core_policy import OWN, Rule
 from services.recorder.unwinding.debug_sources import S3, Sources
 
@@ -51,6 +52,13 @@ class RecorderSettings(Settings):
         "full",
         description="what a core holds: all memory that coredump_filter (core(5)) tells, or the "
         "threads' stacks and mappings of up to 64 KiB alone, enough for a backtrace",
+    )
+    coredump_filter: str = Field(
+        "",
+        description="kinds of memory that cores may have at most, as a hexadecimal mask of "
+        "core(5), such as 0x31 for no shared memory; what a process's own coredump_filter leaves "
+        "out is not there in any case; small processes are then held longer; empty: the process's "
+        "own alone counts",
     )
     core_off: str = Field(
         "",
@@ -257,6 +265,11 @@ class RecorderSettings(Settings):
         return self
 
     @property
+    def coredump_filter_mask(self) -> int | None:
+        """What `coredump_filter` says; None: nothing."""
+        return int(self.coredump_filter, 16) if self.coredump_filter else None
+
+    @property
     def core_off_rules(self) -> tuple[Rule, ...]:
         """The rules of `core_off`, and those about ourselves."""
         given = tuple(Rule.parse(one) for one in self.core_off.split(",") if one.strip())
@@ -267,6 +280,31 @@ class RecorderSettings(Settings):
     def _can_send(cls, given: str, info: ValidationInfo) -> str:
         if given == "bus" and info.data.get("core_source") == "stream":
             raise ValueError("bus reads memory from the process: not with CORE_SOURCE=stream")
+        return given
+
+    @field_validator("core_source")
+    @classmethod
+    def _can_leave_out(cls, given: str, info: ValidationInfo) -> str:
+        if given == "stream" and info.data.get("coredump_filter"):
+            raise ValueError("stream is all or nothing: not with COREDUMP_FILTER")
+        return given
+
+    @field_validator("coredump_filter")
+    @classmethod
+    def _is_mask(cls, given: str) -> str:
+        if not given:
+            return given
+        try:
+            mask = int(given, 16)
+        except ValueError:
+            mask = -1
+        if not 0 <= mask <= core_filter.ALL:
+            raise ValueError(f"{given!r} is no mask of core(5): a hexadecimal number, 1 to 1ff")
+        if not mask & core_filter.ANON_PRIVATE:
+            raise ValueError(
+                f"{given!r} lacks bit 0: stacks are private memory, and there is no backtrace "
+                "without them; CRASHBUS_RECORDER_CORE=stacks keeps little else"
+            )
         return given
 
     @field_validator("core_off")

@@ -91,6 +91,31 @@ def test_cores_of_the_kernels_stream_cannot_go_straight_to_the_bus(
 
 
 @pytest.mark.parametrize(
+    ("value", "source", "said"),
+    [
+        ("all", "auto", "no mask of core"),
+        ("0x200", "auto", "no mask of core"),
+        ("-1", "auto", "no mask of core"),
+        ("0x32", "auto", "lacks bit 0"),
+        ("0x31", "stream", "not with COREDUMP_FILTER"),
+    ],
+)
+def test_filter_that_cannot_be_gone_by_is_refused(
+    monkeypatch: pytest.MonkeyPatch, value: str, source: str, said: str
+) -> None:
+    monkeypatch.setenv("CRASHBUS_RECORDER_COREDUMP_FILTER", value)
+    monkeypatch.setenv("CRASHBUS_RECORDER_CORE_SOURCE", source)
+    with pytest.raises(SettingsError, match=said):
+        RecorderSettings.load()
+
+
+def test_filter_is_hexadecimal_as_the_kernel_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert RecorderSettings.load().coredump_filter_mask is None
+    monkeypatch.setenv("CRASHBUS_RECORDER_COREDUMP_FILTER", "31")
+    assert RecorderSettings.load().coredump_filter_mask == 0x31
+
+
+@pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
         ("CRASHBUS_DESTINATIONS", "ftp://host/path", "s3://, tcp://, tls:// or file://"),

@@ -36,12 +36,14 @@ class Copied:
         fault: why it is cut short; None when it is whole.
         disk_full: there was no room for more.
         in_order: what was said to be final is so, `crashbus.unfinished`.
+        streamed: its memory is all that the kernel's stream has.
     """
 
     size: int
     fault: str | None = None
     disk_full: bool = False
     in_order: bool = False
+    streamed: bool = False
 
 
 def copy(
@@ -72,16 +74,17 @@ def copy(
                 copied = _from_memory(hold, pages, core, announced, limit, stacks_because)
                 if copied is not None:
                     return copied
+                announced = pages.head.as_sent().size
         size, fault = _stream(hold, core, size, limit)
         os.ftruncate(core, size)
     except OSError as error:
         return _cut_back(core, error)
     if limit and size >= limit and (announced is None or announced > limit):
-        return Copied(size, f"cut at the limit of {limit} bytes")
+        return Copied(size, f"cut at the limit of {limit} bytes", streamed=True)
     if announced is not None and size < announced:
         missing = f"{announced - size} of {announced} bytes are missing"
-        return Copied(size, f"{missing}: {fault or _ended(hold)}")
-    return Copied(size, fault or _let_go(hold))
+        return Copied(size, f"{missing}: {fault or _ended(hold)}", streamed=True)
+    return Copied(size, fault or _let_go(hold), streamed=True)
 
 
 def copy_stacks(hold: Hold, pages: Pages, core: int, limit: int) -> None:
@@ -141,7 +144,7 @@ def _from_memory(
         metrics.CORES.labels("stream").inc()
         log.info("the core's memory comes by the kernel's stream", because=str(error))
         os.ftruncate(core, pages.start)
-        sparse.write(core, pages.head.raw, 0)
+        sparse.write(core, pages.head.as_sent().raw, 0)
         return None
     metrics.CORES.labels("memory").inc()
     return replace(copied, in_order=True)

@@ -7,7 +7,7 @@ among the first: fs/binfmt_elf.c, write_note_info(); elf(5).
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from crashbus import signals
@@ -96,6 +96,7 @@ class Head:
         fault: what is wrong with the head, if anything.
         data: offset of the first piece of memory: everything before is headers and notes.
         notes: where all notes are in the file.
+        sent: the table of program headers and the size that the kernel sent, where this is another.
     """
 
     raw: bytes
@@ -106,6 +107,7 @@ class Head:
     data: int = 0
     notes: Load = _NOTHING
     registers: dict[str, int] = field(default_factory=dict)
+    sent: tuple[bytes, int | None] | None = None
     _elf: _Elf = _ELF64
     _table: tuple[int, int] = (0, 0)
 
@@ -158,6 +160,20 @@ class Head:
             return layout.pack(kind, flags, offset, address, 0, size, memory, align)
         kind, *_, flags, align = layout.unpack(raw)
         return layout.pack(kind, offset, address, 0, size, memory, flags, align)
+
+    def narrowed(self, table: bytes, size: int) -> "Head":
+        """Return the head of a core with less memory, by a table of the same length."""
+        start, end = self._table
+        raw = self.raw[:start] + table + self.raw[end:]
+        return replace(self, raw=raw, size=size, sent=(self.raw[start:end], self.size))
+
+    def as_sent(self) -> "Head":
+        """Return what the kernel sent, which is what its stream goes on with."""
+        if self.sent is None:
+            return self
+        (table, size), (start, end) = self.sent, self._table
+        raw = self.raw[:start] + table + self.raw[end:]
+        return replace(self, raw=raw, size=size, sent=None)
 
     def with_table(self, offset: int, entries: int) -> bytes:
         """Return the ELF header, with another table of program headers and no sections."""

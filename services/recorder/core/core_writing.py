@@ -9,7 +9,7 @@ from services.common import crash_directory
 from services.common.core_stream import Announced
 from services.recorder import facts, metrics
 from services.recorder.conditions import Conditions
-from services.recorder.core import core_bus, core_copy, room
+from services.recorder.core import core_bus, core_copy, core_filter, room
 from services.recorder.core.core_bus import NotSent
 from services.recorder.core.core_head import Head
 from services.recorder.core.core_memory import PagesUnreadable
@@ -23,6 +23,7 @@ _LONGEST_HEAD = 8 * 1024 * 1024  # bytes of headers and notes that are kept in m
 _NO_DISK = 16 * 1024 * 1024  # bytes; with less room the stacks are kept in memory
 _STACKS_IN_MEMORY = 4 * 1024 * 1024  # bytes
 _COPIED_AT_ONCE = 1024 * 1024  # bytes
+_BY_STREAM = "its memory comes by the kernel's stream"
 
 
 def write_core(recording: Recording, hold: Hold, head: Head, on: Conditions, taken: Taken) -> None:
@@ -42,6 +43,9 @@ def _write(
         add_container(recording)
     decision = on.core_policy.decide(recording.record.process, recording.facts.username)
     pages = _pages(recording, head, on, taken)
+    if on.coredump_filter is not None and decision.extent is not Extent.NOTHING:
+        pages = _filtered(recording, pages, on.coredump_filter)
+        head = pages.head if pages is not None else head
     if pages is not None and _goes_to_bus(recording, pages, decision, on):
         pages = _with_notes(pages, hold)
         try:
@@ -80,6 +84,22 @@ def _pages(recording: Recording, head: Head, on: Conditions, taken: Taken) -> Pa
     return Pages(known.task, head, known.maps, taken.memory)
 
 
+def _filtered(recording: Recording, pages: Pages | None, mask: int) -> Pages | None:
+    """Leave out kinds of memory, where that can be done: it is no reason to have no core."""
+    try:
+        if pages is None:
+            raise PagesUnreadable(_BY_STREAM)
+        return replace(pages, head=core_filter.narrowed(pages, mask))
+    except PagesUnreadable as error:
+        _say_nothing_is_left_out(recording, str(error))
+        return pages
+
+
+def _say_nothing_is_left_out(recording: Recording, because: str) -> None:
+    name = crash_file_name(Kind.CORE, recording.epoch)
+    recording.notes.append(f"{name}: CRASHBUS_RECORDER_COREDUMP_FILTER left nothing out: {because}")
+
+
 def _to_disk(
     recording: Recording,
     hold: Hold,
@@ -99,6 +119,8 @@ def _to_disk(
     copied = core_copy.copy(
         hold, head.raw, head.size, recording.core_file, limit, pages, decision.because
     )
+    if copied.streamed and head.sent is not None:
+        _say_nothing_is_left_out(recording, _BY_STREAM)
     fault = copied.fault or (head.fault if head.cause is None else None)
     if decision.extent is Extent.NOTHING:
         recording.notes.append(decision.because)
