@@ -114,8 +114,13 @@ class ShipperSettings(Settings):
     tcp_close_timeout: float = Field(
         5,
         gt=0,
-        description="seconds for the receiver to confirm all bytes, then to close; more for what "
-        "is not confirmed yet",
+        description="seconds for the receiver to confirm all bytes, and then to close; more for "
+        "what is not confirmed yet",
+    )
+    tcp_await_close: bool = Field(
+        True,
+        description="whether the receiver has to close the connection, too, when all was sent; "
+        "false is for receivers that never do: then its kernel has confirmed all bytes and our end",
     )
     tcp_min_rate: int = Field(
         65536, ge=1, description="bytes a second that a receiver must take at least"

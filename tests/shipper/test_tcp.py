@@ -154,14 +154,32 @@ async def test_receiver_that_does_not_read_is_not_taken_for_one_that_has_it(
     assert letter.reason == "timeout"
 
 
-async def test_receiver_that_never_closes_but_took_everything_is_content(
+async def test_receiver_that_never_closes_has_nothing_delivered(
     bus: Bus, shipping: Running
 ) -> None:
     receiver = Receiver(stays_open=True)
     sent = await send(bus, SMALL)
     await bus.publish(sent.item(receiver.url))
 
-    async with shipping([receiver.url], quick(tcp_close_timeout=0.2)):
+    settings = quick(tcp_close_timeout=0.2, retry_in_hand=0, give_up=0.1)
+    async with shipping([receiver.url], settings):
+        (letter,) = await dead_letters(bus)
+    receiver.close()
+
+    assert letter.reason == "not_closed"
+    assert "CRASHBUS_SHIPPER_TCP_AWAIT_CLOSE" in letter.mend
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_receiver_that_never_closes_but_took_everything_is_enough_where_that_is_set(
+    bus: Bus, shipping: Running, certificates: Certificates, tls: bool
+) -> None:
+    receiver = Receiver(certificates if tls else None, stays_open=True)
+    sent = await send(bus, SMALL)
+    await bus.publish(sent.item(receiver.url))
+
+    settings = quick(tcp_close_timeout=0.2, tcp_await_close=False, tls_verify=False)
+    async with shipping([receiver.url], settings):
         await receipts_of(bus, sent, len(SMALL))
     receiver.close()
 

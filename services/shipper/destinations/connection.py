@@ -13,11 +13,12 @@ import struct
 import time
 from contextlib import suppress
 
-from services.shipper.failure import Final, Passing
+from services.shipper.failure import Failure, Final, Passing
 
 _POLL = 0.02  # seconds between looks at what the peer has not confirmed yet
 _SIOCOUTQ = 0x5411  # asm-generic/ioctls.h; tcp(7): unsent and unacknowledged bytes
 _READ_SIZE = 64 * 1024
+_STILL_TALKS = "APPLICATION_DATA_AFTER_CLOSE_NOTIFY"  # SSL_shutdown(3): it had not heard our end
 
 
 # tcp(7). A peer that is gone without a word is noticed after a minute, also while nothing is sent.
@@ -121,26 +122,40 @@ class Connection:
         if not self.is_usable:
             raise self._lost("the receiver ended it", OSError(errno.ECONNRESET, "closed early"))
 
-    def finish(self, timeout: float) -> None:
+    def finish(self, timeout: float, *, await_close: bool) -> None:
         """End the connection in order; return only if the peer's kernel has every byte.
 
-        The peer then has `timeout` seconds to close its side, which most receivers do when they
-        have read all. One that does not, but goes on listening, is taken as content.
+        The peer then has `timeout` seconds to close its side, as receivers do when they have read
+        all.
+
+        Args:
+            await_close: raise if it does not; or else take that its kernel has confirmed our end,
+                too, for enough.
         """
         assert self._socket is not None
         self._await_confirmation(timeout)
         self._socket.settimeout(timeout)
+        end = time.monotonic() + timeout
         try:
             if isinstance(self._socket, ssl.SSLSocket):
                 self._end_tls(self._socket)
-            else:
+            if not isinstance(self._socket, ssl.SSLSocket):
                 self._socket.shutdown(socket.SHUT_WR)
-            self._await_close(time.monotonic() + timeout)
+            if self._is_closed_by(end):
+                return
         except OSError as error:
             raise self._lost("the receiver did not take everything", error) from error
+        if await_close:
+            raise Passing(
+                "not_closed",
+                f"{self._peer}: all bytes are confirmed, but the receiver does not close",
+                "see why it hangs, or give it more CRASHBUS_SHIPPER_TCP_CLOSE_TIMEOUT; for one "
+                "that never closes set CRASHBUS_SHIPPER_TCP_AWAIT_CLOSE=false",
+            )
+        self._await_confirmation(timeout)
 
     def _end_tls(self, connection: ssl.SSLSocket) -> None:
-        """Say that this was all (RFC 8446, close_notify); the answer may never come.
+        """Say that this was all (RFC 8446, close_notify), and hear the same.
 
         An alert is another answer: with TLS 1.3 a receiver that wants a certificate says so only
         now, when all that was sent has arrived, and was thrown away.
@@ -150,7 +165,16 @@ class Connection:
         except TimeoutError:
             return
         except ssl.SSLError as error:
+            # It still talks, or has ended the connection without a word: what follows shows it.
+            if not isinstance(error, ssl.SSLEOFError) and error.reason != _STILL_TALKS:
+                raise self._tls_failed(error) from error
+
+    def _tls_failed(self, error: ssl.SSLError) -> Failure:
+        try:
             self._raise_alert(error)
+        except Failure as failure:
+            return failure
+        return Passing("tls_failed", f"{self._peer}: {error}", "see the receiver's log")
 
     def _raise_alert(self, error: ssl.SSLError) -> None:
         """Raise what the peer says of us; that it ends without a word is no alert."""
@@ -186,19 +210,21 @@ class Connection:
         if number:
             raise self._lost("the connection broke", OSError(number, os.strerror(number)))
 
-    def _await_close(self, end: float) -> None:
-        """Read until the peer closes. What it says is not asked for, but to close on unread data
-        would reset the connection and could take from the peer what it has not read yet."""
+    def _is_closed_by(self, end: float) -> bool:
+        """Read until the peer closes, and tell whether it did. What it says is not asked for, but
+        to close on unread data would reset the connection and could take from the peer what it
+        has not read yet."""
         assert self._socket is not None
         try:
             while (left := end - time.monotonic()) > 0:
                 self._socket.settimeout(left)
                 if not self._socket.recv(_READ_SIZE):
-                    return
+                    return True
         except TimeoutError:
-            return
+            return False
         except ssl.SSLError as error:
-            self._raise_alert(error)
+            raise self._tls_failed(error) from error
+        return False
 
     def interrupt(self) -> None:
         """Make a call that blocks in another thread end now, with an error."""

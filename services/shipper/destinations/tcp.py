@@ -1,19 +1,20 @@
 """Destinations ``tcp://host:port`` and ``tls://host:port``: AppScope's newline-delimited JSON.
 
 One connection for each work item: the small files of a crash, as AppScope's daemon does it, or a
-core. It counts as delivered when the receiver's kernel has confirmed every byte and the connection
-was ended in order. More cannot be known over raw TCP: a receiver that dies after its kernel took
-the bytes loses them, and one that gets an item twice, because a shipper died between sending and
-acknowledging, sees its lines twice.
+core. It counts as delivered when the receiver's kernel has confirmed every byte and the receiver
+has closed its side, too. More cannot be known over raw TCP: a receiver that dies after its kernel
+took the bytes loses them, and one that gets an item twice, because a shipper died between sending
+and acknowledging, sees its lines twice.
 
 Where connections are kept, one serves item after item, and only what the receiver's kernel has
-confirmed is known.
+confirmed is known; so it is where a receiver never closes, if that is set.
 """
 
 import asyncio
 import ssl
 from collections.abc import Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from crashbus import frames
@@ -86,7 +87,8 @@ class TcpDeliverer(Deliverer):
     async def _end(self, connection: Connection) -> None:
         """See that all has arrived; then keep the connection, or end it."""
         keep, timeout = self._settings.tcp_keep, self._settings.tcp_close_timeout
-        end = connection.settle if keep else connection.finish
+        finish = partial(connection.finish, await_close=self._settings.tcp_await_close)
+        end = connection.settle if keep else finish
         await run_whole(end, timeout, interrupt=connection.interrupt)
         if keep and len(self._kept) < MAX_KEPT:
             self._kept.append(connection)
