@@ -22,7 +22,12 @@ from services.collector.ending import Ending
 from services.collector.lanes import Lane
 from services.collector.ledger import Crash, Ledger, Source
 from services.collector.offering import Offering
-from services.collector.plan import has_large_to_send, is_unfinished, work_items
+from services.collector.plan import (
+    has_large_to_send,
+    has_small_to_offer,
+    is_unfinished,
+    work_items,
+)
 from services.collector.publish import Publisher, SourceLost
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -109,7 +114,10 @@ class Deliverer:
             if lane is self._cores:
                 await self._ahead.send(crash_id)
             crash = self._ledger.get(crash_id)
-            if crash is not None and crash.delivered_at is None:
+            if crash is None or crash.delivered_at is not None:
+                return
+            is_early = self._small.has(crash_id) or has_small_to_offer(crash)
+            if lane is self._small or not is_early:  # it comes when they have gone
                 await self._work_on(crash, lane is self._cores)
         except NotPermitted as error:  # trying at once would only keep others waiting
             log.warning("delivery waits", crash_id=crash_id, error=str(error))

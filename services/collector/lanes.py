@@ -22,6 +22,10 @@ class Lane:
             self._queued.add(crash_id)
             self._waiting.put_nowait(crash_id)
 
+    def has(self, crash_id: str) -> bool:
+        """Tell whether a crash waits here or is worked on."""
+        return crash_id in self._queued or crash_id in self._active
+
     async def work(self, do: Callable[[str], Awaitable[None]]) -> NoReturn:
         """Do something with one crash after the other; what it raises ends this."""
         while True:

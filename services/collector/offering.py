@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Coroutine, Iterable
 from contextlib import suppress
+from itertools import groupby
 from typing import Any
 
 import structlog
@@ -16,7 +17,14 @@ from crashbus.names import token
 from services.collector import metrics
 from services.collector.ahead import Ahead
 from services.collector.ledger import Crash, Ledger, Source, Told
-from services.collector.plan import all_sources, apply_failure, apply_receipt, is_wanted, waiting
+from services.collector.plan import (
+    all_sources,
+    apply_failure,
+    apply_receipt,
+    files_rank,
+    is_wanted,
+    waiting,
+)
 from services.collector.publish import Publisher, SourceLost
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -72,7 +80,8 @@ class Offering:
             await _all(self._file(crash, one) for one in wanted[first : first + at_once])
 
     async def items(self, crash: Crash, items: list[WorkItem]) -> None:
-        """Publish work items, but for those that still wait on the bus or were settled.
+        """Publish work items in their order, but for those that still wait on the bus or were
+        settled.
 
         A shipper publishes its receipt before it acknowledges an item. So when an item that
         was offered before is not there any more, the receipt it led to is there already.
@@ -92,7 +101,9 @@ class Offering:
                 if source.name in names:
                     source.offered_at = time.time()
             await self._ledger.save(crash)
-        await _all(self._bus.publish(item) for item in wanted)
+        # Each rank when the one before is stored, or else a lost answer would change their order.
+        for _, group in groupby(wanted, lambda item: files_rank(item.files)):
+            await _all(self._bus.publish(item) for item in group)
 
     async def lose(self, crash: Crash, source: Source, error: SourceLost) -> None:
         """Give a file up, for all to see."""

@@ -96,6 +96,13 @@ def has_large_to_send(crash: Crash) -> bool:
     return any(s.kind in LARGE and waiting(crash, s) for s in crash.sources.values())
 
 
+def has_small_to_offer(crash: Crash) -> bool:
+    """Tell whether a destination waits for a small file that it was never offered."""
+    small = (source for source in crash.sources.values() if source.kind not in LARGE)
+    unread = any(source.file is None and waiting(crash, source) for source in small)
+    return unread or any(one.subject not in crash.offered for one in work_items(crash, False))
+
+
 def new_manifest() -> Source:
     """Return the source of a manifest.json that is not made yet."""
     return Source(directory="0", name=MANIFEST_NAME, kind=Kind.MANIFEST)

@@ -44,9 +44,10 @@ async def test_appscope_set_is_delivered_whole_and_once_for_each_destination(
         assert listed.sha256 == hashlib.sha256(source).hexdigest()
     # AppScope's daemon sends small files in name order, and no core.
     assert [name for place, name in setup.shipper.order if place == TCP] == sorted(small)
-    # Small files go first, the manifest when all others are there.
+    # Small files go first, in order; the manifest when all others are there.
     order = [name for place, name in setup.shipper.order if place == FILE]
-    assert order[0].startswith("info") and order[-2:] == [core, "manifest.json"]
+    in_order = [f"{kind}_{epoch}" for kind in ("info", "backtrace", "cfg", "core")]
+    assert order == [*in_order, "manifest.json"]
     written = Manifest.model_validate_json(setup.shipper.content(FILE, "manifest.json"))
     assert written.files == manifest.files
     # Chunks leave the bus on the same evidence.

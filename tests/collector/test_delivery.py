@@ -1,16 +1,21 @@
 """The end of a delivery."""
 
+import asyncio
 import hashlib
 import os
 from pathlib import Path
 
-from crashbus import Bus, connect
+import pytest
+
+from crashbus import Bus, WorkItem, connect
 from crashbus.chunks import Verifier
-from crashbus.layout import Kind
-from services.collector.ledger import Source
+from crashbus.layout import Kind, crash_file_name
+from crashbus.message_base import Message
+from services.collector.ledger import Crash, Source
 from services.collector.publish import Publisher
 from tests.collector.conftest import FILE, Delivering, reported_crash
-from tests.support.nats import NatsServer
+from tests.support.nats import NatsServer, stored
+from tests.support.records import EPOCH
 
 
 async def test_crash_that_is_delivered_leaves_no_chunk_on_the_bus(bus: Bus, tmp_path: Path) -> None:
@@ -89,3 +94,60 @@ async def test_file_that_is_cut_tells_what_it_would_be(bus: Bus, tmp_path: Path)
     source.note, source.expected = None, None
     whole = await Publisher(bus, tmp_path, 0, 1 << 40).publish("2" * 16, source)
     assert (whole.truncated, whole.expected_size, whole.encoding) == (False, None, "identity")
+
+
+IN_ORDER = (Kind.INFO, Kind.BACKTRACE, Kind.BACKTRACE_JSON, Kind.SNAPSHOT, Kind.CFG, Kind.CORE)
+
+
+def crash_of_all_kinds(own: Delivering) -> Crash:
+    """Return a crash that has a file of each kind, the last one first."""
+    (own.directory / "7").mkdir()
+    sources = []
+    for kind in reversed(IN_ORDER):
+        source = Source(directory="7", name=crash_file_name(kind, EPOCH), kind=kind)
+        (own.directory / "7" / source.name).write_bytes(kind.encode())
+        sources.append(source)
+    return reported_crash(*sources)
+
+
+async def kinds_offered(bus: Bus) -> list[Kind]:
+    """Return the kinds of the files of all work items, in the order of the stream."""
+    items = await stored(bus, WorkItem, len(IN_ORDER))
+    return [file.kind for item in items for file in item.files]
+
+
+async def test_files_are_offered_in_shipping_order_also_when_one_takes_long(
+    bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Delivering(bus, tmp_path)
+    crash = crash_of_all_kinds(own)
+    publish, slow = bus.publish, [Kind.INFO, Kind.SNAPSHOT]
+
+    async def publish_slowly(message: Message) -> None:
+        if isinstance(message, WorkItem) and message.files[0].kind in slow:
+            await asyncio.sleep(0.1)  # as if its first answer had been lost
+        await publish(message)
+
+    monkeypatch.setattr(bus, "publish", publish_slowly)
+    delivering = asyncio.create_task(own.deliverer.run())
+    await own.ledger.save(crash)
+    own.deliverer.start(crash)
+
+    assert await kinds_offered(bus) == [*IN_ORDER]
+    delivering.cancel()
+    await asyncio.wait({delivering})
+
+
+async def test_core_that_was_sent_ahead_is_offered_after_the_small_files(
+    bus: Bus, tmp_path: Path
+) -> None:
+    """Its lane may come to it in the moment in which its crash is entered."""
+    own = Delivering(bus, tmp_path)
+    crash = crash_of_all_kinds(own)
+    await own.ledger.save(crash)
+    cores, small = own.deliverer._cores, own.deliverer._small
+
+    for lane in (cores, small, cores):
+        await own.deliverer._deliver(lane, crash.crash_id)
+
+    assert await kinds_offered(bus) == [*IN_ORDER]
