@@ -29,12 +29,14 @@ from services.collector.plan import (
     work_items,
 )
 from services.collector.publish import Publisher, SourceLost
+from services.collector.sending import uneven
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 SMALL_LANES = 4
 CORES_AT_ONCE = 1  # one core already keeps compression busy; two would only be slower each
 TRY_AGAIN = 2.0  # seconds after a failure of the bus or of the disk
+GIVE_WAY = 15.0  # seconds in which others may have the room of a half core that was taken back
 
 
 class Deliverer:
@@ -121,7 +123,11 @@ class Deliverer:
                 await self._work_on(crash, lane is self._cores)
         except NotPermitted as error:  # trying at once would only keep others waiting
             log.warning("delivery waits", crash_id=crash_id, error=str(error))
-        except (BusUnreachable, BusFull, OSError) as error:
+        except BusFull as error:
+            log.warning("delivery waits for room", crash_id=crash_id, error=str(error))
+            lane.keep_first(crash_id)
+            await asyncio.sleep(uneven(GIVE_WAY if lane is self._cores else TRY_AGAIN))
+        except (BusUnreachable, OSError) as error:
             log.warning("delivery waits", crash_id=crash_id, error=str(error))
             lane.put(crash_id)
             await asyncio.sleep(TRY_AGAIN)

@@ -1,6 +1,7 @@
 """Lanes: crashes that wait for the same kind of work."""
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import NoReturn
 
@@ -9,10 +10,12 @@ class Lane:
     """A queue in which each crash stands once, for any number of workers."""
 
     def __init__(self) -> None:
-        self._waiting: asyncio.Queue[str] = asyncio.Queue()
+        self._waiting = deque[str]()
+        self._filled = asyncio.Semaphore(0)  # how many wait
         self._queued: set[str] = set()
         self._active: set[str] = set()
         self._again: set[str] = set()
+        self._first: set[str] = set()
 
     def put(self, crash_id: str) -> None:
         """Have a crash worked on; one that is worked on now, once more after that."""
@@ -20,7 +23,13 @@ class Lane:
             self._again.add(crash_id)
         elif crash_id not in self._queued:
             self._queued.add(crash_id)
-            self._waiting.put_nowait(crash_id)
+            self._waiting.append(crash_id)
+            self._filled.release()
+
+    def keep_first(self, crash_id: str) -> None:
+        """Have a crash that is worked on now worked on once more, before all that wait."""
+        self._again.add(crash_id)
+        self._first.add(crash_id)
 
     def has(self, crash_id: str) -> bool:
         """Tell whether a crash waits here or is worked on."""
@@ -29,7 +38,8 @@ class Lane:
     async def work(self, do: Callable[[str], Awaitable[None]]) -> NoReturn:
         """Do something with one crash after the other; what it raises ends this."""
         while True:
-            crash_id = await self._waiting.get()
+            await self._filled.acquire()
+            crash_id = self._waiting.popleft()
             self._queued.discard(crash_id)
             self._active.add(crash_id)
             try:
@@ -39,3 +49,7 @@ class Lane:
             if crash_id in self._again:
                 self._again.discard(crash_id)
                 self.put(crash_id)
+            if crash_id in self._first:
+                self._first.discard(crash_id)
+                self._waiting.remove(crash_id)
+                self._waiting.appendleft(crash_id)

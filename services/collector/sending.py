@@ -1,6 +1,7 @@
 """Sending chunks in order, several at a time, again and again until each is stored."""
 
 import asyncio
+import random
 from collections import deque
 
 import structlog
@@ -16,6 +17,11 @@ IN_FLIGHT = 8  # chunks sent and not yet confirmed; with 1 MiB each this fills a
 IN_FLIGHT_BYTES = 8 * 1024 * 1024  # of them together: chunks are larger where the server takes it
 TRY_AGAIN = 1.0  # seconds between tries while the bus is away or has no room
 FULL_PATIENCE = 30.0  # seconds to wait for room before our own half file makes room for others
+
+
+def uneven(seconds: float) -> float:
+    """Return a time near one: what waits for the same on many hosts must not go in step."""
+    return seconds * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
 
 
 class Sending:
@@ -79,17 +85,18 @@ class Sending:
         self._sent.popleft()
 
     async def _again(self, error: CrashbusError) -> None:
-        waited = 0.0
+        waited, patience = 0.0, uneven(FULL_PATIENCE)
         while True:
+            pause = uneven(TRY_AGAIN)
             if isinstance(error, BusFull):
                 metrics.BUS_FULL.inc()
                 self._without_room.add(self._crash_id)
-                if waited >= FULL_PATIENCE:
+                if waited >= patience:
                     await self.give_up()
                     raise error
+                waited += pause
             log.warning("waiting for the bus", crash_id=self._crash_id, error=str(error))
-            await asyncio.sleep(TRY_AGAIN)
-            waited += TRY_AGAIN
+            await asyncio.sleep(pause)
             try:
                 for chunk, _ in self._sent:
                     await self._bus.publish_chunk(self._crash_id, self._name, chunk)

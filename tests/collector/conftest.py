@@ -98,13 +98,14 @@ class Delivering:
 
     bus: Bus
     directory: Path
+    host: str = "test-host"
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.directory / "ledger")
         self.ledger.load()
         self.publisher = Publisher(self.bus, self.directory, 1, 1 << 30)
         ahead = Ahead(self.bus, self.ledger, self.publisher, self.directory / "ahead")
-        self.deliverer = Deliverer("test-host", self.bus, self.ledger, self.publisher, ahead, 60)
+        self.deliverer = Deliverer(self.host, self.bus, self.ledger, self.publisher, ahead, 60)
 
 
 def reported_crash(*sources: Source) -> Crash:

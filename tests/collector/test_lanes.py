@@ -50,3 +50,22 @@ async def test_worker_may_ask_for_the_same_crash_again() -> None:
     await until(lambda: len(tries) == 4)
     assert tries == ["a", "a", "a", "b"]
     worker.cancel()
+
+
+async def test_worker_may_keep_a_crash_first() -> None:
+    """What waits for room is not overtaken by what came later."""
+    lane, tries = Lane(), list[str]()
+
+    async def fail_twice(crash_id: str) -> None:
+        tries.append(crash_id)
+        if tries.count("a") < 3:
+            lane.keep_first(crash_id)
+
+    for crash_id in ("a", "b", "c"):
+        lane.put(crash_id)
+    worker = asyncio.create_task(lane.work(fail_twice))
+
+    await until(lambda: len(tries) == 5)
+    assert tries == ["a", "a", "a", "b", "c"]
+    assert not any(map(lane.has, tries))
+    worker.cancel()
