@@ -43,6 +43,12 @@ class Client(NatsClient):
         reader = self._reading_task
         return self.is_connected and reader is not None and not reader.done()
 
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether nothing can be read or changed on the way to the server."""
+        writer = getattr(self._transport, "_io_writer", None)  # none of a WebSocket
+        return writer is not None and writer.get_extra_info("ssl_object") is not None
+
     def _setup_nkeys_seed_connect(self) -> None:
         """Keep answers to ourselves: each key may listen below its own inbox alone.
 

@@ -47,6 +47,11 @@ class Connection:
         """Whether the server can be reached just now."""
         return self._client.is_listening
 
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether nothing can be read or changed on the way to the server."""
+        return self._client.is_encrypted
+
     async def ensure_streams(
         self, chunk_store_bytes: int = DEFAULT_CHUNK_STORE, replicas: int = 1
     ) -> bool:

@@ -41,7 +41,7 @@ class Source(BaseModel):
         failed: the destinations that gave it up, each with its reason.
         told: what the dead letters said of it, by destination.
         lost: there is nothing left of it that could be delivered.
-        removed: its copy here was removed for room, when its chunks were on the bus.
+        removed: its copy here was removed for room, when all of it was on the bus.
         released: its chunks are off the bus, for no destination waits for them.
         on_bus: how many chunks the bus held when all had been published, copies included.
         offered_at: when its last work item was published; older failures count no more.

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import suppress
 from itertools import groupby
 from typing import Any
@@ -10,14 +10,17 @@ from typing import Any
 import structlog
 
 from crashbus.bus import Bus
-from crashbus.errors import BusUnreachable
+from crashbus.chunks import MAX_CHUNK_SIZE, Chunk, Verifier
+from crashbus.errors import BusUnreachable, DamagedFile
 from crashbus.layout import LARGE
 from crashbus.messages import DeadLetter, Receipt, WorkItem
 from crashbus.names import token
+from crashbus.parts import CrashFile
 from services.collector import metrics
 from services.collector.ahead import Ahead
 from services.collector.ledger import Crash, Ledger, Source, Told
 from services.collector.plan import (
+    PUBLISH_ANEW,
     all_sources,
     apply_failure,
     apply_receipt,
@@ -66,6 +69,31 @@ class Offering:
             return False
         held = await self._bus.chunk_count(crash.crash_id, source.name)
         return held >= max(source.file.chunks, source.on_bus)
+
+    async def is_whole_on_bus(self, crash: Crash, source: Source) -> bool:
+        """Tell whether what the bus holds of a file is the file; or else have it published anew.
+
+        All of it is read back, but for a bus with TLS: there nothing can be damaged on the way, and
+        a secured one lets no collector read chunks, for they are those of all hosts.
+
+        Raises:
+            BusUnreachable: another time, then.
+        """
+        file = source.file
+        if file is None or not waiting(crash, source):
+            return False
+        if self._bus.is_encrypted:
+            return True
+        try:
+            await _read_back(self._bus.chunks(crash.crash_id, file.name, file.chunks), file)
+        except DamagedFile as error:
+            if not waiting(crash, source):
+                return False  # they were removed because it is delivered
+            log.warning("chunks on the bus are damaged", crash_id=crash.crash_id, error=str(error))
+            source.on_bus = PUBLISH_ANEW
+            await self._ledger.save(crash)
+            return False
+        return True
 
     async def files(self, crash: Crash, large: bool) -> None:
         """See that the chunks of all large or all small files that are waited for are there."""
@@ -191,6 +219,16 @@ def letter_of(
         destinations=() if is_lost else places,
         files=() if is_lost else (source.name,),
     )
+
+
+async def _read_back(chunks: AsyncIterator[Chunk], file: CrashFile) -> None:
+    verifier, buffer = Verifier(file.encoding), bytearray(MAX_CHUNK_SIZE)
+    async for chunk in chunks:
+        data = await asyncio.to_thread(verifier.unpack, chunk, buffer)
+        await asyncio.to_thread(verifier.take, chunk, data)
+    verifier.finish(file.size, file.sha256)
+    if verifier.stored_size != file.stored_size:
+        raise DamagedFile(f"{verifier.stored_size} bytes stored, {file.stored_size} were sent")
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -13,6 +13,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 _TOLD = 2000  # characters of a dead letter that are kept
 RENEWALS = 5  # times that chunks are published again because a shipper missed or misread some
+PUBLISH_ANEW = 1 << 40  # chunks: more than there are
 RENEWED = {"chunks_missing", "damaged_file"}  # reasons that a fresh copy of the source mends
 
 
@@ -179,7 +180,7 @@ def apply_failure(crash: Crash, letter: DeadLetter) -> bool:
         if letter.reason in RENEWED and source.renewals < RENEWALS and not source.removed:
             source.renewals += 1
             source.renewed_for = letter.time
-            source.on_bus = 1 << 40  # more than there are: all are published again
+            source.on_bus = PUBLISH_ANEW
             log.warning("publishing again", crash_id=crash.crash_id, file=file.name)
             continue
         told = Told(error=letter.error[:_TOLD], mend=letter.mend[:_TOLD])

@@ -49,6 +49,8 @@ class Retention:
         self._deliverer = deliverer
         self._cores = cores
         self._settings = settings
+        # Files whose chunks on the bus were not what had been sent, until they are there anew.
+        self._damaged: set[tuple[str, str]] = set()
 
     async def run(self) -> None:
         """Remove what may go, until cancelled."""
@@ -123,6 +125,10 @@ class Retention:
                 loss = Loss.SMALL
                 if source.kind in LARGE:
                     on_bus = await self._deliverer.offering.is_on_bus(crash, source)
+                    if on_bus:
+                        self._damaged.discard((crash.crash_id, source.name))
+                    elif (crash.crash_id, source.name) in self._damaged:
+                        continue  # it is published anew just now
                     loss = Loss.COPY if on_bus else Loss.LARGE
                 found.append(_candidate(crash, crash.crashed_at, source.name, size, loss))
         return found
@@ -136,13 +142,32 @@ class Retention:
             return
         source = crash.sources[one.name]
         if one.loss is Loss.COPY:
-            source.removed = True
-            await self._ledger.save(crash)
-            log.info("copy removed for room", crash_id=one.crash_id, file=one.name)
+            if not await self._deliverer.offering.is_whole_on_bus(crash, source):
+                self._damaged.add((one.crash_id, one.name))
+                self._deliverer.start(crash)
+                return
+            await self._give_up_copy(crash, source)
         else:
             await self._deliverer.drop(crash, source)
         metrics.DROPPED.labels(one.loss.name.lower()).inc()
         await asyncio.to_thread(_unlink, self._root, source)
+
+    async def _give_up_copy(self, crash: Crash, source: Source) -> None:
+        """Note, for all to see, that the bus alone has a file; the caller removes the copy."""
+        source.removed = True
+        crash.notes.append(
+            f"{source.name} was removed from its host for want of room while it waited on the bus: "
+            "a bus that loses its store loses it"
+        )
+        crash.reported = None  # tell it
+        await self._ledger.save(crash)
+        self._deliverer.start(crash)
+        log.warning(
+            "copy removed for room, the file is on the bus alone",
+            crash_id=crash.crash_id,
+            file=source.name,
+            mend="see why a destination takes nothing, or give the spool more room",
+        )
 
 
 def _whole(crash: Crash, usage: Usage) -> Candidate:

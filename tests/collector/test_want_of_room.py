@@ -5,12 +5,14 @@ import os
 import subprocess
 from pathlib import Path
 
-from crashbus import DeadLetter
+from crashbus import DeadLetter, Manifest
 from crashbus.layout import Kind
 from tests.collector.conftest import FILE, Setup, fill_chunk_store
 from tests.collector.stand_in import write_set
+from tests.faults.ways import flipped
 from tests.support.crashers import crasher
 from tests.support.disk import small_disk
+from tests.support.proxy import Proxy
 from tests.support.wait import until
 
 MIB = 1024 * 1024
@@ -47,8 +49,49 @@ async def test_copy_of_a_core_that_lies_on_the_bus_goes_and_nothing_is_lost(setu
 
     (core,) = [name for name in setup.shipper.names(FILE) if name.startswith("core")]
     assert len(setup.shipper.content(FILE, core)) > CORE_AND_MORE
+    # Everyone can see that the bus was all that held it.
+    *_, manifest = await setup.bus.stored(Manifest)
+    assert manifest.notes[-1].startswith(f"{core} was removed from its host for want of room")
+    assert "the file is on the bus alone" in setup.collector.log
     assert await setup.bus.stored(DeadLetter) == []
     shipping.cancel()
+
+
+class Flip:
+    """Changes one bit of the first chunk of a core on its way."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, piece: bytes) -> bytes:
+        if self.count or b"crash.chunk." not in piece or len(piece) < 4096:
+            return piece
+        self.count += 1
+        return flipped(piece)
+
+
+async def test_copy_stays_until_all_of_it_is_on_the_bus_as_it_was_sent(setup: Setup) -> None:
+    way = Proxy(setup.nats.port)
+    way.change_up = flip = Flip()
+    setup.collector._environment["CRASHBUS_NATS_URL"] = f"nats://127.0.0.1:{way.port}"
+    directory = await start(setup, spool_bytes=str(CORE_AND_MORE), drop_after="5")
+    await until(lambda: list(directory.glob("core_*")))
+    (core,) = directory.glob("core_*")
+    content = core.read_bytes()
+
+    await without_core(directory)
+
+    assert flip.count == 1
+    log = setup.collector.log
+    assert 0 < log.index("chunks on the bus are damaged") < log.index("copy removed for room")
+    shipping = setup.shipper.start()
+    await until(lambda: "manifest.json" in setup.shipper.names(FILE))
+    assert setup.shipper.content(FILE, core.name) == content
+    assert await setup.bus.stored(DeadLetter) == []
+    shipping.cancel()
+    await asyncio.wait({shipping})
+    await setup.collector.stop()
+    way.close()
 
 
 async def test_core_that_nothing_else_holds_is_told_when_it_is_dropped(setup: Setup) -> None:

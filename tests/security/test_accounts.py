@@ -10,6 +10,9 @@ from crashbus import Bus, connect, streams
 from crashbus.chunks import Chunk
 from crashbus.errors import BusUnreachable, NotPermitted
 from crashbus.keys import USERS
+from crashbus.layout import Kind
+from services.collector.ledger import Source
+from tests.collector.conftest import Delivering, reported_crash
 from tests.support.nats import SecuredNats
 from tests.support.requirements import lacking
 from tests.support.wait import until
@@ -134,6 +137,31 @@ async def test_a_collector_removes_chunks_that_it_may_not_read(pinned: str, tmp_
             assert await bus.chunk_count(CRASH_ID, "core_1") == 0
     finally:
         server.stop()
+
+
+async def test_a_collector_need_not_read_back_what_went_over_tls(
+    secured: SecuredNats, bus: Bus, tmp_path: Path
+) -> None:
+    """Where there is want of room, and a copy goes; see decisions/0029."""
+    source = Source(directory="7", name="core_1", kind=Kind.CORE)
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "core_1").write_bytes(b"core")
+    for encrypted in (True, False):
+        options = (
+            secured.options("collector")
+            if encrypted
+            else {"url": bus._client.connected_url.geturl()}
+        )
+        async with connect(**options, host="h") as one:
+            await one.ensure_streams()
+            assert one.is_encrypted is encrypted
+            own, crash = Delivering(one, tmp_path), reported_crash(source)
+            source.file = await own.publisher.publish(crash.crash_id, source)
+            assert await own.deliverer.offering.is_whole_on_bus(crash, source)
+            assert one._client.refusals == 0
+            if not encrypted:
+                await one.purge_chunks(crash.crash_id, source.name)
+                assert not await own.deliverer.offering.is_whole_on_bus(crash, source)
 
 
 async def test_an_old_server_that_does_not_let_chunks_be_deleted_is_told_what_to_permit(
