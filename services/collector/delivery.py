@@ -63,6 +63,7 @@ class Deliverer:
         self._answers = Answers(host, bus, ledger, self.start)
         self._small = Lane()
         self._cores = Lane()
+        self._going: set[str] = set()  # crashes whose small files are put on the bus just now
 
     async def run(self) -> None:
         """Deliver until cancelled."""
@@ -118,9 +119,11 @@ class Deliverer:
             crash = self._ledger.get(crash_id)
             if crash is None or crash.delivered_at is not None:
                 return
-            is_early = self._small.has(crash_id) or has_small_to_offer(crash)
-            if lane is self._small or not is_early:  # it comes when they have gone
-                await self._work_on(crash, lane is self._cores)
+            if lane is self._small:
+                await self._send_small(crash)
+            elif crash_id not in self._going and not has_small_to_offer(crash):
+                await self._send(crash, large=True)
+                await self._ending.conclude(crash)
         except NotPermitted as error:  # trying at once would only keep others waiting
             log.warning("delivery waits", crash_id=crash_id, error=str(error))
         except BusFull as error:
@@ -135,9 +138,17 @@ class Deliverer:
             metrics.FAULTS.labels("deliver").inc()
             log.exception("cannot deliver a crash", crash_id=crash_id)
 
-    async def _work_on(self, crash: Crash, large: bool) -> None:
-        await self.offering.files(crash, large)
-        await self.offering.items(crash, work_items(crash, large))
-        if not large and has_large_to_send(crash):
+    async def _send_small(self, crash: Crash) -> None:
+        """Send small files; only then is it the turn of the large ones."""
+        self._going.add(crash.crash_id)
+        try:
+            await self._send(crash, large=False)
+        finally:
+            self._going.discard(crash.crash_id)
+        if has_large_to_send(crash):
             self._cores.put(crash.crash_id)
         await self._ending.conclude(crash)
+
+    async def _send(self, crash: Crash, *, large: bool) -> None:
+        await self.offering.files(crash, large)
+        await self.offering.items(crash, work_items(crash, large))

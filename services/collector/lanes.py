@@ -31,10 +31,6 @@ class Lane:
         self._again.add(crash_id)
         self._first.add(crash_id)
 
-    def has(self, crash_id: str) -> bool:
-        """Tell whether a crash waits here or is worked on."""
-        return crash_id in self._queued or crash_id in self._active
-
     async def work(self, do: Callable[[str], Awaitable[None]]) -> NoReturn:
         """Do something with one crash after the other; what it raises ends this."""
         while True:
