@@ -1,9 +1,10 @@
 """How long a crashing process is held: from its fatal signal until its parent's waitpid returns.
 
 By turns with the kernel writing a plain core file, with Crashbus, and with Debian's
-systemd-coredump, all on the same disk; the least time of each counts. Needs root and some
-12 GiB of memory and disk. Real programs are measured where they are installed: Debian's nodejs,
-default-jdk-headless, and postgresql with its directory of programs on the PATH::
+systemd-coredump, all on the same disk; the least time of each counts, and its median tells how
+usual that is. Needs root and some 12 GiB of memory and disk. Real programs are measured where they
+are installed: Debian's nodejs, default-jdk-headless, and postgresql with its directory of programs
+on the PATH::
 
     .venv/bin/python -m benchmarks.hold_time [--only TITLE]… [--rounds N] [--without-systemd] [MiB]
 
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import median
 
 from tests.support import core_pattern, systemd_coredump
 from tests.support.crashers import crasher
@@ -60,8 +62,10 @@ _SQL = (
 def main() -> None:
     asked = _arguments()
     resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    print(f"seconds held, least of {asked.rounds} rounds; in brackets: Crashbus's share of it")
-    print(f"{'memory':24}{'core MiB':>9}{'Crashbus':>10}{'plain file':>19}{'systemd-coredump':>19}")
+    print(
+        f"seconds held, least/median of {asked.rounds} rounds; in brackets: Crashbus's share of it"
+    )
+    print(f"{'memory':24}{'core MiB':>9}{'Crashbus':>16}{'plain file':>30}{'systemd-coredump':>30}")
     with tempfile.TemporaryDirectory(prefix="hold-") as name, core_pattern.core_pattern_kept():
         place = Path(name)
         place.chmod(0o755)
@@ -153,13 +157,16 @@ def measure(title: str, start: Start, place: Path, rounds: int, against_systemd:
             with with_systemd(place) as available:
                 if available:
                     systemd.append(held(start))
-    shortest = min(ours)
-    columns = f"{title:24}{size >> 20:>9}{shortest:>10.4f}"
+    columns = f"{title:24}{size >> 20:>9}{min(ours):>9.4f}/{median(ours):.4f}"
     for others in (plain, systemd):
-        columns += (
-            f"{min(others):>11.4f} ({shortest / min(others):.2f})" if others else f"{'-':>19}"
-        )
+        columns += _beside(ours, others) if others else f"{'-':>30}"
     print(columns, flush=True)
+
+
+def _beside(ours: list[float], others: list[float]) -> str:
+    shares = [of(ours) / of(others) for of in (min, median)]
+    times = f"{min(others):.4f}/{median(others):.4f}"
+    return f"{times + ' ({:.2f}/{:.2f})'.format(*shares):>30}"
 
 
 def held(start: Start) -> float:
