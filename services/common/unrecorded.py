@@ -30,10 +30,10 @@ PARTS = (
     *("crash", "boot_id", "stat", "status", "comm", "cgroup", "exe", "cmdline", "core"),
     *("cwd", "root", "limits", "maps", "environ"),
 )
-_PLACE = 64 * 1024  # bytes of a note's place in the file
+NOTE = 64 * 1024  # bytes of a note, at most, and of its place in the file
 _MOST = 4096  # places that are looked at
 _MARK = b"note"
-_HEAD = struct.Struct(f"4s{len(PARTS)}I")  # the mark, and how many bytes each part has
+_HEAD = struct.Struct(f"=4s{len(PARTS)}I")  # the mark, and how many bytes each part has
 _CRASH = 64  # bytes; more than the first part ever has
 
 
@@ -48,14 +48,12 @@ class Unrecorded:
         self._places = 0  # of them there are so many
         self._taken: dict[int, tuple[int, int]] = {}  # PID to a place and its bytes
 
-    def begin(self, pid: int, note: Mapping[str, bytes]) -> bool:
+    def begin(self, pid: int, note: bytes | memoryview) -> bool:
         """Say that a process, which is held, has no record yet; False where that cannot be.
 
         Args:
-            note: what a recorder shall know that finds it, by the names in `PARTS`.
+            note: what a recorder shall know that finds it, as recorder/taker/note.c makes it.
         """
-        parts = _packed(note)
-        size = sum(map(len, parts))
         # To the end, for the file may be another one then, and its number anybody's.
         with self._lock:
             try:
@@ -63,9 +61,9 @@ class Unrecorded:
                 if pid in self._taken:
                     return False  # of one that had the PID before, and still is to be written
                 place = self._free.pop() if self._free else self._new_place()
-                self._taken[pid] = place, size
+                self._taken[pid] = place, len(note)
                 fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, pid, 1, 0))
-                is_whole = os.pwritev(file, parts, place * _PLACE) == size
+                is_whole = os.pwrite(file, note, place * NOTE) == len(note)
             except (OSError, SpoolUnusable):
                 is_whole = False
             if not is_whole:
@@ -94,7 +92,7 @@ class Unrecorded:
             self._file = -1
         self._file = crash_directory.private_file(self._spool, layout.UNRECORDED)
         # Behind what an earlier recorder left and nobody could take yet.
-        self._places = -(-os.fstat(self._file).st_size // _PLACE)
+        self._places = -(-os.fstat(self._file).st_size // NOTE)
         self._free, self._taken = [], {}
         return self._file
 
@@ -130,7 +128,7 @@ def is_noted(spool: Path, pid: int, at: float, within: float) -> bool:
         return False
     try:
         for place in _places(file):
-            crash = os.pread(file, _CRASH, place * _PLACE + _HEAD.size).partition(b"\n")[0].split()
+            crash = os.pread(file, _CRASH, place * NOTE + _HEAD.size).partition(b"\n")[0].split()
             if len(crash) == 4 and int(crash[0]) == pid and abs(int(crash[3]) - at) < within:
                 return True
     except (OSError, ValueError):
@@ -153,26 +151,16 @@ def left_notes(spool: Path) -> Iterator[Mapping[str, bytes]]:
     file = crash_directory.private_file(spool, layout.UNRECORDED)
     try:
         for place in list(_places(file)):
-            yield _unpacked(os.pread(file, _PLACE, place * _PLACE))
+            yield _unpacked(os.pread(file, NOTE, place * NOTE))
             _clear(file, place)
         os.ftruncate(file, 0)
     finally:
         os.close(file)
 
 
-def _clear(file: int, place: int, size: int = _PLACE) -> None:
+def _clear(file: int, place: int, size: int = NOTE) -> None:
     """Remove a note, all of it: it holds what may be secret."""
-    os.pwrite(file, bytes(size), place * _PLACE)
-
-
-def _packed(note: Mapping[str, bytes]) -> list[bytes]:
-    """Return a note's bytes in pieces; a part for which there is no room is left out."""
-    room, parts = _PLACE - _HEAD.size, []
-    for name in PARTS:
-        part = note.get(name, b"")
-        parts.append(part if len(part) <= room else b"")
-        room -= len(parts[-1])
-    return [_HEAD.pack(_MARK, *map(len, parts)), *parts]
+    os.pwrite(file, bytes(size), place * NOTE)
 
 
 def _unpacked(raw: bytes) -> Mapping[str, bytes]:
@@ -185,8 +173,8 @@ def _unpacked(raw: bytes) -> Mapping[str, bytes]:
 
 
 def _places(file: int) -> Iterator[int]:
-    for place in range(min(_MOST, -(-os.fstat(file).st_size // _PLACE))):
-        if os.pread(file, len(_MARK), place * _PLACE) == _MARK:
+    for place in range(min(_MOST, -(-os.fstat(file).st_size // NOTE))):
+        if os.pread(file, len(_MARK), place * NOTE) == _MARK:
             yield place
 
 

@@ -12,6 +12,7 @@ from crashbus import DeadLetter, SignalEvent, layout, streams
 from services.common.unrecorded import Unrecorded
 from tests.collector.conftest import Setup, reports
 from tests.collector.stand_in import signal_event
+from tests.support.notes import packed
 from tests.support.wait import until
 
 pytestmark = pytest.mark.usefixtures("shipper")
@@ -61,7 +62,7 @@ async def test_crash_that_was_read_and_has_no_record_yet_is_waited_for(setup: Se
     await until(lambda: deaths_in_hand(setup, 0))
     read, lost = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
     unrecorded = Unrecorded(setup.spool)
-    assert unrecorded.begin(read.pid, {})
+    assert unrecorded.begin(read.pid, packed({}))
     events = [signal_event(process.pid) for process in (read, lost)]
     for event in events:
         await setup.bus.publish(event)
@@ -91,7 +92,7 @@ async def test_crash_that_a_killed_recorder_left_a_note_of_is_not_told_as_missin
     told = {process: signal_event(process.pid) for process in (noted, lost)}
     unrecorded = Unrecorded(setup.spool)
     crash = b"%d %d 11 %d\n" % (noted.pid, noted.pid, told[noted].time)
-    assert unrecorded.begin(noted.pid, {"crash": crash})
+    assert unrecorded.begin(noted.pid, packed({"crash": crash}))
     os.close(unrecorded._file)  # as when it is killed
 
     await die(setup, told)

@@ -11,6 +11,7 @@ import pytest
 
 from crashbus import layout
 from services.common.unrecorded import Unrecorded, is_noted, is_unrecorded
+from tests.support.notes import packed
 
 _NOTE = {"crash": b"77 77 11 1795396543\n"}
 _THREADS = 4
@@ -19,14 +20,14 @@ _CRASHES = 6000  # of each
 
 def test_pid_that_came_again_is_not_taken_until_the_first_has_its_record(tmp_path: Path) -> None:
     ours = Unrecorded(tmp_path)
-    assert ours.begin(77, _NOTE)
+    assert ours.begin(77, packed(_NOTE))
 
-    assert not ours.begin(77, {})
+    assert not ours.begin(77, packed({}))
 
     assert is_unrecorded(tmp_path, 77) and is_noted(tmp_path, 77, 1795396543, 1)
     ours.end(77)
     assert not is_unrecorded(tmp_path, 77)
-    assert ours.begin(77, {})
+    assert ours.begin(77, packed({}))
 
 
 @pytest.fixture
@@ -71,6 +72,6 @@ def test_file_that_is_removed_meanwhile_leaves_nothing_where_it_does_not_belong(
 
 
 def _begin_and_end(ours: Unrecorded, pid: int) -> bool:
-    began = ours.begin(pid, {"cmdline": b"x" * 60_000})
+    began = ours.begin(pid, packed({"cmdline": b"x" * 60_000}))
     ours.end(pid)
     return began

@@ -10,19 +10,21 @@
 #include "../../services/recorder/taker/core.c"
 #include "../../services/recorder/taker/mappings.c"
 #include "../../services/recorder/taker/memory.c"
+#include "../../services/recorder/taker/note.c"
 #include "../../services/recorder/taker/taker.c"
 
 #include <sys/mman.h>
 
-enum { MOST = 256 * 1024, NAMES = 5, CORE = NAMES - 1 };
+enum { MOST = 256 * 1024, NAMES = 5, HEAD_FILE = NAMES - 1 };
 
 static const char *const names[NAMES] = {"status", "maps", "cgroup", "mountinfo", "core"};
 static char originals[NAMES][MOST], changed[2 * MOST];
 static size_t sizes[NAMES];
 static struct crash crash;
-static const struct wanted wanted[] = {{"endless", UINT32_MAX, 'f'}, {"limits", 65536, 'f'},
-                                       {"cwd", 0, 'l'}, {"fd", 16, 'd'},
-                                       {"/sys/fs/cgroup/memory", 0, 'g'}, {"memory.stat", 65536, 'f'}};
+static const struct wanted wanted[] = {{"endless", UINT32_MAX, ENVIRON, 'f'}, {"limits", 65536, LIMITS, 'f'},
+                                       {"stat", 65536, STAT, 'f'}, {"cwd", 0, CWD, 'l'}, {"fd", 16, PARTS, 'd'},
+                                       {"/sys/fs/cgroup/memory", 0, PARTS, 'g'},
+                                       {"memory.stat", 65536, PARTS, 'f'}};
 
 static void die(const char *what) { perror(what); exit(1); }
 
@@ -146,23 +148,35 @@ static void check_that_devices_are_found_at_once(void) {
     }
 }
 
+/* Whatever it was made of, its parts are as long as it says. */
+static void check_note(void) {
+    uint32_t sizes[PARTS], sum = 4 + sizeof sizes;
+    memcpy(sizes, crash.note + 4, sizeof sizes);
+    for (int one = 0; one < PARTS; one++) sum += sizes[one] <= NOTE ? sizes[one] : NOTE + 1;
+    if (sum != crash.note_size || sum > NOTE || memcmp(crash.note, "note", 4)) {
+        fprintf(stderr, "a note of %u bytes has %u\n", crash.note_size, sum);
+        exit(1);
+    }
+}
+
 int main(int count, char **words) {
     if (count != 4) return 2;
     int place = open(words[1], O_DIRECTORY | O_RDONLY), rounds = atoi(words[2]), taken = 0;
     uint64_t touched = 0;
     int last = NAMES;
     char *room = malloc(16 * 1024 * 1024), *half = NULL;
-    crash.arena = malloc(ARENA), crash.head = malloc(HEAD);
+    crash.arena = malloc(ARENA), crash.head = malloc(HEAD), crash.note = malloc(NOTE);
+    crash.boot_id = "boot";
     srand((unsigned)atoi(words[3]));
     check_that_both_ways_to_find_pages_agree();
     check_that_devices_are_found_at_once();
-    for (int one = 0; one < CORE; one++) {
+    for (int one = 0; one < HEAD_FILE; one++) {
         char path[64];
         snprintf(path, sizeof path, "/proc/self/%s", names[one]);
         sizes[one] = slurp(path, originals[one]);
     }
-    sizes[CORE] = make_head(originals[1], originals[CORE]);
-    const char *const links[] = {"exe", "task", "fd", "pagemap", "mem", "map_files", "limits", "cwd", "root", "ns"};
+    sizes[HEAD_FILE] = make_head(originals[1], originals[HEAD_FILE]);
+    const char *const links[] = {"exe", "task", "fd", "pagemap", "mem", "map_files", "limits", "cwd", "root", "ns", "stat"};
     if (symlinkat("/dev/zero", place, "endless")) die("endless");
     for (size_t one = 0; one < sizeof links / sizeof *links; one++) {
         char path[64];
@@ -174,8 +188,8 @@ int main(int count, char **words) {
         for (int one = 0; one < NAMES; one++) {
             if (one != victim && round && one != last) continue;
             size_t size = one == victim ? change(originals[one], sizes[one]) : sizes[one];
-            if (victim == CORE && rand() % 4) change_core(memcpy(changed, originals[CORE], size = sizes[CORE]));
-            spill(place, names[one], one == victim ? changed : originals[one], size, one == CORE);
+            if (victim == HEAD_FILE && rand() % 4) change_core(memcpy(changed, originals[HEAD_FILE], size = sizes[HEAD_FILE]));
+            spill(place, names[one], one == victim ? changed : originals[one], size, one == HEAD_FILE);
         }
         last = victim;
         crash.pid = getpid(), crash.place = place, crash.core = openat(place, "core", O_RDONLY);
@@ -187,6 +201,7 @@ int main(int count, char **words) {
         crash.wanted = wanted + !endless, crash.wanteds = sizeof wanted / sizeof *wanted - !endless;
         crash.namespace = crash.root = crash.mounts = "";
         if (!look(&crash)) {
+            check_note();
             taken += !read_memory(&crash, narrow ? half : room);
             close_modules(&crash);
         }
@@ -194,7 +209,7 @@ int main(int count, char **words) {
         if (!round && !taken) die("not even itself was taken");
         if (!round) touched = crash.memory + 64 * 1024, room = realloc(room, touched), half = malloc(touched / 2);
     }
-    free(room), free(half), free(crash.arena), free(crash.head);
+    free(room), free(half), free(crash.arena), free(crash.head), free(crash.note);
     printf("%d\n", taken);
     return 0;
 }

@@ -21,6 +21,7 @@ from services.recorder.kept import left_behind, orphan
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
 from tests.support.nats import NatsServer
+from tests.support.notes import packed
 from tests.support.recorder import RecorderService
 from tests.support.victim import Victim
 from tests.support.wait import until
@@ -108,7 +109,7 @@ async def test_note_that_cannot_be_read_is_told(
     recorder_with: MakeRecorder, nats_server: NatsServer, bus: Bus
 ) -> None:
     recorder = recorder_with(nats_url=nats_server.url)
-    assert Unrecorded(recorder.spool).begin(77, {"stat": b"\0" * 100})
+    assert Unrecorded(recorder.spool).begin(77, packed({"stat": b"\0" * 100}))
 
     await recorder.start()
 
@@ -129,7 +130,7 @@ _NOTE = {
 @pytest.mark.parametrize("page", range(1, 6))
 def test_note_that_a_power_cut_tore_is_kept_as_far_as_it_goes(tmp_path: Path, page: int) -> None:
     ours = Unrecorded(tmp_path)
-    assert ours.begin(7, _NOTE) and ours.begin(8, {"crash": b"8 8 11 1795396543\n"})
+    assert ours.begin(7, packed(_NOTE)) and ours.begin(8, packed({"crash": b"8 8 11 1795396543\n"}))
     os.pwrite(ours._file, bytes(4096), page * 4096)
     os.close(ours._file)  # as when it is killed
 
@@ -146,7 +147,8 @@ def test_note_that_a_power_cut_tore_is_kept_as_far_as_it_goes(tmp_path: Path, pa
 def test_note_with_a_longer_link_than_can_be_keeps_no_other_waiting(tmp_path: Path) -> None:
     ours = Unrecorded(tmp_path)
     for pid in (7, 8):
-        assert ours.begin(pid, {"crash": b"%d 1 11 1795396543\n" % pid, "exe": b"e" * 5000})
+        note = {"crash": b"%d 1 11 1795396543\n" % pid, "exe": b"e" * 5000}
+        assert ours.begin(pid, packed(note))
     os.close(ours._file)
 
     left_behind.take_over(tmp_path)
@@ -170,7 +172,7 @@ def test_notes_come_as_they_were_written_as_far_as_there_is_room(
 ) -> None:
     ours = Unrecorded(spool)
     for number, note in enumerate(written):
-        assert ours.begin(number, note)
+        assert ours.begin(number, packed(note))
     if written:
         os.close(ours._file)  # as when it is killed
 

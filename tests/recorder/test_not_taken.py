@@ -8,21 +8,24 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from mmap import mmap
 from pathlib import Path
 
 import pytest
 
 from services.common.mounts import Mounts
 from services.common.proc import LIVE
-from services.common.unrecorded import Unrecorded
+from services.common.unrecorded import Unrecorded, is_unrecorded
 from services.recorder.core import core_head
+from services.recorder.errors import CaptureFailed
 from services.recorder.handover import arrival
 from services.recorder.handover.hold import Hold
 from services.recorder.handover.mechanism import Mechanism
 from services.recorder.taker import taker_library, taking
 from services.recorder.taker.taken import Taken
+from services.recorder.taker.taker_library import Crash
 from services.recorder.taker.taking import Taker
-from tests.recorder.test_taking import taker
+from tests.recorder.test_taking import open_files, taker
 
 __all__ = ("taker",)
 
@@ -109,13 +112,13 @@ def no_memory(*_: object) -> None:
     raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
-def too_long(hold: Hold) -> Callable[[core_head.Read], core_head.Head]:
-    """Read a core's head while the process is let go, by who looks after those that wait."""
-    read = core_head.read
+def too_long(taker: Taker, hold: Hold) -> Callable[[Crash, Taken], mmap | None]:
+    """Give room while the process is let go, by who looks after those that wait."""
+    room = taker._room
 
-    def let_go_meanwhile(read_bytes: core_head.Read) -> core_head.Head:
+    def let_go_meanwhile(crash: Crash, taken: Taken) -> mmap | None:
         hold.let_go("it waited too long")
-        return read(read_bytes)
+        return room(crash, taken)
 
     return let_go_meanwhile
 
@@ -142,7 +145,7 @@ def test_process_that_was_let_go_meanwhile_is_not_taken(
     taker: Taker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with waiting() as one:
-        monkeypatch.setattr(core_head, "read", too_long(one.hold))
+        monkeypatch.setattr(taker, "_room", too_long(taker, one.hold))
         taken = take(taker, one)
 
         assert taken.memory is taken.head is None
@@ -151,7 +154,7 @@ def test_process_that_was_let_go_meanwhile_is_not_taken(
 
 @pytest.mark.parametrize(
     ("of", "what"),
-    [(Mounts, "now"), (taking, "_new_room"), (core_head, "read"), (Unrecorded, "begin")],
+    [(Mounts, "now"), (taking, "_new_room"), (Unrecorded, "begin")],
 )
 def test_error_meanwhile_leaves_a_process_as_it_came(
     taker: Taker, monkeypatch: pytest.MonkeyPatch, of: object, what: str
@@ -174,6 +177,19 @@ def test_error_meanwhile_leaves_a_process_as_it_came(
         taken = take(taker, one)
         assert taken.memory is not None
         taken.close()
+    assert taker._bytes == 0
+
+
+def test_error_when_it_was_let_go_is_told_and_leaves_nothing_behind(
+    taker: Taker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with waiting() as one:
+        program = Path(f"/proc/{one.pid}/exe").readlink()
+        monkeypatch.setattr(core_head, "read", no_memory)
+        with pytest.raises(CaptureFailed, match="could not be kept: OSError"):
+            take(taker, one)
+        assert program not in open_files(os.getpid())
+        assert not is_unrecorded(tmp_path / "spool", one.pid)
     assert taker._bytes == 0
 
 

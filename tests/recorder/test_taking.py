@@ -16,7 +16,7 @@ import pytest
 
 from crashbus import layout
 from services.common.mounts import Mounts
-from services.common.unrecorded import Unrecorded, is_unrecorded
+from services.common.unrecorded import PARTS, Unrecorded, is_unrecorded, left_notes
 from services.recorder import facts, modules
 from services.recorder.core import core_copy
 from services.recorder.core.core_pages import Pages
@@ -31,6 +31,7 @@ from services.recorder.taker.taking import Taker
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_core_pages import SMALL_PYTHON, Crash, coredump_socket, same
 from tests.support.crashers import FATAL, crasher
+from tests.support.notes import packed
 from tests.support.recorder import FILES, crash
 from tests.support.wait import until
 
@@ -181,6 +182,31 @@ def test_facts_of_a_process_that_was_taken_are_those_of_the_living(
         taken.close()
 
 
+def test_note_of_a_process_that_was_taken_tells_what_its_proc_told(
+    coredump_socket: socket.socket, tmp_path: Path, taker: Taker
+) -> None:
+    crash = Crash(coredump_socket, crasher("null_pointer"), reads_head=False)
+    proc = Path(f"/proc/{crash.pid}")
+    told = {name: (proc / name).read_bytes() for name in ("cmdline", "environ", "maps", "limits")}
+    told |= {name: os.fsencode((proc / name).readlink()) for name in ("exe", "cwd", "root")}
+    try:
+        taken = take(taker, crash)
+        assert taken.memory is not None and taken.head is not None
+        os.close(taker._unrecorded._file)  # as when it is killed
+        (note,) = left_notes(tmp_path / "spool")
+    finally:
+        crash.end()
+
+    assert note.keys() == set(PARTS)
+    assert told.items() <= note.items()
+    arrived = int(crash.hold.arrived_at)
+    assert note["crash"] == f"{crash.pid} {crash.pid} {signal.SIGSEGV} {arrived}\n".encode()
+    assert note["core"] == taken.head.raw
+    assert note["stat"].startswith(f"{crash.pid} (null_pointer) ".encode())
+    assert note["comm"] == b"null_pointer\n" and b"NSpid" in note["status"]
+    assert note["boot_id"] == taker._boot_id and note["cgroup"]
+
+
 def test_process_with_mounts_of_its_own_is_asked_itself(
     coredump_socket: socket.socket, taker: Taker
 ) -> None:
@@ -275,7 +301,7 @@ def test_process_that_is_killed_meanwhile_is_not_taken(
 
 
 def _hold_and_wait(spool: Path, pid: int, ready: "multiprocessing.Queue[bool]") -> None:
-    ready.put(Unrecorded(spool).begin(pid, {}))
+    ready.put(Unrecorded(spool).begin(pid, packed({})))
     signal.pause()
 
 
@@ -315,7 +341,7 @@ def test_what_another_put_in_the_place_of_the_lock_is_put_aside(tmp_path: Path, 
     unrecorded = Unrecorded(tmp_path)
 
     assert not is_unrecorded(tmp_path, 77)
-    assert unrecorded.begin(77, {})
+    assert unrecorded.begin(77, packed({}))
     assert is_unrecorded(tmp_path, 77)
     unrecorded.end(77)
     assert not is_unrecorded(tmp_path, 77)

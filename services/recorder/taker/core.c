@@ -9,6 +9,7 @@
 
 #include "parts.h"
 
+#define NOTES_AT (64 * 1024) /* bytes behind the headers, at most: core_head.py */
 #define SPIN_NS (300 * 1000) /* longer than a wake-up takes; what comes at all comes at once */
 
 static int comes_soon(int file) {
@@ -138,27 +139,30 @@ static int put_part(struct crash *crash, const Elf64_Phdr *part, struct places *
     return 0;
 }
 
-/* Find the program counter in the first note, which is the crashing thread's NT_PRSTATUS: behind
- * the note's own header and name, and the beginning of struct elf_prstatus. */
-static void find_counter(struct crash *crash, const char *notes, size_t size, int machine) {
+/* Find signal and program counter in the first note, which is the crashing thread's NT_PRSTATUS:
+ * behind the note's own header and name, and the beginning of struct elf_prstatus. */
+static int read_status(struct crash *crash, const char *notes, size_t size, int machine) {
     static const struct { int machine; size_t at, width; } known[] = {
         {EM_X86_64, 112 + 16 * 8, 8}, {EM_AARCH64, 112 + 32 * 8, 8}, {EM_386, 72 + 12 * 4, 4}};
     for (size_t one = 0; one < sizeof known / sizeof *known; one++)
         if (known[one].machine == machine && size >= 20 + known[one].at + known[one].width)
             memcpy(&crash->counter, notes + 20 + known[one].at, known[one].width);
+    if (size < 20 + 36) return -1; /* as core_head.py wants it */
+    memcpy(&crash->signal, notes + 20 + 12, sizeof crash->signal);
+    return 0;
 }
 
 int read_head(struct crash *crash) {
     const char *core = crash->head + crash->mark;
-    struct places places = {0};
     Elf64_Ehdr header;
     if (read_headers(crash, &header)) return -1;
+    uint64_t table_end = header.e_phoff + header.e_phnum * header.e_phentsize;
+    struct places places = {.end = table_end};
     for (uint32_t one = 0; one < header.e_phnum; one++) {
         Elf64_Phdr part = program_header(core, &header, one);
         if (put_part(crash, &part, &places)) return -1;
     }
     if (!places.data || !places.notes || places.notes > places.data) return -1;
-    if (head_until(crash, crash->mark + places.data)) return -1;
-    find_counter(crash, core + places.notes, places.data - places.notes, header.e_machine);
-    return 0;
+    if (places.notes - table_end > NOTES_AT || head_until(crash, crash->mark + places.data)) return -1;
+    return read_status(crash, core + places.notes, places.data - places.notes, header.e_machine);
 }

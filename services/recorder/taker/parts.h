@@ -24,6 +24,10 @@ const char *put_mounts(struct crash *crash);
 int put_threads(struct crash *crash);
 int put_wanted(struct crash *crash, const char *groups);
 
+/* note.c: keep for the note what is put into the arena next; make it, when all of it is there. */
+void note_next(struct crash *crash, enum part part);
+int make_note(struct crash *crash);
+
 /* mappings.c */
 int parse_mappings(struct crash *crash, const char *maps);
 int need_local_files(const struct crash *crash, const char *mounts);

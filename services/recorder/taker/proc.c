@@ -114,6 +114,7 @@ static int is_in_namespace(const char *status) {
 }
 
 int put_status(struct crash *crash) {
+    note_next(crash, STATUS);
     const char *status = put_file(crash, crash->place, "status", LONGEST_STATUS);
     if (!status || !is_small(crash, status)) return -1;
     crash->namespaced = is_in_namespace(status);
@@ -121,17 +122,20 @@ int put_status(struct crash *crash) {
 }
 
 int put_executable(struct crash *crash) {
+    note_next(crash, EXE);
     const char *executable = put_link(crash, crash->place, "exe"); /* absent: its memory is gone */
     return executable && *executable ? 0 : -1;
 }
 
 const char *put_maps(struct crash *crash) {
+    note_next(crash, MAPS);
     const char *maps = put_file(crash, crash->place, "maps", LONGEST_MAPS);
     return maps && strlen(maps) < LONGEST_MAPS ? maps : NULL;
 }
 
 const char *put_mounts(struct crash *crash) {
     const char *namespace = put_link(crash, crash->place, "ns/mnt");
+    note_next(crash, ROOT);
     const char *root = namespace ? put_link(crash, crash->place, "root") : NULL;
     if (!root || !*namespace || !*root) return NULL;
     if (!strcmp(namespace, crash->namespace) && !strcmp(root, crash->root))
@@ -157,6 +161,7 @@ int put_threads(struct crash *crash) {
 /* --- what taken.py wants beside ------------------------------------------------------------- */
 
 const char *put_groups(struct crash *crash) {
+    note_next(crash, CGROUP);
     return put_file(crash, crash->place, "cgroup", LONGEST_STATUS);
 }
 
@@ -199,6 +204,7 @@ static int put_descriptor(struct crash *crash, int directory, const char *name) 
 
 /* Of a group that cannot be opened, -1, each file is empty. */
 static int put_one(struct crash *crash, int place, const struct wanted *wanted) {
+    note_next(crash, wanted->part);
     if (wanted->kind == 'l') return put_link(crash, place, wanted->name) ? 0 : -1;
     if (wanted->kind == 'f') return put_file(crash, place, wanted->name, wanted->most) ? 0 : -1;
     return put_entries(crash, place, wanted->name, wanted->most, put_descriptor) < 0 ? -1 : 0;

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from io import BytesIO
+from typing import Any
 
 from services.common import resources
 from services.common.proc import Remembered
@@ -69,6 +70,7 @@ class Told:
     def __init__(self, crash: Crash, mounts: bytes) -> None:
         self._raw = ctypes.string_at(crash.arena, crash.used)
         self._place = 0
+        self._sockets: tuple[dict[str, Any], ...] = ()
         self._files = {"status": self._file()}
         self._links = {"exe": self._content()}
         self._files["maps"] = self._file()
@@ -104,8 +106,12 @@ class Told:
     def _file(self) -> bytes:
         return self._content() or b""
 
+    def ask_sockets(self, pid: int) -> None:
+        """Ask what is asked through the process, while it is held."""
+        self._sockets = tuple(resources.sockets(pid, self._open_files))
+
     def understand(self, crash: Crash, taken: Taken) -> None:
-        """Parse the rest of what was read, and ask what is asked through the process."""
+        """Parse the rest of what was read."""
         pid, proc = crash.pid, taken.proc
         for name, content in self._files.items():
             proc.learn(f"{pid}/{name}", content)
@@ -115,21 +121,20 @@ class Told:
         for task, comm, status in self._threads:
             proc.learn(f"{pid}/task/{task}/comm", comm)
             proc.learn(f"{pid}/task/{task}/status", status)
-        taken.resources = self._resources(crash)
+        taken.resources = self._resources()
         raw = ctypes.string_at(crash.head, crash.head_size)[crash.mark :]
         # It looks at the first notes alone; many threads have more.
         taken.head = replace(core_head.read(BytesIO(raw).read), raw=raw)
         if facts.is_at_fault(taken.head):
             taken.code = bytes(memoryview(crash.code)[: crash.code_size])
 
-    def _resources(self, crash: Crash) -> Resources:
-        sockets = resources.sockets(crash.pid, self._open_files) if crash.sockets else ()
+    def _resources(self) -> Resources:
         return Resources(
             status=self._files["status"],
             rollup=self._files["smaps_rollup"],
             open_files=self._open_files,
             more_files=self._more_files,
-            sockets=tuple(sockets),
+            sockets=self._sockets,
             mounts=self._files["mountinfo"],
             cgroup=self._cgroup,
             oom_score_adj=self._files["oom_score_adj"],

@@ -19,13 +19,18 @@ enum {
     PIECES = 8192,
     ARENA = 1024 * 1024,  /* bytes */
     HEAD = 1024 * 1024,   /* bytes of a core's headers and notes: some 256 threads */
+    NOTE = 64 * 1024,     /* bytes of the note about it, services/common/unrecorded.py */
 };
+
+/* The parts of that note, as PARTS there. */
+enum part { CRASH, BOOT_ID, STAT, STATUS, COMM, CGROUP, EXE, CMDLINE, CORE, CWD, ROOT, LIMITS, MAPS, ENVIRON, PARTS };
 
 /* What to read, in this order: a (f)ile, a (l)ink, a (d)irectory of links; after a c(g)roup
  * hierarchy, files of the process's directory in it. */
 struct wanted {
     const char *name;
     uint32_t most; /* bytes of a file, entries of a directory */
+    uint32_t part; /* of the note; PARTS: of none */
     char kind;
 };
 
@@ -62,10 +67,13 @@ struct crash {
     const struct wanted *wanted;
     const char *namespace, *root; /* of who sees `mounts` */
     const char *mounts;           /* proc_pid_mountinfo(5) */
-    char *arena, *head;           /* of these sizes */
+    const char *boot_id;
+    uint64_t arrived;             /* Unix seconds */
+    char *arena, *head, *note;    /* of these sizes */
     /* found */
     uint32_t used;         /* bytes of the arena */
     uint32_t head_size;    /* bytes taken from the core */
+    uint32_t note_size;
     uint32_t pieces_found, sure; /* the first `sure` are there, and to read them waits for nobody */
     uint32_t files_found;
     uint32_t sockets;      /* it has some open */
@@ -77,6 +85,8 @@ struct crash {
     /* its own */
     uint32_t loads_found, mappings_found, namespaced;
     uint64_t counter; /* the program counter */
+    int16_t signal;
+    uint32_t parts[PARTS]; /* of the note: where in the arena, from 1 on; 0: not there */
     struct piece loads[MAPPINGS];
     struct mapping mappings[MAPPINGS];
 };
@@ -89,7 +99,7 @@ size_t known_size(void);
  * once; then `head` has what was taken from the core. */
 int greet(struct crash *crash);
 
-/* Read everything but its memory. Returns 0, or -1: it is not small, or not sure; then `head` has
+/* Read everything but its memory, and make the note about it. Returns 0, or -1: it is not small, or not sure; then `head` has
  * what was taken from the core, and no file is open. */
 int look(struct crash *crash);
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from services.common import process as processes
 from services.common import resources
 from services.common.proc import MAX_READ
+from services.common.unrecorded import NOTE, PARTS
 from services.recorder import facts
 
 LIBRARY = "taker.so"
@@ -23,7 +24,11 @@ FILES = (
 
 
 class _Wanted(ctypes.Structure):
-    _fields_ = (("name", ctypes.c_char_p), ("most", ctypes.c_uint32), ("kind", ctypes.c_char))
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        *((name, ctypes.c_uint32) for name in ("most", "part")),
+        ("kind", ctypes.c_char),
+    )
 
 
 class _Piece(ctypes.Structure):
@@ -42,10 +47,10 @@ class Crash(ctypes.Structure):
     """The beginning of struct crash, taker.h.
 
     Attributes:
-        rooms: what `arena` and `head` point to.
+        rooms: what `arena`, `head` and `note` point to.
     """
 
-    rooms: tuple[mmap, mmap]
+    rooms: tuple[mmap, mmap, mmap]
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("core", "pid", "place", "pidfd")),
@@ -53,9 +58,11 @@ class Crash(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("resident", "largest", "touched")),
         *((name, ctypes.c_uint32) for name in ("threads", "wanteds")),
         ("wanted", ctypes.POINTER(_Wanted)),
-        *((name, ctypes.c_char_p) for name in ("namespace", "root", "mounts")),
-        *((name, ctypes.c_void_p) for name in ("arena", "head")),
-        *((name, ctypes.c_uint32) for name in ("used", "head_size", "pieces_found", "sure")),
+        *((name, ctypes.c_char_p) for name in ("namespace", "root", "mounts", "boot_id")),
+        ("arrived", ctypes.c_uint64),
+        *((name, ctypes.c_void_p) for name in ("arena", "head", "note")),
+        *((name, ctypes.c_uint32) for name in ("used", "head_size", "note_size")),
+        *((name, ctypes.c_uint32) for name in ("pieces_found", "sure")),
         *((name, ctypes.c_uint32) for name in ("files_found", "sockets", "code_size")),
         ("memory", ctypes.c_uint64),
         ("code", ctypes.c_ubyte * 16),
@@ -67,8 +74,8 @@ class Crash(ctypes.Structure):
     def new(cls, taker: ctypes.CDLL) -> "Crash":
         """Return one with room for what is read, none of its bounds given."""
         crash = cls.from_buffer(bytearray(taker.crash_size()))
-        crash.rooms = arena, head = mmap(-1, _ROOM), mmap(-1, _ROOM)
-        crash.arena, crash.head = address_of(arena), address_of(head)
+        crash.rooms = rooms = mmap(-1, _ROOM), mmap(-1, _ROOM), mmap(-1, NOTE)
+        crash.arena, crash.head, crash.note = map(address_of, rooms)
         crash.wanted, crash.wanteds = _WANTED, len(_WANTED)
         return crash
 
@@ -79,6 +86,10 @@ class Crash(ctypes.Structure):
             yield piece.address, view[place : place + piece.size]
             place += piece.size
 
+    def noted(self) -> memoryview:
+        """Return the note about it, for `Unrecorded`."""
+        return memoryview(self.rooms[2])[: self.note_size]
+
     def opened(self) -> dict[str, int]:
         """Return the descriptors of what it mapped as code, by name in proc_pid_map_files(5)."""
         found = self.files[: self.files_found]
@@ -87,11 +98,17 @@ class Crash(ctypes.Structure):
 
 def _wanted() -> "ctypes.Array[_Wanted]":
     """Return what is read of a process, and of its cgroup, in this order."""
-    wanted = [_Wanted(name.encode(), most, b"f") for name, most in FILES]
-    wanted += [_Wanted(b"cwd", 0, b"l"), _Wanted(b"fd", resources.MAX_FILES + 1, b"d")]
+    none = len(PARTS)
+
+    def part(name: str) -> int:
+        return PARTS.index(name) if name in PARTS else none
+
+    wanted = [_Wanted(name.encode(), most, part(name), b"f") for name, most in FILES]
+    wanted.append(_Wanted(b"cwd", 0, part("cwd"), b"l"))
+    wanted.append(_Wanted(b"fd", resources.MAX_FILES + 1, none, b"d"))
     for hierarchy, files in resources.CGROUP_FILES.items():
-        wanted.append(_Wanted(f"{resources.CGROUP_ROOT}/{hierarchy}".encode(), 0, b"g"))
-        wanted += [_Wanted(name.encode(), MAX_READ, b"f") for name in files]
+        wanted.append(_Wanted(f"{resources.CGROUP_ROOT}/{hierarchy}".encode(), 0, none, b"g"))
+        wanted += [_Wanted(name.encode(), MAX_READ, none, b"f") for name in files]
     return (_Wanted * len(wanted))(*wanted)
 
 

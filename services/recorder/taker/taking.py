@@ -23,6 +23,7 @@ from services.common import process as processes
 from services.common.mounts import Mounts
 from services.common.unrecorded import Unrecorded
 from services.recorder.core.core_memory import PAGE, Kept
+from services.recorder.errors import CaptureFailed
 from services.recorder.handover.hold import Hold
 from services.recorder.taker.taken import Taken, Told
 from services.recorder.taker.taker_library import Crash, address_of
@@ -37,7 +38,6 @@ _MOST_THREADS = 256
 _SPARE = 4 * 1024 * 1024  # bytes of room that is used again: new memory costs as much as to read
 _CRASHES = 2  # of what a crash is read to are kept; more are made when crashes come in bursts
 _PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-_NOTED = ("stat", "status", "comm", "cgroup", "cmdline", "limits", "maps", "environ")
 
 
 class Taker:
@@ -86,7 +86,11 @@ class Taker:
                 crash.mark, crash.modules = mark, module_files
                 if self._take(crash, hold, taken):
                     return taken
-        except Exception:  # there is the longer way, which needs less memory
+        except Exception as error:
+            if hold.memory_was_read:
+                taken.close()
+                raise _not_understood(error) from error
+            # There is the longer way, which needs less memory.
             log.error("a small process could not be read at once: it stays held", exc_info=True)
         finally:
             os.close(place)
@@ -126,46 +130,43 @@ class Taker:
         crash.resident, crash.touched, crash.threads = _RESIDENT, LARGEST, _MOST_THREADS
         crash.largest = self._largest_core
         crash.namespace, crash.root = self._mounts.view
+        crash.boot_id = self._boot_id
         return crash
 
     def _take(self, crash: Crash, hold: Hold, taken: Taken) -> bool:
         crash.mounts = mounts = self._mounts.now()
+        crash.arrived = int(hold.arrived_at)
         if self._taker.look(ctypes.addressof(crash)):
             return False
-        taken.files = crash.opened()
-        room = self._room(crash, taken)
-        if room is None:
-            return False
-        if self._taker.read_memory(ctypes.addressof(crash), address_of(room)):
-            return False
-        Told(crash, mounts).understand(crash, taken)
-        note = self._note(crash.pid, hold, taken)
-        # Without these it could not be named or written; and what was read by its PID could be
-        # another's.
-        if taken.head is None or taken.head.fault or not note["stat"] or not hold.has_its_pid:
-            return False
-        if not self._unrecorded.begin(crash.pid, note):
-            return False
-        taken.note = partial(self._unrecorded.end, crash.pid)
+        try:
+            room = self._room(crash, taken)
+            if room is None:
+                return False
+            if self._taker.read_memory(ctypes.addressof(crash), address_of(room)):
+                return False
+            told = self._asked(crash, mounts)
+            # What was read by its PID could be another's.
+            if not hold.has_its_pid or not self._unrecorded.begin(crash.pid, crash.noted()):
+                return False
+            taken.note = partial(self._unrecorded.end, crash.pid)
+            hold.let_go()
+        finally:
+            taken.files = crash.opened()
+        hold.memory_was_read = True
+        # What takes its time comes now, when nobody waits.
+        (told or Told(crash, mounts)).understand(crash, taken)
         taken.proc.seal()
-        hold.let_go()
         crash.head_size = 0  # it is taken
         taken.memory = Kept(crash.content(room))
-        hold.memory_was_read = True
         return True
 
-    def _note(self, pid: int, hold: Hold, taken: Taken) -> dict[str, bytes]:
-        """Return what the next recorder shall know if this one is killed before the record."""
-        proc, head = taken.proc, taken.head
-        assert head is not None
-        signal = head.cause.signal if head.cause else 0
-        return {
-            "crash": b"%d %d %d %d\n" % (pid, pid, signal, hold.arrived_at),
-            "boot_id": self._boot_id,
-            "core": head.raw,
-            **{name: proc.read(f"{pid}/{name}") for name in _NOTED},
-            **{name: proc.link(f"{pid}/{name}") or b"" for name in ("exe", "cwd", "root")},
-        }
+    def _asked(self, crash: Crash, mounts: bytes) -> Told | None:
+        """Return what was read, if that leads to questions that only the process answers."""
+        if not crash.sockets:
+            return None
+        told = Told(crash, mounts)
+        told.ask_sockets(crash.pid)
+        return told
 
     def _room(self, crash: Crash, taken: Taken) -> mmap | None:
         """Return room for its memory, until what was taken is closed; None: there is too much."""
@@ -185,6 +186,15 @@ class Taker:
             self._bytes -= counted
             if spare is not None:
                 self._spare.append(spare)
+
+
+def _not_understood(error: Exception) -> CaptureFailed:
+    log.error("what was read of a small process is lost", exc_info=error)
+    return CaptureFailed(
+        "capture_failed",
+        f"what was read of it could not be kept: {type(error).__name__}: {error}",
+        "see that the recorder has memory, and report this",
+    )
 
 
 def _new_room(size: int) -> mmap:
