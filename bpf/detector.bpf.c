@@ -29,6 +29,7 @@
 #else
 #define WATCHED SIGNALS
 #endif
+#define DUMPABLE_BITS 3 /* MMF_DUMPABLE_MASK, the lowest of mm_struct's flags */
 #define SIGNAL_UNKILLABLE 0x40 /* include/linux/sched/signal.h: an init */
 
 #define NAME_SIZE 256 /* NAME_MAX with its NUL */
@@ -52,6 +53,7 @@ struct event {
     s64 file_rss;
     s64 anon_rss;
     s64 shmem_rss;
+    u64 core_limit; /* RLIMIT_CORE, if dumpable is known */
     u32 kind;
     u32 pid;
     u32 tid;
@@ -68,7 +70,8 @@ struct event {
     u16 cgroup_v1_end;
     u16 executable_end;
     u16 text_end;
-    u16 spare[3];
+    s16 dumpable; /* PR_GET_DUMPABLE, prctl(2); -1: not known */
+    u16 spare[2];
     char comm[16];
     char text[TEXT_SIZE + ARGUMENTS_SIZE];
 };
@@ -217,6 +220,16 @@ static __always_inline void describe(struct event *event, u64 task) {
     event->text_end = at;
 }
 
+/* What decides whether the kernel dumps a core at all: do_coredump(), fs/coredump.c. */
+static __always_inline void read_core_limits(struct event *event, u64 task) {
+    event->dumpable = -1;
+    event->core_limit = 0;
+#ifdef AT_MM_FLAGS
+    event->dumpable = read_u64(read_u64(task, AT_TASK_MM), AT_MM_FLAGS) & DUMPABLE_BITS;
+    event->core_limit = read_u64(read_u64(task, AT_TASK_SIGNAL), AT_SIGNAL_CORE_LIMIT);
+#endif
+}
+
 /* Return 0 when there was room. */
 static __always_inline int send(struct event *event) {
     u64 size = event->text_end;
@@ -267,7 +280,9 @@ static __always_inline int report(struct handled_key *key, struct origin *origin
     int place = 0;
     struct event *event = scratch.lookup(&place);
     if (!event) return 0;
-    describe(event, bpf_get_current_task());
+    u64 task = bpf_get_current_task();
+    describe(event, task);
+    read_core_limits(event, task);
     event->kind = KIND_SIGNAL;
     event->signal = key->signal;
     event->handler = handler;
@@ -369,6 +384,8 @@ int on_oom_victim(struct bpf_raw_tracepoint_args *ctx) {
     u64 task = (u32)bpf_get_current_pid_tgid() == victim ? bpf_get_current_task() : 0;
 #endif
     describe(event, task);
+    event->dumpable = -1;
+    event->core_limit = 0;
 #ifndef MARK_VICTIM_GIVES_TASK
     if (!task) event->pid = event->tid = event->ns_pid = victim;
 #endif

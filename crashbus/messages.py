@@ -56,6 +56,14 @@ class SignalEvent(CrashMessage):
         "oom_kill: the kernel's OOM killer chose the process"
     )
     handler: Handler | None = None
+    dumpable: int | None = Field(
+        None,
+        ge=0,
+        le=3,
+        description="prctl(2), PR_GET_DUMPABLE: with 0 the kernel dumps no core, whoever asks; "
+        "absent where it is not known",
+    )
+    core_limit: Word | None = Field(None, description="RLIMIT_CORE in bytes, the soft limit")
     oom: Oom | None = None
 
     @property

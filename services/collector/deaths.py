@@ -19,7 +19,7 @@ from crashbus.errors import BusFull, BusUnreachable
 from crashbus.identity import crash_id
 from crashbus.messages import DeadLetter, Manifest, SignalEvent
 from crashbus.names import token
-from services.collector import metrics, oom, processes
+from services.collector import metrics, oom, processes, uncaptured
 from services.collector.appscope.containers import Containers
 from services.collector.gather import Gatherer
 from services.collector.ledger import Crash, Ledger
@@ -28,7 +28,6 @@ from services.common.unrecorded import is_noted, is_unrecorded
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-SUID_DUMPABLE = Path("/proc/sys/fs/suid_dumpable")
 ACK_WAIT = 60.0  # seconds; a large process is held longer than that, so we keep saying "working"
 AT_ONCE = 512  # deaths followed at a time
 PATIENCE = 5.0  # seconds one may hold its place while its process lives; then others' turn
@@ -165,7 +164,7 @@ class Deaths:
 
     async def _tell(self, event: SignalEvent) -> None:
         """Report a crash without files, and why there are none."""
-        why, mend = _why(event)
+        why, mend = await asyncio.to_thread(uncaptured.why, event)
         log.warning("no crash files", crash_id=event.crash_id, why=why)
         metrics.NOT_CAPTURED.inc()
         crash = Crash(
@@ -216,20 +215,6 @@ def _is_orphan(event: SignalEvent, spool: Path) -> bool:
             if pid == str(event.process.pid) and at.isdecimal():
                 return abs(int(at) - event.time) < SAME_CRASH
     return False
-
-
-def _why(event: SignalEvent) -> tuple[str, str]:
-    if event.disposition == "oom_kill":
-        return "killed by the OOM killer: the kernel dumps no core for that", "add memory"
-    text = f"{event.process.comm} died of {event.signal_name} and nothing captured it"
-    mend = "see with 'crashbus doctor' whether the recorder runs and owns core_pattern"
-    if SUID_DUMPABLE.read_text().strip() == "0":
-        # proc_sys_fs(5); prctl(2), PR_SET_DUMPABLE
-        mend += (
-            "; if it runs as another user than who started it, or set PR_SET_DUMPABLE, the kernel "
-            "refuses a core while fs.suid_dumpable is 0: sysctl fs.suid_dumpable=2"
-        )
-    return text, mend
 
 
 async def _keep(delivery: Delivery[SignalEvent]) -> None:

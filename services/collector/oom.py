@@ -19,12 +19,11 @@ from crashbus.layout import Kind
 from crashbus.messages import SignalEvent
 from crashbus.parts import Oom
 from services.collector import processes
+from services.collector.kernel_log import lines
 from services.common import crash_directory, redact, resources
 from services.common.resources import Resources
 
-KERNEL_LOG = Path("/dev/kmsg")
 _LINES = 400  # of the kernel's log kept: it may list every process of the host
-_MAX_RECORD = 8192  # bytes, Documentation/ABI/testing/dev-kmsg
 _AROUND = 10.0  # seconds between the kernel's choice and the lines about it
 # oom_kill_process() and dump_oom_victim(), mm/oom_kill.c
 _CONSTRAINT = re.compile(r"oom-kill:(constraint=\S+)")
@@ -66,7 +65,7 @@ def kernel_log(pid: int, at: float) -> tuple[str, ...]:
         at: seconds of CLOCK_MONOTONIC at which it was chosen.
     """
     kept: list[str] = []
-    for when, line in _kernel_lines():
+    for when, line in lines():
         if abs(when - at) > _AROUND:
             continue
         if _BEGIN in line:
@@ -76,33 +75,6 @@ def kernel_log(pid: int, at: float) -> tuple[str, ...]:
         if match and int(match[1]) == pid:
             return tuple(kept[: _LINES // 2] + kept[-_LINES // 2 :] if len(kept) > _LINES else kept)
     return ()
-
-
-def _kernel_lines() -> list[tuple[float, str]]:
-    """Read the log: time in seconds and text of each line that the kernel itself wrote.
-
-    ``<priority and facility>,<sequence>,<microseconds>,<flags>;<text>``, dev-kmsg.
-    """
-    found: list[tuple[float, str]] = []
-    try:
-        log = os.open(KERNEL_LOG, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return []
-    try:
-        while True:
-            try:
-                record = os.read(log, _MAX_RECORD)
-            except BrokenPipeError:
-                continue  # the oldest were overwritten meanwhile
-            except OSError:
-                return found
-            head, _, text = record.partition(b";")
-            fields = head.split(b",")
-            # Whoever writes to the log from outside the kernel has another facility, syslog(3).
-            if len(fields) >= 3 and int(fields[0]) >> 3 == 0:
-                found.append((int(fields[2]) / 1e6, names.text(text.partition(b"\n")[0])))
-    finally:
-        os.close(log)
 
 
 def write(seen: Seen, root: Path) -> None:

@@ -119,6 +119,8 @@ def signal_event(
             if record.handler
             else None
         ),
+        dumpable=record.dumpable if record.dumpable >= 0 else None,
+        core_limit=record.core_limit if record.dumpable >= 0 else None,
         oom=_oom(record) if record.kind is Kind.OOM_KILL else None,
     )
 

@@ -50,6 +50,10 @@ _CGROUP: _Group = {
     "AT_KN_NAME": ("kernfs_node", ("name",)),
     "AT_KN_PARENT": ("kernfs_node", ("parent", "__parent")),  # renamed in 6.15
 }
+_CORE: _Group = {
+    "AT_MM_FLAGS": ("mm_struct", ("flags",)),  # a bitmap of its own since 6.18, as it lies there
+    "AT_SIGNAL_CORE_LIMIT": ("signal_struct", ("rlim[4].rlim_cur",)),  # RLIMIT_CORE
+}
 _OOM: _Group = {
     "AT_MM_TOTAL_VM": ("mm_struct", ("total_vm",)),
     # Per-CPU counters since 6.2. By include/linux/mm_types_task.h: MM_FILEPAGES, MM_ANONPAGES and,
@@ -74,6 +78,7 @@ def definitions(btf: Btf) -> dict[str, int]:
     found |= (cgroup := _optional(btf, "cgroup", _CGROUP))
     if cgroup:
         found |= _memory_controller(btf)
+    found |= _optional(btf, "core limits", _CORE)
     if _victim_is_task(btf):
         found["MARK_VICTIM_GIVES_TASK"] = 1
         found |= _optional(btf, "oom", _OOM)

@@ -8,13 +8,13 @@ from itertools import pairwise
 from crashbus.errors import CrashbusError
 
 # struct event of bpf/detector.bpf.c, up to its text.
-_HEAD = struct.Struct("=5Q4q6I4iI5H6x16s")
+_HEAD = struct.Struct("=5Q4qQ6I4iI5Hh4x16s")
 _NAMES = (
     *("monotonic_ns", "start_boottime", "detail", "handler", "handler_flags"),
-    *("total_vm", "file_rss", "anon_rss", "shmem_rss"),
+    *("total_vm", "file_rss", "anon_rss", "shmem_rss", "core_limit"),
     *("kind", "pid", "tid", "ns_pid", "uid", "gid"),
     *("signal", "code", "error", "oom_score_adj", "arguments_size", "flags"),
-    *("cgroup_end", "cgroup_v1_end", "executable_end", "text_end", "comm"),
+    *("cgroup_end", "cgroup_v1_end", "executable_end", "text_end", "dumpable", "comm"),
 )
 _ENDS = ("cgroup_end", "cgroup_v1_end", "executable_end", "text_end")
 _EXECUTABLE_WHOLE, _CGROUP_WHOLE, _CGROUP_V1_WHOLE = 1, 2, 4
@@ -40,6 +40,8 @@ class Record:
         start_boottime: start of the process in ns since boot; 0: not known.
         detail: siginfo's bytes 16 to 23: fault address, or PID and UID of a sender.
         total_vm: pages, as file_rss, anon_rss and shmem_rss; -1: not known.
+        core_limit: RLIMIT_CORE in bytes, if dumpable is known.
+        dumpable: what PR_GET_DUMPABLE tells, prctl(2); -1: not known.
         comm: of the thread group's leader.
         cgroup: path in version 2; None: not read whole.
         cgroup_v1: path in the memory controller's hierarchy of version 1; None: as above.
@@ -58,6 +60,7 @@ class Record:
     file_rss: int
     anon_rss: int
     shmem_rss: int
+    core_limit: int
     pid: int
     tid: int
     ns_pid: int
@@ -67,6 +70,7 @@ class Record:
     code: int
     error: int
     oom_score_adj: int
+    dumpable: int
     comm: bytes
     cgroup: bytes | None
     cgroup_v1: bytes | None

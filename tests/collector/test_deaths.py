@@ -52,7 +52,7 @@ async def test_death_without_crash_files_is_told(setup: Setup) -> None:
     (letter,) = await setup.bus.stored(DeadLetter)
     assert letter.reason == "not_captured" and letter.crash_id == event.crash_id
     refuses = Path("/proc/sys/fs/suid_dumpable").read_text().strip() == "0"
-    assert ("sysctl fs.suid_dumpable=2" in letter.mend) is refuses
+    assert ("sysctl fs.suid_dumpable=2, if it runs as another user" in letter.mend) is refuses
     assert manifest.files == () and "nothing captured it" in manifest.notes[0]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from crashbus.capture import read
 from crashbus.parts import Oom
-from services.collector import oom
+from services.collector import kernel_log, oom
 from services.common.resources import Resources
 from tests.collector.stand_in import signal_event
 from tests.support.cgroup import cgroup_path, limit, memory_cgroup
@@ -80,7 +80,7 @@ def test_only_the_kernel_s_own_lines_count(monkeypatch: pytest.MonkeyPatch) -> N
     kernel, user = 6, 1 << 3 | 6
     # In packet mode, pipe(2), each write is one read, as with the log.
     reading, writing = os.pipe2(os.O_DIRECT)
-    monkeypatch.setattr(oom, "KERNEL_LOG", Path(f"/proc/self/fd/{reading}"))
+    monkeypatch.setattr(kernel_log, "KERNEL_LOG", Path(f"/proc/self/fd/{reading}"))
 
     def log(facility: int, text: str) -> None:
         os.write(writing, f"{facility},1,5000000,-;{text}\n SUBSYSTEM=x\n".encode())

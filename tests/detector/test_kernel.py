@@ -360,3 +360,31 @@ async def test_oom_kill(watch: Watch, tmp_path: Path) -> None:
     assert rss is not None
     assert total is not None
     assert 24 * 1024 < rss <= 32 * 1024 < total
+
+
+NOT_DUMPABLE = "import ctypes; ctypes.CDLL(None).prctl(4, 0); "
+ANOTHER_USER = "import os; os.setresuid(65534, 65534, 65534); "
+DIES = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+
+
+@pytest.mark.parametrize(
+    ("before", "limit", "dumpable"),
+    [
+        ("", "unlimited", 1),
+        (NOT_DUMPABLE, "0", 0),
+        (ANOTHER_USER, "1", int(Path("/proc/sys/fs/suid_dumpable").read_text())),
+        ("", "4096", 1),
+    ],
+)
+async def test_what_decides_on_a_core_is_told(
+    watch: Watch, tmp_path: Path, before: str, limit: str, dumpable: int
+) -> None:
+    process = subprocess.Popen(
+        ["prlimit", f"--core={limit}", sys.executable, "-c", before + DIES], cwd=tmp_path
+    )
+    process.wait()
+
+    event = await watch.event(process.pid)
+
+    assert event.dumpable == dumpable
+    assert event.core_limit == (2**64 - 1 if limit == "unlimited" else int(limit))

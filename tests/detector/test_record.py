@@ -24,12 +24,12 @@ def raw(
 ) -> bytes:
     return (
         struct.pack(
-            "=5Q4q6I4iI5H6x16s",
+            "=5Q4qQ6I4iI5Hh4x16s",
             *(5_000_000_000, 123_456_789_000, 0xFFFFFFFFFFFFF000, 0, 0),
-            *(-1, -1, -1, -1),
+            *(-1, -1, -1, -1, 1 << 20),
             *(1, 100, 101, 7, 1000, 1001),
             *(11, 1, 0, 0, ends[3] - ends[2]),
-            *(7, *ends, b"crash\0rubbish"),
+            *(7, *ends, 1, b"crash\0rubbish"),
         )
         + text
     )
@@ -47,6 +47,7 @@ def test_fields_are_read() -> None:
     assert (found.cgroup, found.cgroup_v1) == (b"/top/leaf", b"/")
     assert found.executable == b"/bin/run"
     assert found.arguments == b"run\0-v\0"
+    assert (found.dumpable, found.core_limit) == (1, 1 << 20)
     assert is_whole(found)
 
 
