@@ -23,7 +23,6 @@ MAX_READ = MAX_ARGUMENTS * MAX_ARGUMENT_BYTES
 _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 _RUNTIMES = (
     ("docker", "docker"),
-    ("cri-containerd", "containerd"),
     ("containerd", "containerd"),
     ("crio", "crio"),
     ("libpod", "podman"),
@@ -123,8 +122,9 @@ def container_of(group: str | None) -> Container | None:
     found = _CONTAINER_ID.findall(group or "")
     if not found:
         return None
-    runtime = next((name for mark, name in _RUNTIMES if mark in (group or "")), "unknown")
-    return Container(id=found[-1], runtime=runtime)
+    # In a container of a container's the inner one's name comes last.
+    place, runtime = max(((group or "").rfind(mark), name) for mark, name in _RUNTIMES)
+    return Container(id=found[-1], runtime=runtime if place >= 0 else "unknown")
 
 
 def status_in(raw: bytes) -> dict[str, str]:

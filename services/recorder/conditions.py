@@ -11,6 +11,7 @@ import structlog
 from crashbus.identity import boot_id
 from services.common.bus_settings import BusSettings
 from services.common.unrecorded import Unrecorded
+from services.recorder import cri
 from services.recorder.binaries import Binaries
 from services.recorder.containers import Runtime
 from services.recorder.core.core_bus import BusWay
@@ -88,7 +89,7 @@ class Conditions:
                 settings.loop_one_in,
             ),
             coredump_filter=settings.coredump_filter_mask,
-            runtime=Runtime(settings.runtime_socket) if settings.runtime_socket else None,
+            runtime=_runtime(settings),
             only_stream=settings.core_source == "stream",
             taker=_taker(shared.spool, settings),
             disk_reserve=settings.disk_reserve,
@@ -122,8 +123,14 @@ def _taker(spool: Path, settings: RecorderSettings) -> Taker | None:
     except OSError as error:
         log.warning("small processes are held longer: build with make setup", error=str(error))
         return None
-    asks_runtime = settings.runtime_socket is not None
+    asks_runtime = (settings.runtime_socket or settings.cri_socket) is not None
     return Taker(taking, Unrecorded(spool), settings.max_core_bytes, labels_needed=asks_runtime)
+
+
+def _runtime(settings: RecorderSettings) -> Runtime | None:
+    if settings.cri_socket is not None:
+        return Runtime(settings.cri_socket, cri.tell)
+    return Runtime(settings.runtime_socket) if settings.runtime_socket else None
 
 
 def _bus_way(spool: Path, settings: RecorderSettings) -> BusWay | None:

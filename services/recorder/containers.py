@@ -1,4 +1,5 @@
-"""What a container is called: asked of its runtime, by the HTTP API that Docker and Podman have.
+"""What a container is called: asked of its runtime, by the HTTP API that Docker and Podman have, or
+by the CRI (`cri`).
 
 It is asked while the process is held, when the container is certain to be there, but nobody waits
 for the answer until the process was let go. https://docs.docker.com/reference/api/engine/
@@ -10,6 +11,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ _ASKED_AT_ONCE = 4
 _MAX_TEXT = 1024  # characters of a name, an image, a label
 
 Answer = Future[Container]
+Tell = Callable[[Path, Container], Container]
 
 
 class Runtime:
@@ -38,10 +41,12 @@ class Runtime:
 
     Args:
         socket: of its API, such as /run/docker.sock.
+        tell: how it is asked; Docker's way if not given.
     """
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, tell: Tell | None = None) -> None:
         self._socket = socket
+        self._tell = tell or _ask_docker
         self._lock = threading.Lock()
         self._silent_until = 0.0
         self._known: OrderedDict[str, tuple[float, Answer]] = OrderedDict()
@@ -65,8 +70,7 @@ class Runtime:
 
     def _ask(self, container: Container) -> Container:
         try:
-            told = _get(self._socket, f"/v1.24/containers/{container.id}/json")
-            found = _described(container, told)
+            found = self._tell(self._socket, container)
         except Exception as error:
             if isinstance(error, OSError):  # it hangs or is away: others' crashes need not wait
                 self._silent_until = time.monotonic() + _SILENT_FOR
@@ -112,6 +116,14 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
+def _ask_docker(path: Path, container: Container) -> Container:
+    told = _get(path, f"/v1.24/containers/{container.id}/json")
+    config = told["Config"]
+    labels = dict(config.get("Labels") or {})
+    name = str(told["Name"]).removeprefix("/")
+    return described(container, told["Id"], name, config["Image"], labels)
+
+
 def _get(path: Path, place: str) -> Any:
     connection = _Connection(path)
     try:
@@ -126,17 +138,23 @@ def _get(path: Path, place: str) -> Any:
         connection.close()
 
 
-def _described(container: Container, told: Any) -> Container:
-    """Return the container with name, image and labels; these were written by its user."""
-    if told["Id"] != container.id:
+def described(
+    container: Container, told_id: str, name: str, image: str, labels: Mapping[str, Any]
+) -> Container:
+    """Return the container with name, image and labels; these were written by its user.
+
+    Raises:
+        ValueError: this is told of another.
+    """
+    if told_id != container.id:
         raise ValueError("it answers with another container")
-    config = told["Config"]
-    labels = sorted((config.get("Labels") or {}).items())[:MAX_LABELS]
     return container.model_copy(
         update={
-            "name": _text(told["Name"]).removeprefix("/"),
-            "image": _text(config["Image"]),
-            "labels": {_text(name): _label(name, value) for name, value in labels},
+            "name": _text(name),
+            "image": _text(image),
+            "labels": {
+                _text(key): _label(key, value) for key, value in sorted(labels.items())[:MAX_LABELS]
+            },
         }
     )
 

@@ -65,7 +65,7 @@ class RecorderSettings(Settings):
         description="who leaves no core, only its backtrace, separated by commas: "
         "executable=/usr/bin/vault*, argument=*/vault.py (any on the command line), user=postgres, "
         "container=ID or its beginning, label=NAME or label=NAME=VALUE (with "
-        "CRASHBUS_RECORDER_RUNTIME_SOCKET)",
+        "CRASHBUS_RECORDER_RUNTIME_SOCKET or _CRI_SOCKET)",
     )
     own_cores: bool = Field(
         False,
@@ -196,6 +196,12 @@ class RecorderSettings(Settings):
         description="socket of Docker's or Podman's API, such as /run/docker.sock: crashes in "
         "containers then tell the container's name, image and labels",
     )
+    cri_socket: Path | None = Field(
+        None,
+        description="the same of Kubernetes's runtime, such as /run/containerd/containerd.sock or "
+        "/run/crio/crio.sock: instead of the other, where containers are those of pods; the labels "
+        "tell pod and namespace",
+    )
     captures: int = Field(16, ge=1, le=256, description="how many cores are read at once")
     backtraces: int = Field(2, ge=1, le=64, description="how many backtraces are made at once")
     http: str = Field("127.0.0.1:9602", description="host:port to serve health and metrics")
@@ -280,6 +286,13 @@ class RecorderSettings(Settings):
     def _can_send(cls, given: str, info: ValidationInfo) -> str:
         if given == "bus" and info.data.get("core_source") == "stream":
             raise ValueError("bus reads memory from the process: not with CORE_SOURCE=stream")
+        return given
+
+    @field_validator("cri_socket")
+    @classmethod
+    def _is_the_only_one(cls, given: Path | None, info: ValidationInfo) -> Path | None:
+        if given is not None and info.data.get("runtime_socket") is not None:
+            raise ValueError("one runtime is asked: give this, or RUNTIME_SOCKET")
         return given
 
     @field_validator("core_source")

@@ -10,6 +10,7 @@ import pytest
 
 from crashbus import Bus, SignalEvent
 from crashbus.identity import boot_id
+from crashbus.parts import Container
 from services.common import process
 from tests.cli.support import make
 from tests.support.wait import until
@@ -78,3 +79,44 @@ def test_a_longer_path_than_a_message_holds_is_cut() -> None:
     group = process.cgroup_in(b"0::/" + b"\xff" * 100_000 + b"\n")
     assert group is not None
     assert len(group) == 32 * 1024
+
+
+ID, OTHER = "0a" * 32, "ff" * 32
+POD = "pod0c1b2a39_1111_2222_3333_444455556666"
+
+
+@pytest.mark.parametrize(
+    ("group", "runtime"),
+    [
+        (f"/system.slice/docker-{ID}.scope", "docker"),
+        (f"/docker/{ID}", "docker"),
+        (f"/kubepods.slice/kubepods-{POD}.slice/docker-{ID}.scope", "docker"),
+        (
+            "/kubepods.slice/kubepods-burstable.slice/"
+            f"kubepods-burstable-{POD}.slice/cri-containerd-{ID}.scope",
+            "containerd",
+        ),
+        (
+            f"/system.slice/containerd.service/kubepods-{POD}.slice:cri-containerd:{ID}",
+            "containerd",
+        ),
+        (f"/kubepods.slice/kubepods-besteffort-{POD}.slice/crio-{ID}.scope", "crio"),
+        (f"/kubepods/besteffort/{POD}/crio-{ID}", "crio"),
+        (f"/kubepods/burstable/{POD}/{ID}", "unknown"),  # cgroupfs: any of them does that
+        (f"/machine.slice/libpod-{ID}.scope/container", "podman"),
+        (f"/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-{ID}.scope", "podman"),
+        (
+            f"/docker/{OTHER}/kubelet.slice/kubelet-{POD}.slice/cri-containerd-{ID}.scope",
+            "containerd",
+        ),
+        (f"/machine.slice/libpod-{OTHER}.scope/docker/{ID}", "docker"),
+    ],
+)
+def test_runtime_is_known_by_its_cgroups(group: str, runtime: str) -> None:
+    assert process.container_of(group) == Container(id=ID, runtime=runtime)
+    assert process.cgroup_in(f"3:pids:/x\n0::{group}\n".encode()) == group  # the pod's UID with it
+
+
+@pytest.mark.parametrize("group", [None, "/", "/system.slice/docker.service", f"/docker/{ID[1:]}"])
+def test_cgroup_that_is_no_container_s(group: str | None) -> None:
+    assert process.container_of(group) is None

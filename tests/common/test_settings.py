@@ -109,6 +109,13 @@ def test_filter_that_cannot_be_gone_by_is_refused(
         RecorderSettings.load()
 
 
+def test_one_runtime_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRASHBUS_RECORDER_RUNTIME_SOCKET", "/run/docker.sock")
+    monkeypatch.setenv("CRASHBUS_RECORDER_CRI_SOCKET", "/run/crio/crio.sock")
+    with pytest.raises(SettingsError, match=r"CRASHBUS_RECORDER_CRI_SOCKET.*one runtime"):
+        RecorderSettings.load()
+
+
 def test_filter_is_hexadecimal_as_the_kernel_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert RecorderSettings.load().coredump_filter_mask is None
     monkeypatch.setenv("CRASHBUS_RECORDER_COREDUMP_FILTER", "31")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from services.recorder.settings import RecorderSettings
 from tests.support.units import values
 
 KUBERNETES = Path(__file__).parents[2] / "deploy" / "kubernetes"
@@ -46,10 +48,11 @@ def test_a_manifest_is_valid(name: str) -> None:
 def test_kustomizations_name_all_files_and_no_others() -> None:
     for path in KUBERNETES.rglob("kustomization.yaml"):
         found = yaml.safe_load(path.read_text())
-        named = {one for one in found["resources"] if not one.startswith("..")}
+        resources = found.get("resources", [])
+        named = {one for one in resources if not one.startswith("..")}
         there = {one.name for one in path.parent.glob("*.yaml")} - {"kustomization.yaml"}
         assert named == there
-        for resource in set(found["resources"]) - named:
+        for resource in set(resources) - named:
             assert (path.parent / resource / "kustomization.yaml").exists()
 
 
@@ -113,3 +116,25 @@ def test_the_scaler_scales_what_is_there_by_a_metric_that_is_there() -> None:
     operations = (KUBERNETES.parents[1] / "docs" / "operations.md").read_text()
     for metric in re.findall(r"crashbus_\w+", trigger["metadata"]["query"]):
         assert f"| `{metric}` | gauge |" in operations
+
+
+def test_patch_for_the_runtime_s_socket_fits_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As kustomize would merge it: containers and volumes by their names.
+    component = yaml.safe_load((KUBERNETES / "cri" / "kustomization.yaml").read_text())
+    (patch,) = (yaml.safe_load(one["patch"]) for one in component["patches"])
+    (agent,) = (
+        deepcopy(one) for one in MANIFESTS.values() if one["kind"] == patch["kind"] == "DaemonSet"
+    )
+    assert agent["metadata"]["name"] == patch["metadata"]["name"]
+    ours, theirs = (one["spec"]["template"]["spec"] for one in (agent, patch))
+    (added,), (volume,) = theirs["containers"], theirs["volumes"]
+    (recorder,) = (one for one in ours["containers"] if one["name"] == added["name"])
+    (setting,), (mount,) = added["env"], added["volumeMounts"]
+
+    assert mount["name"] == volume["name"] not in {one["name"] for one in ours["volumes"]}
+    monkeypatch.setenv(setting["name"], setting["value"])
+    assert RecorderSettings.load().cri_socket == Path(mount["mountPath"])
+    recorder["env"].append(setting)
+    recorder["volumeMounts"].append(mount)
+    ours["volumes"].append(volume)
+    kubernetes_validate.validate(agent, VERSION, strict=True)

@@ -136,7 +136,7 @@ class CorePolicy:
             return Decision(
                 Extent.NOTHING,
                 "its container's labels are not known, and they may forbid a core: see "
-                "CRASHBUS_RECORDER_RUNTIME_SOCKET",
+                "CRASHBUS_RECORDER_RUNTIME_SOCKET and _CRI_SOCKET",
             )
         if self._extent is not Extent.ALL:
             return Decision(self._extent, "CRASHBUS_RECORDER_CORE")
