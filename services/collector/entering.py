@@ -101,6 +101,9 @@ class Entering:
             note = f"the set of {found.epoch} is cut short: its writer is gone"
             if note not in crash.notes:
                 crash.notes.append(note)
+        for entry in found.entries.values():
+            if entry.others_write and entry.name in crash.sources:
+                crash.notes.append(f"{entry.name}: others than its owner may have written to it")
         await self._ledger.save(crash)
         metrics.CRASHES.labels("appscope" if found.record is None else "recorder").inc()
         log.info(
@@ -134,6 +137,10 @@ class Entering:
         if entry.uid != owner:
             text = f"{entry.name!r} belongs to UID {entry.uid}, not to {owner}"
             self.refuse(found.directory, Refused("foreign_owner", text))
+            return False
+        if entry.others_write and found.record is not None:
+            text = f"{entry.name!r} is not the recorder's: others may write to it"
+            self.refuse(found.directory, Refused("others_may_write", text))
             return False
         if len(crash.sources) >= MAX_FILES:
             text = f"more than {MAX_FILES} files of crash {crash.crash_id}"

@@ -94,7 +94,7 @@ def is_stale(found: FoundSet) -> bool:
 
 
 def _record(directory: int, entry: Entry | None) -> RecordState | None:
-    """Read a set's capture record; one that is not root's is no record."""
+    """Read a set's capture record; one that is not root's alone is no record."""
     if entry is None or entry.uid != 0:
         return None
     try:
@@ -102,6 +102,8 @@ def _record(directory: int, entry: Entry | None) -> RecordState | None:
     except (Refused, FileNotFoundError):
         return None
     try:
+        if spool.may_others_write(os.fstat(descriptor)):
+            return None
         being_written = capture.is_being_written(descriptor)
         return RecordState(capture.read(descriptor), being_written)
     except UnreadableRecord:

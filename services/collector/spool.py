@@ -43,6 +43,7 @@ class Entry:
 
     Attributes:
         identity: device and inode, by which open descriptors are recognised.
+        others_write: its group or everybody may write to it.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Entry:
     size: int
     uid: int
     identity: tuple[int, int]
+    others_write: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,16 @@ def is_root_s(name: str, directory: int) -> bool:
         status = os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
         return False
-    return _fault(status) is None and status.st_uid == 0
+    return _fault(status) is None and status.st_uid == 0 and not may_others_write(status)
+
+
+def may_others_write(status: os.stat_result) -> bool:
+    """Tell whether a file's group or everybody may write to it.
+
+    Neither we nor AppScope's library make such a file; but who has one of root's in a directory of
+    his own may move it here.
+    """
+    return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 def _check(name: str, status: os.stat_result) -> None:
@@ -209,7 +220,11 @@ def _names(directory: int) -> Iterator[str]:
 def _entry(name: str, kind: Kind, epoch: int, directory: int) -> Entry:
     status = os.stat(name, dir_fd=directory, follow_symlinks=False)
     _check(name, status)
-    return Entry(name, kind, epoch, status.st_size, status.st_uid, (status.st_dev, status.st_ino))
+    others_write = may_others_write(status)
+    if kind is Kind.CAPTURE and others_write:  # it is believed
+        raise Refused("others_may_write", f"{name!r} is refused: others may write to it")
+    identity = status.st_dev, status.st_ino
+    return Entry(name, kind, epoch, status.st_size, status.st_uid, identity, others_write)
 
 
 def open_by_process(pid: int) -> set[tuple[int, int]]:

@@ -11,7 +11,10 @@ import pytest
 
 from crashbus import Manifest, crash_id, identity
 from crashbus.errors import BusUnreachable
+from crashbus.layout import Kind
 from tests.collector.conftest import FILE, Setup, crash, reports
+from tests.collector.stand_in import write_set
+from tests.support.records import EPOCH
 from tests.support.wait import until
 
 pytestmark = pytest.mark.usefixtures("shipper")
@@ -59,6 +62,31 @@ async def test_file_of_another_user_in_a_crash_is_refused(setup: Setup) -> None:
     (manifest,) = await reports(setup)
     assert fake.name not in {file.name for file in manifest.files}
     await until(lambda: "belongs to UID 65534" in setup.collector.log)
+
+
+async def test_file_that_others_may_write_to_is_delivered_and_flagged(setup: Setup) -> None:
+    """It is all there is; but what it says may be another's."""
+    await setup.collector.start()
+    await setup.collector.healthy()
+    process = crash(setup)
+    directory = setup.spool / str(process.pid)
+    info = await until(lambda: next(iter(directory.glob("info_*")), None))
+    info.chmod(0o666)
+    process.wait()
+    (manifest,) = await reports(setup)
+    assert info.name in {file.name for file in manifest.files}
+    flag = f"{info.name}: others than its owner may have written to it"
+    assert [note for note in manifest.notes if "others" in note] == [flag]
+
+
+async def test_file_in_a_recorded_set_that_others_may_write_to_is_refused(setup: Setup) -> None:
+    files = {Kind.INFO: b"Process name: x", Kind.BACKTRACE: b"#0 0x1 f + 1"}
+    write_set(setup.spool, 4194303, files)
+    (setup.spool / "4194303" / f"info_{EPOCH}").chmod(0o606)
+    await setup.collector.start()
+    (manifest,) = await reports(setup)
+    assert [file.name for file in manifest.files] == [f"backtrace_{EPOCH}"]
+    await until(lambda: "others may write to it" in setup.collector.log)
 
 
 @pytest.mark.parametrize(

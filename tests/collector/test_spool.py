@@ -50,6 +50,21 @@ def test_record_of_another_than_root_is_none_whatever_the_directory_showed(
     assert found._record(directory, entries[Kind.CAPTURE]) is None
 
 
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_record_that_others_may_write_to_is_none(tmp_path: Path, directory: int, mode: int) -> None:
+    """Who has a file of root's in a directory of his own may move it here."""
+    record = tmp_path / "capture_100"
+    record.write_text("")
+    (entries,) = spool.list_directory(directory).sets.values()
+    record.chmod(mode)
+
+    assert not spool.is_root_s("capture_100", directory)
+    assert found._record(directory, entries[Kind.CAPTURE]) is None
+    listing = spool.list_directory(directory)
+    assert listing.sets == {}
+    assert [one.reason for one in listing.refused] == ["others_may_write"]
+
+
 def test_device_is_not_opened_to_see_what_it_is(tmp_path: Path, directory: int) -> None:
     device = tmp_path / "core_100"
     os.mknod(device, 0o600 | 0o020000, os.makedev(1, 3))
