@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from services.recorder.settings import RecorderSettings
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
 from tests.support.recorder import crash
+from tests.support.requirements import need_root
 from tests.support.wait import until
 
 
@@ -114,6 +116,83 @@ def test_loop_leaves_one_whole_core_in_some() -> None:
     assert whole(process(container="abc"))
     clock.now += core_policy.LOOP_SECONDS + 1
     assert [whole(process()) for _ in range(4)] == [True, True, True, False]
+
+
+def maps(inode: int, device: str = "00:31", path: str = "/bin/x") -> bytes:
+    return b"".join(
+        f"{start:x}000-{start + 1:x}000 r-xp 00000000 {place}\n".encode()
+        for start, place in ((1, "00:00 0"), (2, f"{device} {inode}      {path}"))
+    )
+
+
+def test_loop_of_new_containers_of_an_image_is_one_loop() -> None:
+    policy = CorePolicy(Extent.ALL, (), burst=3, one_in=4, clock=Clock())
+
+    def whole(number: int, found: bytes) -> bool:
+        one = process(container=f"{number:064x}")
+        return policy.decide(one, "root", found).extent is Extent.ALL
+
+    looping = [whole(number, maps(77, f"00:{number:x}")) for number in range(16, 23)]
+
+    assert looping == [True, True, True, False, False, False, True]
+    assert whole(100, maps(78))  # another image's
+    assert whole(101, b"")
+    assert whole(102, maps(77, path="/bin/other"))
+
+
+def test_crashes_in_one_container_spare_none_of_another_s() -> None:
+    policy = CorePolicy(Extent.ALL, (), burst=3, one_in=1000, clock=Clock())
+    hostile, other = process(container="a" * 64), process(container="b" * 64)
+
+    for _ in range(1000):
+        policy.decide(hostile, "root", maps(77))
+
+    assert policy.decide(hostile, "root", maps(77)).extent is Extent.STACKS
+    assert [policy.decide(other, "root", maps(77)).extent for _ in range(3)] == [Extent.ALL] * 3
+
+
+@pytest.mark.parametrize(
+    "pod", ["kubepods/burstable/pod{}/", "kubepods.slice/kubepods-pod{}.slice/cri-containerd-"]
+)
+def test_containers_of_a_pod_that_start_again_are_one_program(pod: str) -> None:
+    policy = CorePolicy(Extent.ALL, (), burst=3, one_in=1000, clock=Clock())
+    uid = "0123abcd-4567-89ab-cdef-0123456789ab"
+
+    def whole(number: int, pod_uid: str = uid) -> bool:
+        container = f"{number:064x}"
+        update = {"cgroup": f"/{pod.format(pod_uid)}{container}"}
+        one = process(container=container).model_copy(update=update)
+        return policy.decide(one, "root").extent is Extent.ALL
+
+    assert [whole(number) for number in range(5)] == [True] * 3 + [False] * 2
+    assert whole(6, uid.replace("0123", "3210"))
+
+
+def test_containers_of_an_image_show_one_inode(tmp_path: Path) -> None:
+    """The kernel's part of it: overlays over the same layer."""
+    need_root()
+    below = tmp_path / "below"
+    below.mkdir()
+    shutil.copy(crasher("waiting"), below / "program")
+    found = set()
+    for name in ("one", "other"):
+        places = [tmp_path / name / part for part in ("upper", "work", "merged")]
+        for place in places:
+            place.mkdir(parents=True)
+        options = f"lowerdir={below},upperdir={places[0]},workdir={places[1]}"
+        subprocess.run(["mount", "-t", "overlay", "none", "-o", options, places[2]], check=True)
+        program = places[2] / "program"
+        running = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            assert running.stdout is not None
+            running.stdout.read(1)
+            seen = Path(f"/proc/{running.pid}/maps").read_bytes()
+            found.add(core_policy._executable_file(process(str(program)), seen))
+        finally:
+            running.kill()
+            running.communicate()
+            subprocess.run(["umount", places[2]], check=True)
+    assert found == {str((below / "program").stat().st_ino)}
 
 
 def test_programs_are_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch) -> None:

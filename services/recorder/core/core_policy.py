@@ -5,6 +5,7 @@ users. And of a program that crashes again and again the hundredth core tells no
 fills disk and bus.
 """
 
+import re
 import threading
 import time
 from collections import OrderedDict, deque
@@ -14,12 +15,19 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Self
 
-from crashbus import own_cores
+from crashbus import names, own_cores
 from crashbus.parts import Process
+from services.common.proc import mappings
 
 LOOP_SECONDS = 60.0
+# kubepods-burstable-pod<UID>.slice, or kubepods/burstable/pod<UID>
+_POD = re.compile(r"[/-]pod([0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12})(?:\.slice)?/")
+_FIRST_MAPPINGS = 64 * 1024  # bytes of proc_pid_maps(5); the executable's come first
 _FIELDS = ("executable", "argument", "user", "container", "label")
 _MAX_PROGRAMS = 10_000  # remembered; the one that crashed longest ago is forgotten
+
+
+_Program = tuple[str, int, str]  # executable, UID, and where it is the same
 
 
 class Extent(Enum):
@@ -116,16 +124,20 @@ class CorePolicy:
         self._one_in = one_in
         self._clock = clock
         self._lock = threading.Lock()
-        self._crashes: OrderedDict[tuple[str, int, str], deque[float]] = OrderedDict()
-        self._in_loop: dict[tuple[str, int, str], int] = {}
+        self._crashes: OrderedDict[_Program, deque[float]] = OrderedDict()
+        self._in_loop: dict[_Program, int] = {}
 
     @property
     def asks_for_labels(self) -> bool:
         """Whether a container's labels must be known to decide."""
         return any(rule.field == "label" for rule in self._off)
 
-    def decide(self, process: Process, username: str) -> Decision:
-        """Say how much of this crash's memory is kept."""
+    def decide(self, process: Process, username: str, maps: bytes = b"") -> Decision:
+        """Say how much of this crash's memory is kept.
+
+        Args:
+            maps: its mappings, proc_pid_maps(5).
+        """
         for rule in self._off:
             if rule.fits(process, username):
                 return Decision(
@@ -140,7 +152,7 @@ class CorePolicy:
             )
         if self._extent is not Extent.ALL:
             return Decision(self._extent, "CRASHBUS_RECORDER_CORE")
-        if self._is_spared(process):
+        if self._is_spared(process, maps):
             return Decision(
                 Extent.STACKS,
                 f"more than {self._burst} crashes of this program within a minute, of which one in "
@@ -148,23 +160,57 @@ class CorePolicy:
             )
         return Decision(Extent.ALL)
 
-    def _is_spared(self, process: Process) -> bool:
-        """Count a crash; tell whether it is one too many of a loop."""
+    def _is_spared(self, process: Process, maps: bytes) -> bool:
+        """Count a crash; tell whether it is one too many of a loop.
+
+        A program is the same in one container, or pod: whoever crashes there on purpose spoils but
+        his own. Of several containers it is where the executable is the same file, of their image,
+        as in a loop that makes a new container for each crash. Of each the first crash alone counts
+        there, so that no one in a container can have the crashes of another's spared.
+        """
         if not self._burst:
             return False
-        container = process.container.id if process.container else ""
-        program = (process.executable or process.comm, process.uid, container)
-        now = self._clock()
+        executable, home = process.executable or process.comm, _home(process)
+        program = (executable, process.uid, home)
         with self._lock:
-            # Longer than the burst it need not be.
-            times = self._crashes.setdefault(program, deque(maxlen=self._burst + 1))
-            self._crashes.move_to_end(program)
-            times.append(now)
-            if len(self._crashes) > _MAX_PROGRAMS:
-                forgotten, _ = self._crashes.popitem(last=False)
-                self._in_loop.pop(forgotten, None)
-            if len(times) <= self._burst or now - times[0] > LOOP_SECONDS:
-                self._in_loop.pop(program, None)
-                return False
-            self._in_loop[program] = count = self._in_loop.get(program, 0) + 1
-            return count % self._one_in != 0
+            is_first = program not in self._crashes
+            is_spared = self._is_one_too_many(program)
+            file = _executable_file(process, maps) if home and is_first else None
+            if file is not None:
+                is_spared |= self._is_one_too_many((executable, process.uid, f"file {file}"))
+        return is_spared
+
+    def _is_one_too_many(self, program: _Program) -> bool:
+        now = self._clock()
+        # Longer than the burst it need not be.
+        times = self._crashes.setdefault(program, deque(maxlen=self._burst + 1))
+        self._crashes.move_to_end(program)
+        times.append(now)
+        if len(self._crashes) > _MAX_PROGRAMS:
+            forgotten, _ = self._crashes.popitem(last=False)
+            self._in_loop.pop(forgotten, None)
+        if len(times) <= self._burst or now - times[0] > LOOP_SECONDS:
+            self._in_loop.pop(program, None)
+            return False
+        self._in_loop[program] = count = self._in_loop.get(program, 0) + 1
+        return count % self._one_in != 0
+
+
+def _home(process: Process) -> str:
+    """Return what stays the same when a container is started again: its pod, or itself."""
+    if process.container is None:
+        return ""
+    pod = _POD.search(process.cgroup or "")
+    return pod[1] if pod else process.container.id
+
+
+def _executable_file(process: Process, maps: bytes) -> str | None:
+    """Return the inode of the executable, which containers of one image have in common.
+
+    An overlay shows that of the layer below; the device is the container's own,
+    Documentation/filesystems/overlayfs.rst.
+    """
+    for one in mappings(maps[:_FIRST_MAPPINGS]):
+        if one.inode != b"0" and names.text(one.path) == process.executable:
+            return one.inode.decode("ascii", "replace")
+    return None

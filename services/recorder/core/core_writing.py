@@ -41,7 +41,8 @@ def _write(
     assert recording.facts is not None
     if on.core_policy.asks_for_labels:
         add_container(recording)
-    decision = on.core_policy.decide(recording.record.process, recording.facts.username)
+    known = recording.facts
+    decision = on.core_policy.decide(recording.record.process, known.username, known.maps)
     pages = _pages(recording, head, on, taken)
     if on.coredump_filter is not None and decision.extent is not Extent.NOTHING:
         pages = _filtered(recording, pages, on.coredump_filter)

@@ -22,7 +22,7 @@ def adopt(orphan: Orphan, on: Conditions) -> Recording:
         recording.fault = orphan.fault
         understand(recording, orphan.head)
         recording.notes.extend(orphan.facts.notes)
-        decision = on.core_policy.decide(process, orphan.facts.username)
+        decision = on.core_policy.decide(process, orphan.facts.username, orphan.facts.maps)
         if not orphan.has_memory or decision.extent is Extent.NOTHING:
             recording.notes.append(decision.because or f"no core: {orphan.core_fault}")
         else:
