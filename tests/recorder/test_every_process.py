@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.recorder.test_capture import by_one_mechanism, capture, frames, gdb, recorder
-from tests.support import core_pattern
+from tests.support import core_pattern, go
 from tests.support.crashers import SOURCES, crasher
 from tests.support.recorder import RecorderService, crash
 from tests.support.requirements import lacking, need_program
@@ -151,25 +150,17 @@ async def test_thirty_two_bits(recorder: RecorderService, tmp_path: Path) -> Non
     assert "crash_here" in gdb(program, core, "bt")
 
 
-@pytest.fixture(scope="module")
-def go_cache() -> Iterator[dict[str, str]]:
-    """The environment of a Go compiler that compiles its library once for all tests here."""
-    with tempfile.TemporaryDirectory() as own:
-        yield {"GOCACHE": f"{own}/cache", "GOPATH": own, "GO111MODULE": "off"}
-
-
 @by_one_mechanism
+@pytest.mark.parametrize("compiler", go.COMPILERS)
 @pytest.mark.parametrize(
     "options", [(), ("-ldflags=-s -w",), ("-ldflags=-s -w", "-buildmode=pie")], ids=str
 )
 async def test_go_program(
-    recorder: RecorderService, tmp_path: Path, go_cache: dict[str, str], options: tuple[str, ...]
+    recorder: RecorderService, tmp_path: Path, compiler: str, options: tuple[str, ...]
 ) -> None:
     """With symbols and, as usual in containers, without any."""
-    need_program("go")
-    program, source = tmp_path / "program", SOURCES / "crash.go"
-    build = ["go", "build", "-buildvcs=false", *options, "-o", program, source]
-    subprocess.run(build, check=True, env=os.environ | go_cache)
+    source = SOURCES / "crash.go"
+    program = go.build(compiler, tmp_path / "program", source, *options)
 
     # Without this a Go program that panics exits instead, and nothing has crashed.
     pid, record = await capture(recorder, program, env=os.environ | {"GOTRACEBACK": "crash"})

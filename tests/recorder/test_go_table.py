@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from services.recorder.unwinding.backtrace import MAX_TEXT, ModuleFile
 from services.recorder.unwinding.go_names import GoNames, _sections
 from services.recorder.unwinding.go_table import _HEAD, BadTable, Function, GoTable
+from tests.support import go
 from tests.support.crashers import SOURCES
 from tests.support.requirements import need_program
 
@@ -28,13 +29,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def built(program: Path, *options: str) -> Path:
-    need_program("go")
-    place = program.parent
-    own = {"GOCACHE": str(place / "cache"), "GOPATH": str(place), "GO111MODULE": "off"}
-    source = SOURCES / "crash.go"
-    build = ["go", "build", "-buildvcs=false", *options, "-o", program, source]
-    subprocess.run(build, check=True, env=os.environ | own)
-    return program
+    return go.build("debian", program, SOURCES / "crash.go", *options)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +164,20 @@ def test_go_1_26_without_c_has_names_where_its_module_is_not_in_memory(
     as_go_1_26(program, tmp_path / "program", has_module=False)
 
     assert names_of(tmp_path / "program", symbols) == symbols
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("-buildmode=pie",), ("-ldflags=-linkmode=external",)], ids=str
+)
+def test_newest_go_s_functions_are_where_their_symbols_are(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    program = go.build(go.NEWEST, tmp_path / "program", SOURCES / "crash.go", *options)
+    symbols = functions_of(program)
+    with program.open("rb") as file:
+        assert b".go.module" in _sections(file.fileno())
+
+    assert names_of(program, symbols) == symbols
 
 
 def test_lines_are_those_of_debug_information(program: Path, made: GoTable) -> None:
