@@ -1,13 +1,15 @@
 """A bus of three servers, of which those that lead are killed while crashes are delivered."""
 
 import os
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import zstandard
 
 from crashbus import Bus, DeadLetter, Manifest, connect, streams
+from crashbus.chunks import chunk_size
 from crashbus.layout import MANIFEST_NAME, Kind
 from tests.collector.stand_in import write_set
 from tests.support.nats import NatsCluster
@@ -15,7 +17,8 @@ from tests.support.requirements import need_program, need_root
 from tests.support.service import ServiceProcess
 from tests.support.wait import until
 
-CORE_SIZE = 3 * 1024 * 1024
+CORE_SIZE = 12 * 1024 * 1024
+CORE_CHUNKS = -(-CORE_SIZE // chunk_size(1024 * 1024))  # of noise
 LONG = 150  # seconds; a leader is chosen by servers that share two busy cores with us
 
 
@@ -100,10 +103,36 @@ class Crashes:
             assert reader.read() == core
 
 
+async def stop_in_the_middle(
+    service: ServiceProcess, in_hand: Callable[[], Awaitable[bool]], crashes: Crashes
+) -> None:
+    """Let crashes come until a service was stopped while it had something of them in its hands.
+
+    What it has is looked at once more while it is stopped, so it is so when a server is killed.
+    """
+
+    async def hit() -> bool:
+        if crashes.are_delivered():  # the first, or it was too fast
+            crashes.come(1)
+        if not await in_hand():
+            return False
+        service.kill(signal.SIGSTOP)
+        if await in_hand():
+            return True
+        service.kill(signal.SIGCONT)
+        return False
+
+    await until(hit, within=LONG, every=0.01)
+
+
 async def test_loss_of_one_leader_after_another_loses_nothing(
     cluster: tuple[NatsCluster, Bus], tmp_path: Path
 ) -> None:
-    """The first is back, and has caught up, before the second goes."""
+    """The first is back, and has caught up, before the second goes.
+
+    One leads the chunks, in the middle of a core that the collector sends; the other the work
+    items, while a shipper is at one.
+    """
     need_root()
     servers, bus = cluster
     spool, there = tmp_path / "appscope", tmp_path / "delivered"
@@ -127,17 +156,29 @@ async def test_loss_of_one_leader_after_another_loses_nothing(
     async def whole() -> bool:
         return await all_follow(bus) and await consumers_follow(bus)
 
+    async def half_a_core_is_sent() -> bool:
+        info = await bus._js.stream_info(streams.CHUNKS, subjects_filter="crash.chunk.>")
+        held = (info.state.subjects or {}).values()
+        return any(0 < chunks < CORE_CHUNKS for chunks in held)
+
+    async def an_item_is_in_hand() -> bool:
+        return any(one.num_ack_pending for one in await bus._js.consumers_info(streams.FILES))
+
     try:
         for service in services:
             await service.start()
         for service in services:
             await service.healthy()
-        for _ in range(2):
+        for stream, service, in_hand in (
+            (streams.CHUNKS, services[0], half_a_core_is_sent),
+            (streams.FILES, services[1], an_item_is_in_hand),
+        ):
             await until(whole, within=LONG, every=0.2)
-            crashes.come(2)
-            leader = await leader_of(bus, streams.CHUNKS)
+            leader = await leader_of(bus, stream)
+            await stop_in_the_middle(service, in_hand, crashes)
             servers.servers[leader].kill()
-            crashes.come(2)
+            service.kill(signal.SIGCONT)
+            crashes.come(1)
             await until(crashes.are_delivered, within=LONG, every=0.2)
             servers.servers[leader].start()
     finally:
