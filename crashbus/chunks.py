@@ -27,6 +27,7 @@ _KIB = 1024
 _HEADER_ROOM = 4 * _KIB  # NATS counts headers into max_payload
 _GRAIN = 64 * _KIB
 _RUN_OF_ONE_BYTE = 1  # a type of block, RFC 8878, 3.1.1.2
+ZERO_RUN = 4  # ranges of zeros that travel together
 MAX_CHUNK_SIZE = 8 * _KIB * _KIB  # NATS advises against larger messages, whatever it allows
 
 
@@ -101,6 +102,21 @@ class Packed:
     sha256: str
 
 
+@dataclass(frozen=True)
+class ZeroRun:
+    """Ranges of nothing but zeros, of which one message can tell more than of others.
+
+    Attributes:
+        one: the chunk of one.
+        most: how many ranges make a run.
+        whole: the chunk of a run.
+    """
+
+    one: Packed
+    most: int
+    whole: Packed
+
+
 class Packer:
     """Makes chunks of ranges, in any order and in any number of threads.
 
@@ -114,6 +130,7 @@ class Packer:
 
     Attributes:
         range_size: bytes of a whole range.
+        zero_run: what several ranges of nothing but zeros become; None: no more than one.
     """
 
     def __init__(self, size: int, encoding: Encoding, level: int = 1) -> None:
@@ -125,7 +142,8 @@ class Packer:
         self._own = threading.local()  # a compressor serves one thread at a time
         self._zeros = bytes(self.range_size)
         # Made only once, for a core may have terabytes of them.
-        self._packed_zeros: list[Packed] | None = None
+        self._packed_zeros = self._pack(self._zeros) if encoding == "zstd" else None
+        self.zero_run = self._zero_run()
 
     @property
     def zeros(self) -> bytes:
@@ -138,9 +156,7 @@ class Packer:
         Args:
             data: `range_size` bytes, or fewer at the end of a file.
         """
-        if data == self._zeros:
-            if self._packed_zeros is None:
-                self._packed_zeros = self._pack(data)
+        if self._packed_zeros is not None and data == self._zeros:
             return self._packed_zeros
         return self._pack(data)
 
@@ -152,6 +168,16 @@ class Packer:
             return [_packed(data, body)]
         halves = memoryview(data)[: self._size], memoryview(data)[self._size :]
         return [_packed(half, self._compressor.compress(half)) for half in halves]
+
+    def _zero_run(self) -> ZeroRun | None:
+        most = min(ZERO_RUN, MAX_CHUNK_SIZE // self.range_size)
+        if self._packed_zeros is None or len(self._packed_zeros) > 1 or most < 2:
+            return None
+        zeros = bytes(most * self.range_size)
+        whole = _packed(zeros, self._compressor.compress(zeros))
+        return (
+            ZeroRun(self._packed_zeros[0], most, whole) if len(whole.body) <= self._size else None
+        )
 
     @property
     def _compressor(self) -> zstandard.ZstdCompressor:
@@ -183,6 +209,7 @@ class Encoder:
         self.encoding = encoding
         self.packer = Packer(size, encoding, level)
         self._hash = hashlib.sha256()
+        self._zero_ranges = 0  # that may become a run
         self.size = 0
         self.stored_size = 0
         self.count = 0
@@ -197,6 +224,7 @@ class Encoder:
         while data := source.read(self.range_size):
             self.cut(data)
             yield from self.number(self.packer.pack(data))
+        yield from self.finish()
 
     def cut(self, data: bytes | bytearray) -> None:
         """Take the next range of the file, `range_size` bytes but for the last; `packer` makes its
@@ -206,12 +234,30 @@ class Encoder:
         self.size += len(data)
 
     def number(self, packed: Iterable[Packed]) -> Iterator[Chunk]:
-        """Yield the next chunks of the file."""
+        """Yield the next chunks of the file; those of zeros wait until they are a run, or end."""
+        run = self.packer.zero_run
         for one in packed:
-            chunk = Chunk(self.count, one.size, one.body, one.sha256)
-            self.count += 1
-            self.stored_size += len(one.body)
-            yield chunk
+            if run is None or one is not run.one:
+                yield from self.finish()
+                yield self._next(one)
+                continue
+            self._zero_ranges += 1
+            if self._zero_ranges == run.most:
+                self._zero_ranges = 0
+                yield self._next(run.whole)
+
+    def finish(self) -> Iterator[Chunk]:
+        """Yield what still waits, at the end of the file."""
+        run = self.packer.zero_run
+        while self._zero_ranges and run is not None:
+            self._zero_ranges -= 1
+            yield self._next(run.one)
+
+    def _next(self, one: Packed) -> Chunk:
+        chunk = Chunk(self.count, one.size, one.body, one.sha256)
+        self.count += 1
+        self.stored_size += len(one.body)
+        return chunk
 
     @property
     def sha256(self) -> str:

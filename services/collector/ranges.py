@@ -67,6 +67,8 @@ class Packing:
         while packing:
             for chunk in encoder.number(await packing.popleft()):
                 yield chunk
+        for chunk in encoder.finish():
+            yield chunk
 
     def _pack(self, data: Range) -> list[Packed]:
         packed = self.encoder.packer.pack(data)

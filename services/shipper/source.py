@@ -96,6 +96,27 @@ class Source:
             )
 
 
+class _Buffer:
+    """Where a chunk is unpacked to."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray()
+        self._chunk: Chunk | None = None
+        self._data: Unpacked = b""
+
+    def unpack(self, verifier: Verifier, chunk: Chunk) -> Unpacked:
+        """Return what is in a chunk; the same one as before, as those of zeros are, is there."""
+        before = self._chunk
+        if before and (before.sha256, before.size) == (chunk.sha256, chunk.size):
+            return self._data
+        self._chunk = None
+        if verifier.is_compressed and len(self._memory) < chunk.size:
+            self._memory = bytearray(chunk.size)
+        self._data = verifier.unpack(chunk, self._memory)
+        self._chunk = chunk if verifier.is_compressed else None
+        return self._data
+
+
 async def _one_ahead(chunks: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk, None]:
     """Yield chunks; the next one is on its way while the one before is checked and delivered."""
     coming = asyncio.ensure_future(anext(chunks, None))
@@ -117,15 +138,13 @@ async def _unpacked(
 
     Two buffers take turns, so what was yielded is overwritten when the next one was asked for.
     """
-    buffers = deque((bytearray(), bytearray()))
+    buffers = deque((_Buffer(), _Buffer()))
     under_way: deque[tuple[Chunk, asyncio.Future[Unpacked]]] = deque()
     try:
         async with aclosing(_one_ahead(chunks)) as coming:
             async for chunk in coming:
                 buffers.rotate()
-                if verifier.is_compressed and len(buffers[0]) < chunk.size:
-                    buffers[0] = bytearray(chunk.size)
-                unpacking = asyncio.to_thread(verifier.unpack, chunk, buffers[0])
+                unpacking = asyncio.to_thread(buffers[0].unpack, verifier, chunk)
                 under_way.append((chunk, asyncio.ensure_future(unpacking)))
                 if len(under_way) == len(buffers):
                     first, data = under_way.popleft()
