@@ -292,3 +292,34 @@ def test_crash_that_was_asked_for_again_is_being_delivered_until_it_fails_again(
     crash.failures.append(letter.model_copy(update={"time": letter.time + 1}))
     assert crash.state(EPOCH + 1e4) is State.FAILED
     assert [type(one) for one in replays(crash, Wanted())] == [Replay]
+
+
+def test_what_the_collector_gave_up_is_asked_for_at_each_destination() -> None:
+    """Its dead letters have no work item: it could not read the file."""
+    made = make(destinations=("file:///a", "file:///b"))
+    name = made.file(Kind.CORE).name
+    work = {"work": None, "destinations": ("file:///a", "file:///b"), "files": (name,)}
+    crash = Crash(made.id, made.manifest, failures=[made.failure().model_copy(update=work)])
+
+    asked = replays(crash, Wanted())
+    assert [(one.destination, one.files) for one in asked] == [
+        ("file:///a", (name,)),
+        ("file:///b", (name,)),
+    ]
+    assert [one.destination for one in replays(crash, Wanted(destination="file:///b"))] == [
+        "file:///b"
+    ]
+
+    crash.replays.append(asked[0])
+    assert crash.state(EPOCH + 1e4) is State.FAILED
+    assert [one.destination for one in replays(crash, Wanted())] == ["file:///b"]
+    crash.replays.append(asked[1])
+    assert crash.state(EPOCH + 1e4) is State.DELIVERING
+
+
+def test_loss_that_nothing_can_bring_back_is_not_asked_for() -> None:
+    made = make(destinations=("file:///a",))
+    lost = made.failure().model_copy(update={"work": None, "reason": "source_vanished"})
+    crash = Crash(made.id, made.manifest, failures=[lost])
+    assert replays(crash, Wanted()) == []
+    assert crash.state(EPOCH + 1e4) is State.FAILED
