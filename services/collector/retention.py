@@ -18,6 +18,7 @@ from services.collector import metrics, room, spool
 from services.collector.core_streams import CoreStreams
 from services.collector.delivery import Deliverer
 from services.collector.ledger import Crash, Ledger, Source
+from services.collector.plan import waiting
 from services.collector.room import Candidate, Loss
 from services.collector.settings import CollectorSettings
 
@@ -127,7 +128,7 @@ class Retention:
                     on_bus = await self._deliverer.offering.is_on_bus(crash, source)
                     if on_bus:
                         self._damaged.discard((crash.crash_id, source.name))
-                    elif (crash.crash_id, source.name) in self._damaged:
+                    elif (crash.crash_id, source.name) in self._damaged and waiting(crash, source):
                         continue  # it is published anew just now
                     loss = Loss.COPY if on_bus else Loss.LARGE
                 found.append(_candidate(crash, crash.crashed_at, source.name, size, loss))
