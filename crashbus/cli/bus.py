@@ -54,10 +54,12 @@ async def connected() -> AsyncIterator[Bus]:
     except NoStreams:
         raise NO_STREAMS from None
     except BusUnreachable as error:
-        # The client tries on whatever the server says, so its last word is not in the error.
-        if any("uthorization" in refusal for refusal in refusals):
+        # The client tries on whatever the server says, so its word is not in the error; a reset may
+        # follow it.
+        said = next((refusal for refusal in refusals if "uthorization" in refusal), None)
+        if said is not None:
             raise Trouble(
-                f"{without_secrets(settings.nats_url)} refuses us: {refusals[-1]}", MEND_KEYS
+                f"{without_secrets(settings.nats_url)} refuses us: {said}", MEND_KEYS
             ) from error
         raise Trouble(str(error), "start the server, or name another with --nats-url") from error
 
