@@ -61,9 +61,9 @@ class Contained:
         self.process.communicate()
 
 
-def start(root: Path) -> Contained:
+def start(root: Path, *wrapper: str) -> Contained:
     root.mkdir()
-    command = [sys.executable, "-c", _WAITS, root]
+    command = [*wrapper, sys.executable, "-c", _WAITS, root]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
@@ -476,6 +476,25 @@ async def test_thread_that_a_file_system_holds_is_given_up(
         place = tmp_path / "spool" / str(other.process.pid)
         await until((place / f"core_{EPOCH}").exists)
         await asyncio.wait_for(containers.stop(), 10)
+
+
+@pytest.mark.parametrize("user", [[], ["--user", "--map-root-user"]])
+async def test_root_that_no_mountinfo_shows_is_believed_of_the_hosts_users_alone(
+    tmp_path: Path, bus: Bus, user: list[str]
+) -> None:
+    """A directory of a mount in a namespace of its own: others may have FUSE there."""
+    need_root()
+    (tmp_path / "spool").mkdir()
+    made = start(tmp_path / "root", "unshare", *user, "--mount")
+    containers = await watching_all(tmp_path / "spool", bus)
+    try:
+        await containers.watch(made.event)
+
+        assert bool(containers._watches) is not bool(user)
+        assert len(await letters_of(bus, made.event)) == bool(user)
+    finally:
+        await asyncio.to_thread(made.end)
+        await containers.stop()
 
 
 _PRIVATE_TMP = "mount -t tmpfs private /tmp && mkdir -p /tmp/appscope/$$ && echo && exec cat"

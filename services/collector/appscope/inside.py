@@ -6,7 +6,7 @@ not answer, fuse(4): any user can have one, in namespaces of his own.
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from crashbus import identity, names
@@ -21,6 +21,7 @@ _PLACE = b"/tmp/appscope"
 _SERVED = frozenset(  # by a process, or by another host
     (b"fuse", b"fuseblk", b"nfs", b"nfs4", b"cifs", b"smb3", b"9p", b"ceph", b"afs", b"orangefs")
 )
+_Mount = tuple[bytes, bytes, bytes]  # ID, place, type
 _MAX_MOUNTS = 16 * 1024 * 1024  # bytes; fs.mount-max allows 100,000
 
 
@@ -61,6 +62,17 @@ def has_own_place(event: SignalEvent, root: Path) -> bool:
     return (own.st_dev, own.st_ino) != (ours.st_dev, ours.st_ino)
 
 
+def has_set(event: SignalEvent) -> bool:
+    """Tell whether the library has begun to write a set since an event.
+
+    Raises:
+        Unsafe: that cannot be told.
+    """
+    with suppress(OSError), directory_inside(event.process.pid, event.process.ns_pid) as directory:
+        return any(epoch >= int(event.time) - 1 for epoch in spool.list_directory(directory).sets)
+    return False
+
+
 @contextmanager
 def directory_inside(pid: int, ns_pid: int) -> Iterator[int]:
     """Open ``/tmp/appscope/<pid>`` below a process's root.
@@ -94,17 +106,33 @@ def _check(pid: int, root: int) -> None:
     Whoever mounts one between this and what is done next wins nothing but a thread, see `threads`.
     """
     mounts = _mounts(pid)
-    own = _mount_of(root)
-    root_type = next((kind for number, _, kind in mounts if number == own), None)
-    if root_type is None:  # its root is a directory of a mount: chroot(2)
-        root_type = next((kind for number, _, kind in _mounts(os.getpid()) if number == own), None)
     below = (kind for _, place, kind in mounts if _leads_there(place))
-    for kind in (root_type or b"fuse", *below):
+    for kind in (_root_type(pid, _mount_of(root), mounts), *below):
         if kind.partition(b".")[0] in _SERVED:
             raise Unsafe(
                 f"its /tmp/appscope is on a file system whose server may not answer "
                 f"({names.text(kind)})"
             )
+
+
+def _root_type(pid: int, mount: bytes, mounts: list[_Mount]) -> bytes:
+    """Return the type of the mount that a process's root is on.
+
+    Where the root is a directory of that mount, chroot(2), its own mountinfo leaves it out. Then
+    it may be one of the host's; if not, it is believed in our own user namespace alone, where to
+    mount takes a privilege of the host's.
+    """
+    for number, _, kind in (*mounts, *_mounts(1)):
+        if number == mount:
+            return kind
+    return b"unknown" if _user_namespace(pid) == _user_namespace(os.getpid()) else b"fuse"
+
+
+def _user_namespace(pid: int) -> str:
+    try:
+        return str(Path(f"/proc/{pid}/ns/user").readlink())
+    except OSError:
+        return ""
 
 
 def _leads_there(place: bytes) -> bool:
@@ -119,7 +147,7 @@ def _mount_of(descriptor: int) -> bytes:
     return b""
 
 
-def _mounts(pid: int) -> list[tuple[bytes, bytes, bytes]]:
+def _mounts(pid: int) -> list[_Mount]:
     """Return ID, place and type of each mount that a process sees; proc_pid_mountinfo(5)."""
     mounts = []
     for line in proc.lines(proc.read_file(f"/proc/{pid}/mountinfo", _MAX_MOUNTS)):
