@@ -35,6 +35,8 @@ LOOK_AGAIN = 0.02  # seconds; a record is made within milliseconds
 LATER = 10.0  # seconds until it comes again
 EPOCH_BEFORE = 5.0  # seconds; AppScope's set is made two seconds before the abort() it ends in
 SAME_CRASH = 60.0  # seconds between the signal and what was kept of it; a PID comes again later
+LOOK_IDLY = 0.5  # seconds
+STUCK_AFTER = 10.0  # seconds from a signal on; AppScope's first files are there in milliseconds
 GIVE_UP = 3600.0  # seconds after which a process that still lives did not die of it
 
 
@@ -114,6 +116,8 @@ class Deaths:
             return True
         if event.handler is not None and event.handler.appscope:
             await self._containers.watch(event)
+            if not event.fatal:
+                return await self._is_set_begun(event)
         if not event.fatal:
             return True
         if event.disposition == "oom_kill" and event.event_id not in self._oom_kills:
@@ -138,6 +142,24 @@ class Deaths:
         subject = f"crash.report.{token(self._host)}.{event.crash_id}"
         if not await self._bus.holds(Manifest, subject):
             await self._tell(event)
+        return True
+
+    async def _is_set_begun(self, event: SignalEvent) -> bool:
+        """Wait for AppScope's library to write; tell if it never does; False: not yet.
+
+        Where it cannot write, it tries for ever: the process neither dies nor does its work.
+        """
+        process = event.process
+        end = time.monotonic() + min(PATIENCE, max(0.0, event.time + STUCK_AFTER - time.time()))
+        while processes.is_alive(process.pid, process.start_ticks):
+            if await self._containers.has_written(event):
+                return True
+            if time.monotonic() >= end:
+                if time.time() < event.time + STUCK_AFTER:
+                    return False
+                await self._bus.publish(_stuck(event))
+                return True
+            await asyncio.sleep(LOOK_IDLY)
         return True
 
     async def _is_recorded(self, pid: int) -> bool:
@@ -193,6 +215,21 @@ class Deaths:
             )
             await self._bus.publish(letter)
         await self._bus.publish(crash.to_manifest())
+
+
+def _stuck(event: SignalEvent) -> DeadLetter:
+    process = event.process
+    return DeadLetter(
+        host=event.host,
+        crash_id=event.crash_id,
+        service="collector",
+        reason="appscope_stuck",
+        error=f"{process.comm}[{process.pid}] took {event.signal_name} and hangs: AppScope's "
+        "library handles it and has written nothing, as where it cannot write to /tmp/appscope",
+        mend=f"'crashbus snapshot --core {process.pid}' keeps what it is now; then end it, "
+        f"kill -KILL {process.pid}, and give its user a /tmp/appscope to write to (a tmpfs, where "
+        "its root is read-only)",
+    )
 
 
 def _is_named_right(event: SignalEvent) -> bool:

@@ -12,7 +12,11 @@ from crashbus import DeadLetter, SignalEvent, layout, streams
 from services.common.unrecorded import Unrecorded
 from tests.collector.conftest import Setup, reports
 from tests.collector.stand_in import signal_event
+from tests.detector.watching import Watch
+from tests.support.crashers import crasher
 from tests.support.notes import packed
+from tests.support.requirements import need_btf
+from tests.support.victim import Victim
 from tests.support.wait import until
 
 pytestmark = pytest.mark.usefixtures("shipper")
@@ -24,6 +28,12 @@ async def deaths_in_hand(setup: Setup, count: int) -> bool:
         info = await setup.bus._js.consumer_info(streams.SIGNALS, "collector-signals-test-host")
         return info.num_ack_pending == count
     return False
+
+
+async def is_all_heard(setup: Setup) -> bool:
+    """Tell whether every signal event was taken, and is settled."""
+    info = await setup.bus._js.consumer_info(streams.SIGNALS, "collector-signals-test-host")
+    return info.num_pending == 0 and info.num_ack_pending == 0 and info.delivered.stream_seq > 0
 
 
 async def die(setup: Setup, told: dict["subprocess.Popen[bytes]", SignalEvent]) -> None:
@@ -111,6 +121,40 @@ async def test_crash_that_the_pipe_helper_keeps_is_not_told_as_missing(setup: Se
     await die(setup, told)
 
     assert [one.crash_id for one in await setup.bus.stored(DeadLetter)] == [told[lost].crash_id]
+
+
+@pytest.mark.parametrize("writes", [False, True])
+async def test_process_that_hangs_in_appscopes_handler_is_told(
+    setup: Setup, tmp_path: Path, writes: bool
+) -> None:
+    """As where its library cannot write; it was told of a while ago."""
+    need_btf()
+    await setup.collector.start()
+    await setup.collector.healthy()
+    await until(lambda: deaths_in_hand(setup, 0))
+    watch, program = Watch(tmp_path / "watch"), crasher("handled_by_libscope")
+    own = f"mkdir -p /tmp/appscope && mount -t tmpfs none /tmp/appscope && exec {program} on"
+    victim = Victim("/usr/bin/unshare", "--mount", "sh", "-c", own, cwd=tmp_path).go()
+    place = Path(f"/proc/{victim.pid}/root/tmp/appscope/{victim.pid}")
+    try:
+        event = await watch.event(victim.pid)
+        assert event.handler is not None and event.handler.appscope
+        event = event.model_copy(update={"time": event.time - 11})
+        if writes:
+            place.mkdir()
+            (place / f"info_{int(event.time)}").write_text("Process name: x")
+
+        await setup.bus.publish(event)
+
+        if not writes:
+            (letter,) = await until(lambda: setup.bus.stored(DeadLetter), 30)
+            assert (letter.reason, letter.crash_id) == ("appscope_stuck", event.crash_id)
+            assert f"crashbus snapshot --core {victim.pid}" in letter.mend
+        await until(lambda: is_all_heard(setup), 30)
+        assert len(await setup.bus.stored(DeadLetter)) == (not writes)
+    finally:
+        victim.end()
+        watch.close()
 
 
 @pytest.mark.parametrize("odd", ["forged_crash_id", "long_lived"])

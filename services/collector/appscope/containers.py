@@ -66,6 +66,13 @@ class Containers:
         if event.crash_id in self._watches:
             await asyncio.shield(self._watches[event.crash_id].noted)
 
+    async def has_written(self, event: SignalEvent) -> bool:
+        """Tell whether the process of this event has begun to write a set, or none can tell."""
+        try:
+            return await to_its_end(self._threads, partial(inside.has_set, event), Steps())
+        except (Unsafe, StandsStill):
+            return True
+
     async def stop(self) -> None:
         """Watch no longer, once what is being copied is there; `resume` goes on."""
         tasks = list(self._tasks.values())
