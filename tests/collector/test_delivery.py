@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from crashbus import Bus, WorkItem, connect
-from crashbus.chunks import Verifier
+from crashbus.chunks import Chunk, Verifier
 from crashbus.layout import Kind, crash_file_name
 from crashbus.message_base import Message
 from services.collector.ledger import Crash, Source
 from services.collector.publish import Publisher
+from services.collector.sending import Sending
 from tests.collector.conftest import FILE, Delivering, reported_crash
 from tests.support.nats import NatsServer, stored
 from tests.support.records import EPOCH
@@ -54,6 +55,28 @@ async def test_chunks_are_as_large_as_the_server_takes_them(tmp_path: Path) -> N
             assert b"".join([verifier.accept(one) async for one in chunks]) == content
     finally:
         server.stop()
+
+
+async def test_file_that_grows_while_it_is_read_is_what_it_was_when_it_was_judged(
+    bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever owns it could have it read without end."""
+    (tmp_path / "7").mkdir()
+    content, core, send = os.urandom(5_000_000), tmp_path / "7" / "core_1", Sending.send
+    core.write_bytes(content)
+
+    async def growing(sending: Sending, chunk: Chunk) -> None:
+        with core.open("ab") as file:
+            file.write(bytes(1_000_000))
+        await send(sending, chunk)
+
+    monkeypatch.setattr(Sending, "send", growing)
+    publisher = Publisher(bus, tmp_path, 1, 1 << 40)
+    file = await publisher.publish("0" * 16, Source(directory="7", name="core_1", kind=Kind.CORE))
+
+    assert core.stat().st_size > len(content)
+    assert (file.size, file.truncated) == (len(content), False)
+    assert file.sha256 == hashlib.sha256(content).hexdigest()
 
 
 async def test_holes_of_a_core_cost_next_to_nothing(bus: Bus, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -35,18 +36,25 @@ async def test_hostile_entries_are_refused_counted_and_left_alone(
     os.mknod(directory / "snapshot_100", 0o600 | 0o020000, os.makedev(1, 3))
     Path(os.fsdecode(bytes(directory) + b"/core_\xff\xfe")).write_text("not UTF-8")
     (directory / "..core_1").write_text("odd")
+    (directory / "core_100\n").write_text("a line of its own")
+    (setup.spool / "4194303\n").mkdir()
+    (setup.spool / "4194303\n" / "core_100").write_text("odd")
+    with socket.socket(socket.AF_UNIX) as listening:
+        os.chdir(directory)  # its address is short
+        listening.bind("core_101")
+        os.chdir(tmp_path)
     (setup.spool / "4194302").symlink_to("/etc")
     (setup.spool / "not-a-pid").mkdir()
     await setup.collector.start()
     await setup.collector.healthy()
-    await until(lambda: setup.collector.metric("crashbus_collector_refused_total") >= 6)
+    await until(lambda: setup.collector.metric("crashbus_collector_refused_total") >= 7)
     # It still works, and took none of them.
     process = crash(setup)
     process.wait()
     (manifest,) = await reports(setup)
     assert manifest.process.comm == "appscope_like"
     assert secret.read_text() == "root's own"
-    assert len(list(directory.iterdir())) == 7
+    assert len(list(directory.iterdir())) == 9
 
 
 async def test_file_of_another_user_in_a_crash_is_refused(setup: Setup) -> None:
@@ -150,8 +158,8 @@ async def test_many_foreign_names_hide_no_crash_file(setup: Setup) -> None:
     process = crash(setup)
     directory = setup.spool / str(process.pid)
     await until(directory.exists)
-    for number in range(20_000):  # more than inotify(7) queues
-        (directory / f"x{number}").touch()
+    for number in range(100_000):  # more than inotify(7) queues
+        os.mknod(directory / f"x{number}")
     process.wait()
     (manifest,) = await reports(setup)
     assert len(manifest.files) == 4
@@ -185,6 +193,20 @@ async def test_small_file_that_is_huge_is_cut(setup: Setup) -> None:
     (manifest,) = await reports(setup)
     (info,) = manifest.files
     assert info.truncated and info.size == 16 * 1024 * 1024
+
+
+async def test_core_of_a_tebibyte_that_is_a_hole_is_cut_and_takes_no_room(setup: Setup) -> None:
+    setup.collector._environment["CRASHBUS_COLLECTOR_MAX_FILE_BYTES"] = str(1 << 30)
+    await setup.collector.start()
+    directory = setup.spool / "4194303"
+    directory.mkdir()
+    with (directory / "core_100").open("wb") as file:
+        file.write(b"begin")
+        file.truncate(1 << 40)
+    (manifest,) = await reports(setup)
+    (core,) = manifest.files
+    assert (core.size, core.truncated, core.expected_size) == (1 << 30, True, 1 << 40)
+    assert core.stored_size < 1 << 20
 
 
 async def test_file_over_the_limit_is_cut_and_flagged(setup: Setup) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.common import resources
+from services.common.proc import Remembered
 from services.common.resources import Resources
 from tests.support.cgroup import cgroup_path, limit, memory_cgroup
 
@@ -47,6 +48,16 @@ def test_open_files_and_sockets_of_this_process(tmp_path: Path) -> None:
         assert by_descriptor[netlink.fileno()]["Family"] == "AF_NETLINK"
         client.sendall(b"they work as before")
     assert shown["Status"]["Pid"] == str(os.getpid())
+
+
+@pytest.mark.parametrize(("resident", "is_read"), [(256 * 1024, True), (256 * 1024 + 1, False)])
+def test_memory_of_a_large_process_is_not_added_up(resident: int, is_read: bool) -> None:
+    """The kernel would walk all of it while the process is held."""
+    found = Remembered()
+    found.learn("7/status", f"Name:\tx\nVmRSS:\t{resident:8} kB\n".encode())
+    found.learn("7/smaps_rollup", b"Rss: 1 kB\n")
+
+    assert bool(resources.read(7, None, found).rollup) is is_read
 
 
 def test_numbers_of_a_cgroup() -> None:

@@ -409,13 +409,17 @@ async def test_name_with_a_line_break_stays_on_its_line(
 
 
 @by_one_mechanism
-async def test_environment_and_arguments_of_a_mebibyte_do_not_hurt(
+async def test_environment_and_arguments_of_two_mebibytes_each_do_not_hurt(
     recorder: RecorderService,
 ) -> None:
-    environment = {f"V{number}": "x" * 100_000 for number in range(10)}
+    environment = {f"V{number}": "x" * 100_000 for number in range(21)}
 
     pid, record = await capture(
-        recorder, crasher("null_pointer"), *["y" * 100_000] * 10, env=environment
+        recorder,
+        crasher("null_pointer"),
+        *["y" * 100_000] * 21,
+        env=environment,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, (64 << 20, -1)),  # execve(2)
     )
 
     assert recorder.file(pid, "snapshot").stat().st_size < 1024 * 1024
