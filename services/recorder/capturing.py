@@ -29,7 +29,7 @@ def capture_crash(hold: Hold, on: Conditions) -> Recording:
     """
     taken = Taken()
     try:
-        taker = on.taker if on.chain is None else None  # a former handler wants the process, too
+        taker = on.early_taker
         arrived = arrival.receive(on.mechanism, hold, taker.greet if taker is not None else None)
         if taker is not None:
             mark = arrival.mark_size(on.mechanism)

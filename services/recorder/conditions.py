@@ -64,6 +64,11 @@ class Conditions:
     unwind_server: UnwindServer | None = None
     chain: Chain | None = None
 
+    @property
+    def early_taker(self) -> Taker | None:
+        """Of processes that are let go early; None where a former handler wants them, too."""
+        return self.taker if self.chain is None else None
+
     @classmethod
     def of(
         cls,

@@ -24,10 +24,11 @@ from services.recorder.descriptors import Shares
 from services.recorder.errors import CaptureFailed, RecorderError
 from services.recorder.handover import takeover
 from services.recorder.handover.arrival import KeptByHelper
+from services.recorder.handover.arrivals import Arrivals
 from services.recorder.handover.chain import Chain, Handler
 from services.recorder.handover.hold import Hold, end_those_let_go
 from services.recorder.handover.listener import Listener
-from services.recorder.handover.mechanism import Plan
+from services.recorder.handover.mechanism import Mechanism, Plan
 from services.recorder.handover.takeover import Takeover
 from services.recorder.kept import adopting, left_behind
 from services.recorder.kept.orphan import Orphan
@@ -97,7 +98,7 @@ class Recorder:
         self._settings = settings
         self._letters = letters
         self._shares = _shares(settings)
-        self._arrivals: queue.Queue[Hold] = queue.Queue(self._shares.accepted)
+        self._arrivals = Arrivals(self._shares.accepted)
         self._unfinished: queue.Queue[Recording] = queue.Queue(self._shares.unfinished)
         self._unwind_until: float | None = None  # monotonic seconds; set when stopping
         self._captures = Workers(
@@ -131,6 +132,9 @@ class Recorder:
             self._lack_of_room.note,
         )
         self._conditions = replace(conditions, unwind_server=self._unwind_server, chain=self._chain)
+        taker = self._conditions.early_taker
+        if taker is not None and self._plan.mechanism is Mechanism.SOCKET_REQUEST:
+            self._listener.accept_with(taker.accept)
 
     def start(self) -> None:
         """Listen, then have the kernel send crashes here."""

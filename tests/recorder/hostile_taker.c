@@ -21,7 +21,8 @@ static const char *const names[NAMES] = {"status", "maps", "cgroup", "mountinfo"
 static char originals[NAMES][MOST], changed[2 * MOST];
 static size_t sizes[NAMES];
 static struct crash crash;
-static const struct wanted wanted[] = {{"endless", UINT32_MAX, ENVIRON, 'f'}, {"limits", 65536, LIMITS, 'f'},
+static const struct wanted wanted[] = {{"endless", UINT32_MAX, PARTS, 'f'}, {"limits", 65536, LIMITS, 'f'},
+                                       {"endless", NOTE + 4096, ENVIRON, 'f'},
                                        {"stat", 65536, STAT, 'f'}, {"cwd", 0, CWD, 'l'}, {"fd", 16, PARTS, 'd'},
                                        {"/sys/fs/cgroup/memory", 0, PARTS, 'g'},
                                        {"memory.stat", 65536, PARTS, 'f'}};
@@ -159,6 +160,31 @@ static void check_note(void) {
     }
 }
 
+/* Whoever connects, what is not the kernel's request is not acknowledged, and nothing of it is lost. */
+static void check_requests(void) {
+    for (int round = 0; round < 200; round++) {
+        struct message requests[2] = {{sizeof *requests, 16, 0xf}, {(uint32_t)rand(), 0, 0}};
+        size_t size = (size_t)rand() % (sizeof requests + 1);
+        if (rand() % 2) ((char *)requests)[rand() % (int)sizeof *requests] = (char)rand();
+        int good = size >= sizeof *requests && requests[0].size == sizeof *requests && !(~requests[0].mask & 9);
+        int ends[2];
+        char answer[64];
+        if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends)) die("socketpair");
+        if (write(ends[1], requests, size) != (ssize_t)size) die("request");
+        struct arrival arrival = {.core = ends[0]};
+        greet(&arrival);
+        size_t kept = size < sizeof *requests ? size : sizeof *requests;
+        ssize_t answered = recv(ends[1], answer, sizeof answer, MSG_DONTWAIT);
+        if (good != (arrival.pid == getpid()) || good != (answered == 16) || arrival.took != kept ||
+            memcmp(arrival.request, requests, kept)) {
+            fprintf(stderr, "a request of %zu bytes: %d, %zd\n", size, arrival.pid, answered);
+            exit(1);
+        }
+        if (good) close(arrival.pidfd);
+        close(ends[0]), close(ends[1]);
+    }
+}
+
 int main(int count, char **words) {
     if (count != 4) return 2;
     int place = open(words[1], O_DIRECTORY | O_RDONLY), rounds = atoi(words[2]), taken = 0;
@@ -170,6 +196,7 @@ int main(int count, char **words) {
     srand((unsigned)atoi(words[3]));
     check_that_both_ways_to_find_pages_agree();
     check_that_devices_are_found_at_once();
+    check_requests();
     for (int one = 0; one < HEAD_FILE; one++) {
         char path[64];
         snprintf(path, sizeof path, "/proc/self/%s", names[one]);

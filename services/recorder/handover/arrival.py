@@ -61,12 +61,12 @@ class Arrival:
 
 
 def receive(
-    mechanism: Mechanism, hold: Hold, greet: Callable[[Hold], int | None] | None = None
+    mechanism: Mechanism, hold: Hold, greet: Callable[[Hold], None] | None = None
 ) -> Arrival:
     """Receive a crash: its process is held now. Go on with `confirm`.
 
     Args:
-        greet: does the same sooner for a request that comes at once: returns the PID.
+        greet: does the same sooner for a request that comes at once.
 
     Raises:
         KeptByHelper: there is nothing to do any more.
@@ -76,8 +76,10 @@ def receive(
         if mechanism is Mechanism.PIPE:
             return _from_helper(hold)
         asks = mechanism is Mechanism.SOCKET_REQUEST
-        if asks and greet is not None and (pid := greet(hold)) is not None:
-            return Arrival(pid, 0)
+        if asks and greet is not None and not hold.acknowledged:
+            greet(hold)
+        if hold.acknowledged:
+            return Arrival(hold.acknowledged, 0)
         pid = _peer(hold)
         if asks:
             _answer_request(hold)

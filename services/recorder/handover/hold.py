@@ -70,6 +70,7 @@ class Hold:
         self._held = True
         self._closed = False
         self._process = -1  # pidfd
+        self.acknowledged = 0  # the PID, if the kernel's request was
         self.held_for: float | None = None  # seconds, once it was let go
         self.let_go_because: str | None = None  # where that was before the end
         self.memory_was_read = False
@@ -104,13 +105,15 @@ class Hold:
                 return False
             return True
 
-    def belongs_to(self, pidfd: int) -> None:
+    def belongs_to(self, pidfd: int, pid: int = 0) -> None:
         """Say whose hold it is, so that the process can be made to end as well.
 
         Args:
             pidfd: becomes this object's own.
+            pid: of a process whose request was acknowledged already.
         """
         self._process = pidfd
+        self.acknowledged = pid
 
     def continue_with(self, descriptor: int) -> None:
         """Read from, and hold by, another descriptor from now on; the first one is closed."""

@@ -1,18 +1,21 @@
 """The socket that crashes arrive on. Nothing may keep it from accepting the next one."""
 
 import ctypes
+import errno
 import os
-import queue
 import select
 import socket
 import stat
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import structlog
 
 from services.recorder.errors import RecorderError
+from services.recorder.handover.arrivals import Arrivals
 from services.recorder.handover.hold import Hold
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -24,7 +27,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Listener:
-    """Accepts crashes in a thread of its own and puts them into a queue.
+    """Accepts crashes in a thread of its own, while nobody else does, and puts them into a queue.
 
     When the queue is full, crashes wait, held, in the socket's backlog.
 
@@ -37,7 +40,7 @@ class Listener:
     def __init__(
         self,
         path: Path,
-        arrivals: "queue.Queue[Hold]",
+        arrivals: Arrivals,
         patience: float,
         greeting: bytes = b"",
     ) -> None:
@@ -46,6 +49,8 @@ class Listener:
         self._arrivals = arrivals
         self._patience = patience
         self._socket = _bind(self._path)
+        self._ready = select.poll()
+        self._ready.register(self._socket, select.POLLIN)
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._accept_all, name="accept", daemon=True)
 
@@ -54,6 +59,14 @@ class Listener:
         """Where it listens, without symbolic links."""
         return self._path
 
+    def accept_with(self, accept: Callable[[int, float], Hold]) -> None:
+        """Have who captures accept as well; before it starts.
+
+        Args:
+            accept: waits at a socket for a crash, and gives it the patience.
+        """
+        self._arrivals.accept_with(partial(accept, self._socket.fileno(), self._patience))
+
     def start(self) -> None:
         """Begin to accept."""
         self._thread.start()
@@ -61,39 +74,46 @@ class Listener:
     def stop(self, within: float) -> None:
         """Accept what is waiting, then close the socket."""
         os.write(self._wake_write, b"x")
+        self._arrivals.stop_accepting()
         self._thread.join(within)
 
     def _accept_all(self) -> None:
         waiting = select.poll()
         waiting.register(self._socket, select.POLLIN)
         waiting.register(self._wake_read, select.POLLIN)
+        self._arrivals.wait_until_all_are_busy()
         while not any(fd == self._wake_read for fd, _ in waiting.poll()):
             self._accept_waiting()
+            self._arrivals.wait_until_all_are_busy()
+        # Wakes who waits for a crash; what is there still comes.
+        self._socket.shutdown(socket.SHUT_RD)
+        self._arrivals.wait_until_nobody_waits()
         self._accept_waiting()
         self._path.unlink(missing_ok=True)
         self._socket.close()
 
     def _accept_waiting(self) -> None:
-        while True:
-            try:
-                connection = self._accept()
-            except BlockingIOError:
+        try:
+            while self._arrivals.add(self._accept):
+                pass
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # it is shut down, and nothing is left
                 return
-            except OSError as error:
-                # Out of descriptors or memory: those in work give theirs back, so try again.
-                log.error("cannot accept a crash", error=str(error))
-                time.sleep(_ACCEPT_AGAIN)
-                return
-            if self._is_there(connection):
-                self._arrivals.put(Hold(connection, self._patience))
+            # Out of descriptors or memory: those in work give theirs back, so try again.
+            log.error("cannot accept a crash", error=str(error))
+            time.sleep(_ACCEPT_AGAIN)
 
-    def _accept(self) -> int:
-        """Accept one, without the system calls for which socket.accept() takes as long again."""
-        connection = int(_libc.accept4(self._socket.fileno(), None, None, socket.SOCK_CLOEXEC))
-        if connection < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        return connection
+    def _accept(self) -> Hold | None:
+        """Accept one that is there: nobody else takes it meanwhile."""
+        while self._ready.poll(0):
+            # Without the system calls for which socket.accept() takes as long again.
+            connection = int(_libc.accept4(self._socket.fileno(), None, None, socket.SOCK_CLOEXEC))
+            if connection < 0:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code))
+            if self._is_there(connection):
+                return Hold(connection, self._patience)
+        return None
 
     def _is_there(self, connection: int) -> bool:
         """Greet a helper; False when it has waited too long and keeps its crash by itself."""
@@ -124,7 +144,7 @@ def _canonical(path: Path) -> Path:
 
 
 def _bind(path: Path) -> socket.socket:
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.unlink(missing_ok=True)
         listening.bind(str(path))

@@ -1,5 +1,7 @@
 /* How a crash arrives: who it is of, and the head of its core. */
+#define _GNU_SOURCE
 #include <elf.h>
+#include <errno.h>
 #include <poll.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -38,35 +40,41 @@ struct pidfd_information { /* struct pidfd_info of Linux 6.13, of which later on
 };
 #define PIDFD_INFORMATION _IOWR(0xff, 11, struct pidfd_information)
 
-static int find_peer(struct crash *crash) {
+static int find_peer(struct arrival *arrival) {
     struct pidfd_information found = {0};
-    socklen_t size = sizeof crash->pidfd;
-    if (getsockopt(crash->core, SOL_SOCKET, PEER_PIDFD, &crash->pidfd, &size)) return -1;
-    if (!ioctl(crash->pidfd, PIDFD_INFORMATION, &found) && found.pid) {
-        crash->pid = (int32_t)found.pid;
+    socklen_t size = sizeof arrival->pidfd;
+    if (getsockopt(arrival->core, SOL_SOCKET, PEER_PIDFD, &arrival->pidfd, &size)) return -1;
+    if (!ioctl(arrival->pidfd, PIDFD_INFORMATION, &found) && found.pid) {
+        arrival->pid = (int32_t)found.pid;
         return 0;
     }
-    close(crash->pidfd);
+    close(arrival->pidfd);
     return -1;
 }
 
-static int acknowledge(struct crash *crash) {
+static int acknowledge(struct arrival *arrival) {
     struct message request, answer = {sizeof answer, 0, KERNEL_AND_WAIT};
-    if (!comes_soon(crash->core)) return -1;
-    ssize_t got = read(crash->core, crash->head, sizeof request);
-    crash->head_size = got > 0 ? (uint32_t)got : 0;
+    if (!comes_soon(arrival->core)) return -1;
+    ssize_t got = read(arrival->core, arrival->request, sizeof request);
+    arrival->took = got > 0 ? (uint32_t)got : 0;
     if (got != sizeof request) return -1;
-    memcpy(&request, crash->head, sizeof request);
+    memcpy(&request, arrival->request, sizeof request);
     if (request.size != sizeof request || KERNEL_AND_WAIT & ~request.mask) return -1;
-    return write(crash->core, &answer, sizeof answer) == sizeof answer ? 0 : -1;
+    return write(arrival->core, &answer, sizeof answer) == sizeof answer ? 0 : -1;
 }
 
-int greet(struct crash *crash) {
-    crash->head_size = 0;
-    if (find_peer(crash)) return -1;
-    if (!acknowledge(crash)) return 0;
-    close(crash->pidfd);
-    return -1;
+void greet(struct arrival *arrival) {
+    arrival->pid = 0, arrival->took = 0;
+    if (find_peer(arrival) || !acknowledge(arrival)) return;
+    close(arrival->pidfd);
+    arrival->pid = 0;
+}
+
+int accept_crash(int listening, struct arrival *arrival) {
+    arrival->core = accept4(listening, NULL, NULL, SOCK_CLOEXEC);
+    if (arrival->core < 0) return errno;
+    greet(arrival);
+    return 0;
 }
 
 /* --- the head: elf(5) ------------------------------------------------------------------------ */

@@ -51,11 +51,18 @@ struct opened {
     int32_t file;
 };
 
+struct arrival {
+    int32_t core;      /* where the request comes, and the core */
+    int32_t pid;       /* who crashes; 0: that could not be told at once */
+    int32_t pidfd;     /* if it could */
+    uint32_t took;     /* bytes taken from the request, if not */
+    char request[16];
+};
+
 struct crash {
     /* given */
     int32_t core;       /* where its core comes */
     int32_t pid, place; /* O_PATH of /proc/PID */
-    int32_t pidfd;      /* found by `greet`, as `pid` */
     uint32_t mark;      /* bytes before that, all zero */
     uint32_t patience;  /* milliseconds to wait for a byte of it */
     uint32_t modules;   /* files to open */
@@ -95,9 +102,11 @@ struct crash {
 size_t crash_size(void);
 size_t known_size(void);
 
-/* Learn who crashes, and acknowledge the kernel's request. Returns 0, or -1: that cannot be told at
- * once; then `head` has what was taken from the core. */
-int greet(struct crash *crash);
+/* Learn who crashes, and acknowledge the kernel's request, if both can be at once. */
+void greet(struct arrival *arrival);
+
+/* Wait until a crash comes, and do the same. Returns 0, or why none can be accepted: errno(3). */
+int accept_crash(int listening, struct arrival *arrival);
 
 /* Read everything but its memory, and make the note about it. Returns 0, or -1: it is not small, or not sure; then `head` has
  * what was taken from the core, and no file is open. */

@@ -43,6 +43,16 @@ class _Opened(ctypes.Structure):
     _fields_ = (("start", ctypes.c_uint64), ("end", ctypes.c_uint64), ("file", ctypes.c_int32))
 
 
+class Greeted(ctypes.Structure):
+    """struct arrival, taker.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("core", "pid", "pidfd")),
+        ("took", ctypes.c_uint32),
+        ("request", ctypes.c_ubyte * 16),
+    )
+
+
 class Crash(ctypes.Structure):
     """The beginning of struct crash, taker.h.
 
@@ -53,7 +63,7 @@ class Crash(ctypes.Structure):
     rooms: tuple[mmap, mmap, mmap]
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("core", "pid", "place", "pidfd")),
+        *((name, ctypes.c_int32) for name in ("core", "pid", "place")),
         *((name, ctypes.c_uint32) for name in ("mark", "patience", "modules")),
         *((name, ctypes.c_uint64) for name in ("resident", "largest", "touched")),
         *((name, ctypes.c_uint32) for name in ("threads", "wanteds")),
@@ -123,7 +133,9 @@ def load(library: Path) -> ctypes.CDLL:
     """
     taker = ctypes.CDLL(str(library))
     taker.crash_size.restype = taker.known_size.restype = ctypes.c_size_t
-    taker.greet.argtypes = taker.look.argtypes = (ctypes.c_void_p,)
+    taker.look.argtypes = (ctypes.c_void_p,)
+    taker.greet.argtypes = (ctypes.POINTER(Greeted),)
+    taker.accept_crash.argtypes = (ctypes.c_int, ctypes.POINTER(Greeted))
     taker.read_memory.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     if taker.known_size() != ctypes.sizeof(Crash):
         raise OSError(None, f"{library} is of another version")

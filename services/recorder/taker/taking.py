@@ -26,7 +26,7 @@ from services.recorder.core.core_memory import PAGE, Kept
 from services.recorder.errors import CaptureFailed
 from services.recorder.handover.hold import Hold
 from services.recorder.taker.taken import Taken, Told
-from services.recorder.taker.taker_library import Crash, address_of
+from services.recorder.taker.taker_library import Crash, Greeted, address_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -97,17 +97,33 @@ class Taker:
         taken.close()
         return Taken()
 
-    def greet(self, hold: Hold) -> int | None:
-        """Return who crashes, and acknowledge the kernel's request, if that comes at once."""
+    def greet(self, hold: Hold) -> None:
+        """Learn who crashes, and acknowledge the kernel's request, if that comes at once."""
+        greeted = Greeted(core=hold.descriptor)
+        self._taker.greet(greeted)
+        _learn(hold, greeted)
+
+    def accept(self, listening: int, patience: float) -> Hold:
+        """Wait until a crash comes, and do the same.
+
+        Args:
+            listening: a socket.
+            patience: seconds that it may stand still, for `Hold`.
+
+        Raises:
+            OSError: none can be accepted.
+        """
+        greeted = Greeted()
+        code = self._taker.accept_crash(listening, greeted)
+        if code:
+            raise OSError(code, os.strerror(code))
         try:
-            with self._crash(hold) as crash:
-                if self._taker.greet(ctypes.addressof(crash)):
-                    return None
-                crash.head_size = 0  # that was the request
-                hold.belongs_to(crash.pidfd)
-                return int(crash.pid)
-        except (OSError, MemoryError):  # no memory to read it to; nothing was asked yet
-            return None
+            hold = Hold(greeted.core, patience)
+        except MemoryError:
+            os.close(greeted.core)  # it is let go; its event tells of it
+            raise
+        _learn(hold, greeted)
+        return hold
 
     @contextmanager
     def _crash(self, hold: Hold) -> Iterator[Crash]:
@@ -186,6 +202,13 @@ class Taker:
             self._bytes -= counted
             if spare is not None:
                 self._spare.append(spare)
+
+
+def _learn(hold: Hold, greeted: Greeted) -> None:
+    if greeted.pid:
+        hold.belongs_to(greeted.pidfd, greeted.pid)
+    else:
+        hold.unread(bytes(greeted.request[: greeted.took]))
 
 
 def _not_understood(error: Exception) -> CaptureFailed:
