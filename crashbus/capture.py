@@ -8,7 +8,8 @@ exclusive) until the set is whole. So a reader can always tell:
 - no record and no such lock when the process is gone: nothing was captured, and nothing will come;
 - locked: being written;
 - not locked, state ``complete``: whole;
-- not locked, anything else: the recorder died; what is there is cut short.
+- not locked, anything else: the recorder died; the next one finishes what it left a draft of
+  (`services.common.drafts`), and all else is cut short.
 """
 
 import fcntl
@@ -141,6 +142,15 @@ def is_being_written(descriptor: int) -> bool:
         return True
     fcntl.flock(descriptor, fcntl.LOCK_UN)
     return False
+
+
+def lock(descriptor: int) -> bool:
+    """Lock a record that a recorder left, until the descriptor is closed; False: another has."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def read(descriptor: int) -> CaptureRecord:

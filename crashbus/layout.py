@@ -19,6 +19,7 @@ MANIFEST_NAME = "manifest.json"
 BINARIES = "build-id"  # directory for them, in the spool and at a destination
 UNRECORDED = ".unrecorded"  # file in the spool: whose crash was read and has no record yet
 CORES = ".cores"  # in the spool: where the collector takes cores that get no file here
+DRAFTS = ".drafts"  # in the spool: what the next recorder needs to finish what one had in hand
 ORPHANS = ".orphans"  # crashes that the pipe helper kept in the spool while there was no recorder
 
 _CRASH_FILE = re.compile(r"(info|cfg|backtrace|snapshot|core|capture)_([0-9]{1,11})(\.json)?")

@@ -61,6 +61,7 @@ async def work(runtime: Runtime, settings: CollectorSettings) -> None:
             bus,
             deliverer.start_ahead,
             runtime.ready,
+            settings.recorder_patience,
         )
         deaths = Deaths(
             runtime.host,

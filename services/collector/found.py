@@ -1,8 +1,9 @@
 """A set of crash files as it was seen: which files, what its record says, who writes it."""
 
 import os
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
+from functools import partial
 
 from crashbus import capture, layout
 from crashbus.capture import CapturedFile, UnreadableRecord
@@ -12,6 +13,8 @@ from services.collector import judge, processes, spool
 from services.collector.judge import RecordState, Verdict
 from services.collector.ledger import Source
 from services.collector.spool import Entry, Refused
+
+IsAwaited = Callable[[int, int, Callable[[], bool]], bool]
 
 MAX_SMALL_FILE = 64 * 1024  # read of cfg, info and backtrace to judge a set
 
@@ -54,15 +57,22 @@ class FoundSet:
 
 
 def look_at(
-    directory: str, descriptor: int, epoch: int, entries: dict[Kind, Entry], boot_id: str
+    directory: str,
+    descriptor: int,
+    epoch: int,
+    entries: dict[Kind, Entry],
+    boot_id: str,
+    is_awaited: IsAwaited,
 ) -> FoundSet:
     """Read what tells of a set whether it is whole.
 
     Args:
         directory: its name below the spool; `descriptor` is of it.
         entries: all its files, its record among them.
+        is_awaited: tells of a set whose recorder is gone whether another will finish it, given
+            PID, epoch and what locks its record; see `services.common.drafts`.
     """
-    record = _record(descriptor, entries.get(Kind.CAPTURE))
+    record = _record(descriptor, entries.get(Kind.CAPTURE), int(directory), is_awaited)
     files: dict[Kind, Entry] = {
         kind: entry for kind, entry in entries.items() if kind is not Kind.CAPTURE
     }
@@ -93,7 +103,9 @@ def is_stale(found: FoundSet) -> bool:
     return not here <= {entry.name for entry in found.entries.values()}
 
 
-def _record(directory: int, entry: Entry | None) -> RecordState | None:
+def _record(
+    directory: int, entry: Entry | None, pid: int, is_awaited: IsAwaited
+) -> RecordState | None:
     """Read a set's capture record; one that is not root's alone is no record."""
     if entry is None or entry.uid != 0:
         return None
@@ -105,7 +117,13 @@ def _record(directory: int, entry: Entry | None) -> RecordState | None:
         if spool.may_others_write(os.fstat(descriptor)):
             return None
         being_written = capture.is_being_written(descriptor)
-        return RecordState(capture.read(descriptor), being_written)
+        record = capture.read(descriptor)
+        is_left = not being_written and record.state != "complete"
+        return RecordState(
+            record,
+            being_written,
+            is_left and is_awaited(pid, entry.epoch, partial(capture.lock, descriptor)),
+        )
     except UnreadableRecord:
         return RecordState(None, being_written)
     finally:

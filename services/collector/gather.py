@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Set
+from functools import partial
 from pathlib import Path
 
 import asyncinotify
@@ -25,7 +26,7 @@ from services.collector import ahead, metrics, processes, spool
 from services.collector.entering import Entering
 from services.collector.found import FoundSet, is_stale, look_at
 from services.collector.judge import Verdict
-from services.common import crash_directory
+from services.common import crash_directory, drafts
 from services.common.crash_directory import SpoolUnusable
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -48,6 +49,7 @@ class Gatherer:
         entering: enters what is whole.
         on_core: called with crash ID, directory and name of a large core that is being written.
         on_ready: called once nothing new can be overlooked.
+        patience: seconds to wait for a recorder that finishes what a killed one had in hand.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Gatherer:
         bus: Bus,
         on_core: Callable[[str, str, str], None],
         on_ready: Callable[[], None],
+        patience: float,
     ) -> None:
         self.root = root
         self._host = host
@@ -67,6 +70,7 @@ class Gatherer:
         self._bus = bus
         self._on_core = on_core
         self._on_ready = on_ready
+        self._is_awaited = partial(drafts.is_awaited, root, patience)
         self._settled: dict[str, int] = {}  # directory to its mtime when nothing was left to do
         self._waiting: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._lock = asyncio.Lock()  # one look at a time: each is short
@@ -228,6 +232,8 @@ class Gatherer:
         """Keep in mind that a set is being written; have its core sent if that takes long."""
         self._being_captured[found.directory, found.epoch] = crash_id
         core = found.entries.get(Kind.CORE)
+        if found.record is None or not found.record.being_written:
+            return
         if core is not None and core.uid == 0 and core.size >= ahead.LEAST:
             self._on_core(crash_id, found.directory, core.name)
         elif is_new:
@@ -299,7 +305,7 @@ class Gatherer:
         for refused in listing.refused:
             self._entering.refuse(directory, refused)
         return [
-            look_at(directory, descriptor, epoch, entries, self._boot_id)
+            look_at(directory, descriptor, epoch, entries, self._boot_id, self._is_awaited)
             for epoch, entries in listing.sets.items()
             if self._entering.has_new(directory, entries)
         ]

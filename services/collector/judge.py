@@ -21,25 +21,31 @@ _APPSCOPE_ORDER = (Kind.INFO, Kind.CFG, Kind.BACKTRACE, Kind.CORE)
 class Verdict(Enum):
     """What to do with a set."""
 
-    WAIT = auto()  # its writer still lives and is not done
+    WAIT = auto()  # its writer still lives and is not done, or another will finish it
     WHOLE = auto()
     CUT_SHORT = auto()  # its writer is gone and was not done
 
 
 @dataclass(frozen=True)
 class RecordState:
-    """A capture record as read: None where it could not be."""
+    """A capture record as read: None where it could not be.
+
+    Attributes:
+        is_left: its recorder was killed, and another will finish the set.
+    """
 
     record: CaptureRecord | None
     being_written: bool
+    is_left: bool = False
 
 
 def judge_recorded(state: RecordState) -> Verdict:
     """Judge a set that the recorder made; see `crashbus.capture`."""
     if state.being_written:
         return Verdict.WAIT
-    whole = state.record is not None and state.record.state == "complete"
-    return Verdict.WHOLE if whole else Verdict.CUT_SHORT
+    if state.record is not None and state.record.state == "complete":
+        return Verdict.WHOLE
+    return Verdict.WAIT if state.is_left else Verdict.CUT_SHORT
 
 
 def judge_appscope(

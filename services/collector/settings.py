@@ -49,6 +49,12 @@ class CollectorSettings(Settings):
         ge=0,
         description="seconds that an undelivered file is kept whatever the room: it is on its way",
     )
+    recorder_patience: float = Field(
+        60,
+        ge=0,
+        description="seconds to wait for a recorder that finishes what a killed one had in hand; "
+        "then what there is of such a crash is delivered as it lies",
+    )
     recheck: float = Field(
         30,
         gt=0,

@@ -14,7 +14,8 @@ from typing import Any
 
 from crashbus import signals
 from crashbus.fingerprint import frames
-from crashbus.parts import Container
+from crashbus.identity import boot_id
+from crashbus.parts import Container, Process
 from services.common import resources
 from services.recorder.core.core_head import Cause
 from services.recorder.facts import Facts
@@ -224,7 +225,7 @@ def _process(facts: Facts, tid: int | None) -> dict[str, Any]:
         "Root": facts.root,
         "Cgroup": process.cgroup,
         "Container": _container(process.container),
-        "StartTime": _start_time(process.start_ticks),
+        "StartTime": _start_time(process),
         "Limits": facts.limits,
         "Threads": [
             {"Tid": thread.tid, "NsTid": thread.ns_tid, "Name": thread.name}
@@ -249,11 +250,15 @@ def _container(container: Container | None) -> dict[str, Any] | None:
     }
 
 
-def _start_time(ticks: int) -> str:
-    """Return when the process started, from clock ticks since boot, proc_pid_stat(5)."""
+def _start_time(process: Process) -> str | None:
+    """Return when the process started, from clock ticks since boot, proc_pid_stat(5); None where
+    that was another boot.
+    """
+    if process.boot_id != boot_id():
+        return None
     with open("/proc/uptime") as file:  # noqa: PTH123
         uptime = float(file.read().split()[0])
-    age = uptime - ticks / os.sysconf("SC_CLK_TCK")
+    age = uptime - process.start_ticks / os.sysconf("SC_CLK_TCK")
     started = datetime.fromtimestamp(max(0.0, time.time() - age), UTC)
     return started.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 

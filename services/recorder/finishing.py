@@ -12,6 +12,7 @@ import structlog
 from crashbus import elf, fingerprint
 from crashbus.layout import Kind, crash_file_name
 from crashbus.parts import Module
+from services.common import drafts
 from services.recorder import crash_files, metrics
 from services.recorder.conditions import Conditions
 from services.recorder.errors import CaptureFailed
@@ -43,6 +44,9 @@ def finish(recording: Recording, on: Conditions, backtrace_within: float) -> Non
         _complete(recording, trace, _binaries(recording, recording.facts, on))
         if not recording.files:
             raise _nothing_kept(recording, on)
+        _end_core(recording)
+        # The record first: without both a set would be nobody's.
+        drafts.remove(on.spool, recording.record.process.pid, recording.epoch)
     finally:
         recording.close()
     _say(recording)
@@ -53,6 +57,7 @@ def _nothing_kept(recording: Recording, on: Conditions) -> CaptureFailed:
     record = crash_file_name(Kind.CAPTURE, recording.epoch)
     with suppress(OSError):
         os.unlink(record, dir_fd=recording.directory)
+    drafts.remove(on.spool, recording.record.process.pid, recording.epoch)
     failure = CaptureFailed(
         "capture_failed",
         "; ".join(recording.notes),
@@ -60,6 +65,13 @@ def _nothing_kept(recording: Recording, on: Conditions) -> CaptureFailed:
     )
     failure.crash_id = recording.record.crash_id
     return failure
+
+
+def _end_core(recording: Recording) -> None:
+    """Cut a core where what another recorder had copied of it ends; its stacks were read."""
+    if recording.core_ends is not None:
+        with suppress(OSError):  # its record tells what is of use
+            os.ftruncate(recording.core_file, recording.core_ends)
 
 
 def _fetch_debug_information(known: Facts, within: float, on: Conditions) -> None:

@@ -6,9 +6,9 @@ Sources: proc_pid_maps(5), proc_pid_map_files(5).
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from services.common.proc import mappings
 
 MAX_MODULES = 1024
 _FILES_LATER = 64  # opened of a process that is gone
+
+Identity = tuple[int, int]  # device and inode of a file
 
 
 @dataclass(frozen=True)
@@ -140,28 +142,46 @@ def read_later(maps: bytes) -> tuple[Module, ...]:
     for path, start, end, _ in parse_maps(maps):
         # Where a line is damaged, the two may not read the same in it.
         place = places.get(path) if files < _FILES_LATER else None
-        opened = _same_file(path, *place) if place else -1
+        identity = _identity(*place) if place else None
+        opened = _same_file(path, identity) if identity else -1
         files += opened >= 0
         found.append(Module(path, start, end, opened))
     return tuple(found)
 
 
-def _same_file(path: str, device: bytes, inode: bytes) -> int:
+def opened_again(
+    mapped: Sequence[Module], identities: Sequence[Identity | None]
+) -> tuple[Module, ...]:
+    """Return modules with their files open where the very same one still has its path here."""
+    return tuple(
+        replace(module, file=_same_file(module.path, identity) if identity else -1)
+        for module, identity in zip(mapped, identities, strict=False)
+    )
+
+
+def _identity(device: bytes, inode: bytes) -> Identity | None:
+    """Return what a line of the mappings tells; None where it is damaged."""
+    major, _, minor = device.partition(b":")
+    try:
+        return os.makedev(int(major, 16), int(minor, 16)), int(inode)
+    except (ValueError, OverflowError):  # no such device can be
+        return None
+
+
+def _same_file(path: str, identity: Identity) -> int:
     """Open a file if it is the one with this device and inode; -1 if not."""
     try:
-        if not _is(Path(path).stat(), device, inode):
+        if not _is(Path(path).stat(), identity):
             return -1
         opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except (OSError, ValueError, OverflowError):  # no such device can be
+    except (OSError, ValueError):  # a NUL in the path
         return -1
     with suppress(OSError):
-        if _is(os.fstat(opened), device, inode):
+        if _is(os.fstat(opened), identity):
             return opened
     os.close(opened)
     return -1
 
 
-def _is(status: os.stat_result, device: bytes, inode: bytes) -> bool:
-    major, _, minor = device.partition(b":")
-    expected = os.makedev(int(major, 16), int(minor, 16)), int(inode)
-    return stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) == expected
+def _is(status: os.stat_result, identity: Identity) -> bool:
+    return stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) == identity

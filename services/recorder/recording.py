@@ -6,6 +6,7 @@ it to `finishing`, which completes and unlocks it.
 """
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from crashbus import capture, signals
 from crashbus.capture import CapturedFile, CaptureRecord
 from crashbus.layout import Kind, crash_file_name
 from crashbus.parts import Process
-from services.common import crash_directory
+from services.common import crash_directory, drafts
 from services.common.crash_directory import SpoolUnusable
 from services.recorder import containers, crash_files
 from services.recorder.conditions import Conditions
@@ -35,6 +36,10 @@ class Recording:
 
     It holds three descriptors, besides those of the modules: the set counts as being written
     as long as the record's is open.
+
+    Attributes:
+        draft: what the next recorder has if this one is killed, `services.common.drafts`.
+        core_ends: where to cut the core when all is made of it; beyond, pages may be missing.
     """
 
     directory: int
@@ -42,7 +47,9 @@ class Recording:
     epoch: int
     record: CaptureRecord
     container: Answer | None = None  # of the container runtime
+    draft: int = -1
     core_file: int = -1
+    core_ends: int | None = None
     facts: Facts | None = None
     cause: Cause = field(default_factory=lambda: Cause(0))
     head: Head = field(default_factory=lambda: Head(b""))  # of its core, without the bytes
@@ -57,9 +64,20 @@ class Recording:
         """Give all descriptors back; this is what unlocks the record."""
         if self.facts is not None:
             self.facts.close()
-        for descriptor in (self.core_file, self.directory, self.record_file):
-            if descriptor >= 0:
-                os.close(descriptor)
+        self.close_draft()
+        _close(self.core_file, self.directory, self.record_file)
+
+    def tell_final(self, end: int) -> None:
+        """Keep up to where the core is copied."""
+        if self.draft >= 0:
+            with suppress(OSError):  # then less of it is believed
+                drafts.tell_final(self.draft, end)
+
+    def close_draft(self) -> None:
+        """Keep no more of the crash; what there is stays until the record is complete."""
+        if self.draft >= 0:
+            os.close(self.draft)
+            self.draft = -1
 
 
 def begin(name: str, process: Process, signal: int, crashed_at: float, on: Conditions) -> Recording:
@@ -79,16 +97,32 @@ def begin(name: str, process: Process, signal: int, crashed_at: float, on: Condi
             directory, epoch = crash_directory.open_crash(on.spool, process.pid, epoch)
         except SpoolUnusable as error:
             raise CaptureFailed("spool_unusable", str(error), error.mend) from error
+        # First: a record without a draft is nobody's to finish.
+        draft = _begin_draft(on.spool, process.pid, epoch)
         try:
             record_file = capture.create(directory, epoch, record)
-        except (FileExistsError, FileNotFoundError):
-            os.close(directory)
-            continue
         except OSError as error:
-            os.close(directory)
+            _close(directory, draft)
+            drafts.remove(on.spool, process.pid, epoch)
+            if isinstance(error, FileExistsError | FileNotFoundError):
+                continue
             raise _no_record(on.spool, error) from error
-        return Recording(directory, record_file, epoch, record, cause=Cause(signal))
+        return Recording(directory, record_file, epoch, record, cause=Cause(signal), draft=draft)
     raise _no_record(on.spool, OSError(None, "its place is taken or removed at once"))
+
+
+def _begin_draft(spool: Path, pid: int, epoch: int) -> int:
+    try:
+        return drafts.begin(spool, pid, epoch)
+    except (OSError, SpoolUnusable) as error:
+        log.warning("no other recorder can finish this crash", pid=pid, error=str(error))
+        return -1
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _no_record(path: Path, error: OSError) -> CaptureFailed:

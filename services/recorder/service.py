@@ -30,9 +30,10 @@ from services.recorder.handover.hold import Hold, end_those_let_go
 from services.recorder.handover.listener import Listener
 from services.recorder.handover.mechanism import Mechanism, Plan
 from services.recorder.handover.takeover import Takeover
-from services.recorder.kept import adopting, left_behind
+from services.recorder.kept import adopting, left_behind, taking_up
 from services.recorder.kept.orphan import Orphan
 from services.recorder.kept.orphans import Orphans
+from services.recorder.kept.taking_up import TakingUp
 from services.recorder.patience import Patience, waiting
 from services.recorder.recording import Recording, say_what_is_there
 from services.recorder.settings import RecorderSettings
@@ -112,6 +113,7 @@ class Recorder:
             settings.socket, self._arrivals, settings.stall_deadline, self._takeover.greeting
         )
         self._orphans = Orphans(self._spool, self._adopt, letters.add)
+        self._taking_up = TakingUp(self._spool, self._take_up)
         self._plan = self._takeover.prepare(self._listener.path, self._orphans)
         self._chain = _chain(self._takeover.former, settings, self._shares)
         self._patience = Patience(
@@ -140,6 +142,7 @@ class Recorder:
         """Listen, then have the kernel send crashes here."""
         left_behind.take_over(self._spool)
         self._unwind_server.start()
+        self._taking_up.start()
         self._captures.start()
         self._finishers.start()
         self._listener.start()
@@ -170,11 +173,12 @@ class Recorder:
     def stop(self, within: float) -> None:
         """Take what the kernel has sent already, finish what is in hand, let go of the rest.
 
-        What is let go here stays as a record in state ``writing``, with its core cut short.
+        What is let go here stays as a record in state ``writing``, for the next recorder.
         """
         end = time.monotonic() + within
         self._unwind_until = end - within + _UNWIND_UNTIL
         self._wait_until_idle(end)
+        self._taking_up.stop(max(0.1, end - time.monotonic()))
         self._orphans.stop(max(0.1, end - time.monotonic()))
         # Last, for a crash that read core_pattern just before it was put back.
         self._listener.stop(max(0.1, end - time.monotonic()))
@@ -197,6 +201,16 @@ class Recorder:
             orphan.close()
             raise
         self._finish_one(captured)
+
+    def _take_up(self, pid: int, epoch: int) -> bool:
+        """Finish what a killed recorder had in hand; False: another time."""
+        try:
+            captured = taking_up.take_up(pid, epoch, self._conditions)
+        except BlockingIOError:
+            return False
+        if captured is not None:
+            self._finish_one(captured)
+        return True
 
     def _start_watchdogs(self) -> None:
         try:

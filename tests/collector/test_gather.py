@@ -32,7 +32,7 @@ async def gatherer(tmp_path: Path, bus: Bus) -> AsyncIterator[Gatherer]:
     ledger = Ledger(tmp_path / "state")
     ledger.load()
     entering = Entering(root, "test-host", boot_id, (), ledger, lambda _: None)
-    yield Gatherer(root, "test-host", boot_id, entering, bus, lambda *_: None, lambda: None)
+    yield Gatherer(root, "test-host", boot_id, entering, bus, lambda *_: None, lambda: None, 60)
 
 
 class Counted(str):

@@ -9,13 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 import zstandard
 
-from crashbus import DeadLetter, layout
+from crashbus import DeadLetter, capture, layout
+from crashbus.capture import UnreadableRecord
 from crashbus.layout import BINARIES, LARGE, SHARED, Kind
 from crashbus.messages import Manifest
 from tests.pipeline.conftest import Pipeline, top_frames
@@ -25,7 +27,7 @@ from tests.support.nats import free_port
 from tests.support.prometheus import DEPLOY, prometheus
 from tests.support.requirements import need_program
 from tests.support.tcp import reassemble
-from tests.support.victim import Victim
+from tests.support.victim import Victim, waiting
 from tests.support.wait import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -414,3 +416,42 @@ def queries() -> list[str]:
             expression = target["expr"].replace("$__rate_interval", "1m")
             asked.append(expression.replace("$__range", "1h"))
     return [one for one in asked if "crashbus_" in one]
+
+
+async def test_crash_in_the_hands_of_a_killed_recorder_is_delivered_whole(
+    pipeline: Pipeline,
+) -> None:
+    """Its backtrace waits for its turn behind others when the recorder is killed."""
+    recorder = pipeline.services["recorder"]
+    victims = waiting(12)
+    for victim in victims:
+        victim.send_signal(signal.SIGSEGV)
+    await until(lambda: pids_with_core_in_hand(pipeline.spool))
+
+    recorder.kill(signal.SIGSTOP)
+    in_hand = pids_with_core_in_hand(pipeline.spool)
+    recorder.kill(signal.SIGKILL)
+    for victim in victims:
+        await asyncio.to_thread(victim.communicate)
+    await recorder.wait(60)
+    await recorder.start()
+
+    assert in_hand
+    for pid in in_hand:
+        manifest = await pipeline.manifest_of(pid)
+        own = [file for file in manifest.files if file.kind not in SHARED]
+        assert len(own) == 6 and not any(file.truncated for file in own), manifest
+        assert not any("cut short" in note for note in manifest.notes)
+        await pipeline.delivered(manifest)
+
+
+def pids_with_core_in_hand(spool: Path) -> list[int]:
+    """Return whose core is said to be whole while the rest is still to be made."""
+    found = []
+    for draft in (spool / layout.DRAFTS).glob("*"):
+        pid, _, epoch = draft.name.partition("-")
+        with suppress(OSError, UnreadableRecord), (spool / pid / f"capture_{epoch}").open() as file:
+            record = capture.read(file.fileno())
+            if f"core_{epoch}" in record.files and record.state == "writing":
+                found.append(int(pid))
+    return found

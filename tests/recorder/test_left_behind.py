@@ -17,7 +17,7 @@ from crashbus import Bus, DeadLetter, layout
 from crashbus.identity import crash_id
 from services.common import unrecorded
 from services.common.unrecorded import Unrecorded, is_noted
-from services.recorder.kept import left_behind, orphan
+from services.recorder.kept import left_behind, orphan, taking_up
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
 from tests.support.nats import NatsServer
@@ -88,7 +88,7 @@ async def test_crash_whose_record_is_there_is_not_told_twice(
     later = Victim(crasher("null_pointer"), cwd=tmp_path).go()
     await recorder.captured(later.pid)
     assert len(list(recorder.spool.glob(f"{victim.pid}/capture_*"))) == 1
-    assert recorder.record(victim.pid) is None  # it is cut short, and says so
+    assert taking_up.NOTE in (await recorder.captured(victim.pid)).notes
     assert not list(recorder.spool.glob(f"{layout.ORPHANS}/*-{victim.pid}"))
 
 

@@ -7,14 +7,16 @@ never touched is zeros; in the file it becomes holes.
 
 import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import structlog
 
 from services.recorder import metrics
 from services.recorder.core import core_pages, core_reduced, sparse
-from services.recorder.core.core_memory import Found, Memory, PagesUnreadable
-from services.recorder.core.core_pages import Pages
+from services.recorder.core.core_head import Head
+from services.recorder.core.core_memory import Found, Memory, PagesUnreadable, Piece
+from services.recorder.core.core_pages import Pages, TellFinal
 from services.recorder.core.core_reduced import Reduced
 from services.recorder.handover.hold import Hold, Stalled
 
@@ -24,7 +26,14 @@ LARGEST = 8 * 1024**4  # bytes; ext4 has files of 16 TiB at most
 BLOCK = 1024 * 1024  # bytes read before anything is written
 # What a core gives back on a full disk, so that the small files find room.
 GIVEN_BACK = 4 * 1024 * 1024
+_LONG = 64 * 1024 * 1024  # bytes; smaller cores are copied in some ms
+_MOST_STACKS = 64
+_FIRST = 8 * 1024 * 1024  # bytes
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def _tell_nobody(_: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ def copy(
     limit: int,
     pages: Pages | None = None,
     stacks_because: str = "",
+    tell_final: TellFinal = _tell_nobody,
 ) -> Copied:
     """Write head and the rest of the core to an empty file.
 
@@ -65,13 +75,16 @@ def copy(
             it is laid out anew, `core_reduced`.
         stacks_because: why to keep only the threads' stacks and what is needed to read them,
             where there are pages; empty: keep all.
+        tell_final: told from time to time up to where a core of pages is copied.
     """
     try:
         size = sparse.write(core, head[: limit or None], 0)
         if pages is not None and announced and pages.start <= (limit or announced):
             size, fault = _stream(hold, core, size, pages.start)
             if size == pages.start:
-                copied = _from_memory(hold, pages, core, announced, limit, stacks_because)
+                copied = _from_memory(
+                    hold, pages, core, announced, limit, stacks_because, tell_final
+                )
                 if copied is not None:
                     return copied
                 announced = pages.head.as_sent().size
@@ -124,7 +137,13 @@ def _stream(hold: Hold, core: int, size: int, limit: int) -> tuple[int, str | No
 
 
 def _from_memory(
-    hold: Hold, pages: Pages, core: int, announced: int, limit: int, stacks_because: str
+    hold: Hold,
+    pages: Pages,
+    core: int,
+    announced: int,
+    limit: int,
+    stacks_because: str,
+    tell_final: TellFinal,
 ) -> Copied | None:
     """Copy the process's pages; None where the kernel must be asked for them after all."""
     try:
@@ -133,12 +152,13 @@ def _from_memory(
                 reduced = core_reduced.plan(
                     pages.head, core, touched, limit or LARGEST, bool(stacks_because)
                 )
-                copied = _reduced(hold, memory, touched, core, reduced)
+                copied = _reduced(hold, memory, touched, core, reduced, tell_final)
                 if copied.fault is None:
                     copied = Copied(copied.size, left_out(reduced.missing, limit, stacks_because))
             else:
                 found = touched.pieces(pages.head.loads())
-                end = core_pages.copy(hold, memory, found, core, announced)
+                first = _for_backtrace(pages.head, core, touched, announced)
+                end = core_pages.copy(hold, memory, found, core, announced, tell_final, first)
                 copied = _cut(hold, core, end, announced)
     except PagesUnreadable as error:
         metrics.CORES.labels("stream").inc()
@@ -167,11 +187,29 @@ def left_out(missing: int, limit: int, stacks_because: str) -> str | None:
     )
 
 
-def _reduced(hold: Hold, memory: Memory, touched: Found, core: int, reduced: Reduced) -> Copied:
+def _for_backtrace(head: Head, core: int, touched: Found, announced: int) -> Iterator[Piece]:
+    """Give what a backtrace needs, if the whole takes so long that somebody may end us meanwhile.
+
+    Most of it lies at the end.
+    """
+    if announced < _LONG:
+        return iter(())
+    needed = core_reduced.stacks_and_small(head, core, touched, _MOST_STACKS, _FIRST)
+    return touched.pieces(needed)
+
+
+def _reduced(
+    hold: Hold,
+    memory: Memory,
+    touched: Found,
+    core: int,
+    reduced: Reduced,
+    tell_final: TellFinal = _tell_nobody,
+) -> Copied:
     for offset, raw in reduced.headers.items():
         sparse.write(core, raw, offset)
     found = touched.pieces(iter(reduced.loads))
-    end = core_pages.copy(hold, memory, found, core, reduced.size)
+    end = core_pages.copy(hold, memory, found, core, reduced.size, tell_final)
     return _cut(hold, core, end, reduced.size)
 
 

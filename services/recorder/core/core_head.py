@@ -258,20 +258,25 @@ def _table(until: Read) -> tuple[_Elf, int, int]:
 def _segments(elf: _Elf, raw: bytes, table: int) -> tuple[int, Load, int]:
     """Return the core's size, its notes, and where its memory begins.
 
-    The pieces must follow each other, as the kernel lays them out.
+    The pieces must follow each other, as the kernel lays them out; the notes of a core that was
+    laid out anew, `core_reduced`, lie before the table.
     """
-    size, notes, data = len(raw), None, 0
+    size, notes, data, are_before = len(raw), None, 0, False
     for fields in elf.program_header.iter_unpack(raw[table:]):
         kind, segment = elf.segment(fields)
         if kind == _PT_NOTE and notes is None:
             notes = segment
+            are_before = elf.header_size < segment.offset + segment.size <= table
+            if are_before:
+                continue
         if segment.size and segment.offset < size:
             raise _Bad("its segments overlap")
         if kind == _PT_LOAD and segment.size and not data:
             data = segment.offset
         if segment.size:
             size = segment.offset + segment.size
-    if notes is None or not len(raw) <= notes.offset <= len(raw) + _NOTES_WANTED:
+    are_behind = notes is not None and len(raw) <= notes.offset <= len(raw) + _NOTES_WANTED
+    if notes is None or not (are_before or are_behind):
         raise _Bad("its notes are not where they should be")
     return size, notes, data or size
 

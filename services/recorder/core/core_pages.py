@@ -18,7 +18,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -37,6 +37,8 @@ from services.recorder.core.core_memory import (
 )
 from services.recorder.core.touched import Touched
 from services.recorder.handover.hold import Hold
+
+TellFinal = Callable[[int], None]  # of bytes from the beginning
 
 _THREADS = min(4, len(os.sched_getaffinity(0)))
 _ALONE = 16 * 1024 * 1024  # bytes of a core for which a second thread does not pay
@@ -101,12 +103,22 @@ def _close(files: list[int]) -> None:
         os.close(file)
 
 
-def copy(hold: Hold, memory: Memory, found: Iterator[Piece], core: int, size: int) -> int:
+def copy(
+    hold: Hold,
+    memory: Memory,
+    found: Iterator[Piece],
+    core: int,
+    size: int,
+    tell_final: TellFinal = lambda _: None,
+    first: Iterable[Piece] = (),
+) -> int:
     """Copy a held process's pages to their places in its core file.
 
     Args:
         found: what to copy, in the order of the file.
         size: of the whole core in bytes; the file gets it.
+        tell_final: told from time to time up to where the file is complete.
+        first: pieces that are copied before all others, and with them again.
 
     Returns:
         Up to where the file is complete: less than `size` when the process was killed or let
@@ -121,7 +133,8 @@ def copy(hold: Hold, memory: Memory, found: Iterator[Piece], core: int, size: in
         with suppress(OSError):  # a file system without locks: the core is sent when it is whole
             unfinished.begin(core)
     with write_back.following(core, size) as follow:
-        work = _Work(hold, memory, core, found, size, follow)
+        work = _Work(hold, memory, core, found, size, (follow, tell_final))
+        work.prefer(first)
         return work.done(_THREADS if size > _ALONE else 1)
 
 
@@ -148,7 +161,7 @@ class _Work:
         core: int,
         found: Iterator[Piece],
         size: int,
-        follow: Callable[[int], None],
+        followers: tuple[TellFinal, ...],
     ) -> None:
         self._hold = hold
         self._memory = memory
@@ -160,7 +173,14 @@ class _Work:
         self._in_work: set[int] = set()  # where the pieces begin that were given out
         self._told = 0 if size > _ALONE else size  # up to where it was said to be final
         self._error: Exception | None = None
-        self._follow = follow
+        self._followers = followers
+
+    def prefer(self, pieces: Iterable[Piece]) -> None:
+        """Copy pieces before all others; what fails here comes again."""
+        buffer = bytearray(BLOCK)
+        with suppress(PagesUnreadable, OSError):
+            for piece in pieces:
+                self._copy(piece, buffer)
 
     def done(self, threads: int) -> int:
         """Copy all pieces; return up to where the file is complete."""
@@ -187,7 +207,8 @@ class _Work:
             self._told = end
             with suppress(OSError):
                 unfinished.finished(self._core, end)
-            self._follow(end)
+            for follow in self._followers:
+                follow(end)
 
     def _run(self) -> None:
         buffer, piece = bytearray(BLOCK), None

@@ -11,7 +11,7 @@ import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from services.recorder.core import core_threads
 from services.recorder.core.core_head import Head, Load
@@ -60,11 +60,10 @@ def plan(head: Head, core: int, touched: Found, limit: int, stacks_only: bool) -
     room = limit - head.data - min(table_room, limit // 16)
     if room <= 0:
         raise PagesUnreadable(f"its notes leave no room within {limit} bytes")
-    stacks = list(_stacks(head, core, touched))
     if stacks_only:
-        small = (load for load in head.loads() if load.size <= SMALL)
-        chosen, missing = _first_of(_chain(stacks, touched.runs(small)), room), 0
+        chosen, missing = list(stacks_and_small(head, core, touched, None, room)), 0
     else:
+        stacks = list(_stacks(head, core, touched))
         total = sum(load.size for load in touched.runs(head.loads()))
         everything = _joined(touched.runs(head.loads()))
         by_size = sorted(head.loads(), key=lambda load: load.size)
@@ -73,6 +72,24 @@ def plan(head: Head, core: int, touched: Found, limit: int, stacks_only: bool) -
         chosen = _first_of(everything, room)
         missing = max(0, total - sum(end - start for start, end in _merged(chosen)))
     return _lay_out(head, _merged(chosen), missing)
+
+
+def stacks_and_small(
+    head: Head, core: int, touched: Found, most: int | None, room: int
+) -> Iterator[Load]:
+    """Give what of a core is needed for a backtrace: the stacks, then each small mapping.
+
+    Args:
+        core: its file, with the kernel's headers and notes.
+        most: threads whose stacks are given; None: all.
+        room: bytes to give at most.
+
+    Raises:
+        PagesUnreadable: it cannot be told.
+    """
+    small = (load for load in head.loads() if load.size <= SMALL)
+    stacks = list(_stacks(head, core, touched, most))
+    yield from _first_of(_chain(stacks, touched.runs(small)), room)
 
 
 def _chain(first: list[Load], then: Iterator[Load]) -> Iterator[Load]:
@@ -107,10 +124,17 @@ def _joined(runs: Iterator[Load]) -> Iterator[Load]:
         yield last
 
 
-def _stacks(head: Head, core: int, touched: Found) -> Iterator[Load]:
-    """Give the touched pages of each thread's stack, the crashing thread's first."""
+def _stacks(head: Head, core: int, touched: Found, most: int | None = None) -> Iterator[Load]:
+    """Give the touched pages of each thread's stack, the crashing thread's first.
+
+    Args:
+        most: threads whose stacks are given; None: all.
+
+    Raises:
+        PagesUnreadable: the notes end early.
+    """
     loads = sorted(head.loads())
-    for pointer in stack_pointers(head, core):
+    for pointer in islice(stack_pointers(head, core), most):
         place = bisect_right(loads, pointer, key=lambda load: load.address) - 1
         if place < 0 or pointer >= loads[place].address + loads[place].size:
             continue

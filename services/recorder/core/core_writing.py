@@ -118,10 +118,19 @@ def _to_disk(
     free = room.for_core(recording.core_file, on.disk_reserve)
     limit = min(on.max_core_bytes or free, free)
     copied = core_copy.copy(
-        hold, head.raw, head.size, recording.core_file, limit, pages, decision.because
+        hold,
+        head.raw,
+        head.size,
+        recording.core_file,
+        limit,
+        pages,
+        decision.because,
+        recording.tell_final,
     )
     if copied.streamed and head.sent is not None:
         _say_nothing_is_left_out(recording, _BY_STREAM)
+    if copied.fault is None:
+        recording.tell_final(copied.size)
     fault = copied.fault or (head.fault if head.cause is None else None)
     if decision.extent is Extent.NOTHING:
         recording.notes.append(decision.because)

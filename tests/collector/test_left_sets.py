@@ -1,0 +1,163 @@
+"""Sets that a killed recorder left: the collector waits for the one that finishes them."""
+
+import fcntl
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from crashbus import Manifest, capture, crash_id, layout
+from crashbus.capture import CapturedFile
+from crashbus.layout import Kind, crash_file_name
+from services.common import drafts
+from tests.collector.conftest import Setup
+from tests.support.records import EPOCH, Writing, process
+from tests.support.requirements import need_root
+from tests.support.wait import until
+
+PID = 4194001
+CORE = crash_file_name(Kind.CORE, EPOCH)
+LATER = crash_file_name(Kind.CORE, EPOCH + 1)
+
+
+class Left:
+    """A set as a killed recorder leaves it: a record that nobody locks, a draft, a core."""
+
+    def __init__(self, setup: Setup) -> None:
+        need_root()
+        self._writing = Writing(setup.spool, process(PID))
+        self.crash_id = self._writing.crash_id
+        self.record = self._writing.place / crash_file_name(Kind.CAPTURE, EPOCH)
+        self.draft = setup.spool / layout.DRAFTS / f"{PID}-{EPOCH}"
+        os.close(drafts.begin(setup.spool, PID, EPOCH))
+        (self._writing.place / CORE).write_bytes(b"core")
+        self._writing.end()
+
+    def finish(self, locked: int) -> None:
+        """Do as the recorder that has locked it."""
+        record = capture.read(locked).model_copy(
+            update={"state": "complete", "files": {CORE: CapturedFile(size=4)}}
+        )
+        capture.write(locked, record)
+        self.draft.unlink()
+
+
+async def start(setup: Setup, patience: float) -> None:
+    setup.collector._environment["CRASHBUS_COLLECTOR_RECORDER_PATIENCE"] = str(patience)
+    await setup.collector.start()
+    await setup.collector.healthy()
+
+
+async def has_looked(setup: Setup, left: Left) -> None:
+    """Return when the collector has looked at the set: it has entered another beside it."""
+    other = process(PID, start_ticks=2)
+    with left.record.open("rb") as file:
+        record = capture.read(file.fileno())
+    another = record.model_copy(
+        update={
+            "state": "complete",
+            "process": other,
+            "crash_id": crash_id(other.boot_id, PID, other.start_ticks),
+            "files": {LATER: CapturedFile(size=5)},
+        }
+    )
+    directory = os.open(left.record.parent, os.O_RDONLY)
+    locked = capture.create(directory, EPOCH + 1, another)
+    (left.record.parent / LATER).write_bytes(b"later")
+    os.close(locked)
+    os.close(directory)
+    await until(lambda: _is_entered(setup, another.crash_id))
+
+
+def _is_entered(setup: Setup, crash: str) -> bool:
+    return any(path.stem == crash for path in setup.ledger())
+
+
+async def test_set_is_entered_whole_when_a_recorder_has_finished_it(setup: Setup) -> None:
+    left = Left(setup)
+    await start(setup, 3600)
+    await has_looked(setup, left)
+    assert not _is_entered(setup, left.crash_id)
+
+    with left.record.open("r+b") as record:
+        assert capture.lock(record.fileno())
+        left.finish(record.fileno())
+
+    await until(lambda: _is_entered(setup, left.crash_id))
+    (manifest,) = [one for one in await _manifests(setup) if one.crash_id == left.crash_id]
+    assert not manifest.notes and not any(file.truncated for file in manifest.files)
+
+
+async def _manifests(setup: Setup) -> list[Manifest]:
+    return await until(lambda: _both(setup), within=60)
+
+
+async def _both(setup: Setup) -> list[Manifest] | None:
+    found = await setup.bus.stored(Manifest)
+    return found if len(found) >= 2 else None
+
+
+async def test_set_is_taken_as_it_lies_when_no_recorder_comes(setup: Setup) -> None:
+    left = Left(setup)
+    await start(setup, 1)
+
+    await until(lambda: _is_entered(setup, left.crash_id), within=30)
+
+    assert not left.draft.exists()  # a recorder that comes later leaves it alone
+    manifest = await until(lambda: _first(setup), within=60)
+    assert any("cut short" in note for note in manifest.notes)
+
+
+async def _first(setup: Setup) -> Manifest | None:
+    return next(iter(await setup.bus.stored(Manifest)), None)
+
+
+@pytest.mark.parametrize("seconds", [-1000, 1000])
+async def test_set_that_a_recorder_has_locked_is_not_taken_however_long_it_takes(
+    setup: Setup, seconds: int
+) -> None:
+    left = Left(setup)
+    with left.record.open("r+b") as record:
+        fcntl.flock(record, fcntl.LOCK_EX)
+        os.utime(left.draft, (time.time() + seconds,) * 2)
+        await start(setup, 1)
+        await has_looked(setup, left)
+        assert not _is_entered(setup, left.crash_id)
+        assert left.draft.exists()
+        left.finish(record.fileno())
+
+    await until(lambda: _is_entered(setup, left.crash_id))
+
+
+async def test_clock_that_was_set_back_keeps_no_set_waiting(setup: Setup) -> None:
+    left = Left(setup)
+    os.utime(left.draft, (time.time() + 86400,) * 2)
+
+    await start(setup, 60)
+
+    await until(lambda: _is_entered(setup, left.crash_id))
+
+
+def test_only_one_of_recorder_and_collector_gets_a_set(tmp_path: Path) -> None:
+    """Whoever is first: the other finds it locked, or no draft."""
+    os.close(drafts.begin(tmp_path, PID, EPOCH))
+
+    assert drafts.is_awaited(tmp_path, 60, PID, EPOCH, lambda: True)
+    assert drafts.is_awaited(tmp_path, 0, PID, EPOCH, lambda: False)
+    assert not drafts.is_awaited(tmp_path, 0, PID, EPOCH, lambda: True)
+    assert drafts.take_up(tmp_path, PID, EPOCH) is None
+    assert not drafts.is_awaited(tmp_path, 60, PID, EPOCH, lambda: True)
+
+
+def test_draft_tells_what_was_kept(tmp_path: Path) -> None:
+    draft = drafts.begin(tmp_path, PID, EPOCH)
+    drafts.keep(draft, b"known")
+    drafts.tell_final(draft, 1 << 40)
+    os.close(draft)
+
+    assert drafts.left(tmp_path) == [(PID, EPOCH)]
+    assert drafts.take_up(tmp_path, PID, EPOCH) == drafts.Draft(1 << 40, 0, b"known")
+    assert drafts.take_up(tmp_path, PID, EPOCH) == drafts.Draft(1 << 40, 1, b"known")
+    drafts.remove(tmp_path, PID, EPOCH)
+    assert drafts.left(tmp_path) == []

@@ -1,0 +1,268 @@
+"""What a killed recorder had in hand is finished by the next one."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from crashbus import capture, layout
+from crashbus.capture import CaptureRecord
+from services.common import drafts
+from services.recorder.kept import taking_up
+from tests.recorder.conftest import MakeRecorder
+from tests.recorder.test_capture import frames, gdb
+from tests.support.crashers import HOG, crasher
+from tests.support.recorder import FILES, RecorderService, crash
+from tests.support.records import EPOCH, Writing, process
+from tests.support.victim import Victim
+from tests.support.wait import until
+
+# The real recorder, which a real SIGKILL ends when it comes to a place for the first time.
+_KILLED = """
+import os, runpy, signal, sys
+from services.recorder import capturing, finishing, service
+from services.recorder.core import core_pages
+from services.recorder.unwinding import unwinder
+def end(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
+def after(done):
+    def both(*values, **named):
+        done(*values, **named)
+        end()
+    return both
+{place}
+sys.argv = ["recorder"]
+runpy.run_module("services.recorder", run_name="__main__")
+"""
+WHILE_COPYING = """
+def told(work, upto):
+    tell(work, upto)
+    if upto > 100 << 20: end()
+tell, core_pages._Work._tell = core_pages._Work._tell, told
+"""
+BEFORE_MEMORY = "capturing.write_core = end"
+BEFORE_BACKTRACE = "finishing.finish = end"
+IN_BACKTRACE = "unwinder._run = end"
+AFTER_BACKTRACE = "finishing._write_backtrace = after(finishing._write_backtrace)"
+BEFORE_THE_END = "finishing._complete = end"
+
+
+async def killed(recorder: RecorderService, place: str) -> None:
+    """Start a recorder that is killed at a place, and return when it was."""
+    recorder.prefix = (sys.executable, "-c", _KILLED.format(place=place))
+    await recorder.start()
+
+
+async def has_died(recorder: RecorderService) -> None:
+    assert recorder.process is not None
+    assert await asyncio.to_thread(recorder.process.wait, 60) == -signal.SIGKILL
+    recorder.prefix = ()
+
+
+def left(recorder: RecorderService, pid: int) -> CaptureRecord:
+    """Return the record of a set that nobody is at."""
+    with recorder.file(pid, "capture").open("rb") as file:
+        assert not capture.is_being_written(file.fileno())
+        return capture.read(file.fileno())
+
+
+def drafts_of(recorder: RecorderService) -> list[Path]:
+    return list((recorder.spool / layout.DRAFTS).iterdir())
+
+
+@pytest.mark.parametrize("mechanism", ["auto", "pipe"])
+@pytest.mark.parametrize("place", [BEFORE_BACKTRACE, IN_BACKTRACE, AFTER_BACKTRACE, BEFORE_THE_END])
+async def test_set_with_a_whole_core_is_finished(
+    recorder_with: MakeRecorder, tmp_path: Path, place: str, mechanism: str
+) -> None:
+    recorder = recorder_with(recorder_mechanism=mechanism)
+    program = crasher("null_pointer")
+    victim = Victim(program, "an argument", cwd=tmp_path, env={"API_KEY": "hunter2", "LANG": "C"})
+    await killed(recorder, place)
+    assert await asyncio.to_thread(victim.go().process.wait, 60) == -signal.SIGSEGV
+    await has_died(recorder)
+    before = left(recorder, victim.pid)
+    assert before.state == "writing" and len(drafts_of(recorder)) == 1
+
+    await recorder.start()
+
+    record = await recorder.captured(victim.pid)
+    assert (record.crash_id, record.signal_name) == (before.crash_id, "SIGSEGV")
+    assert taking_up.NOTE in record.notes
+    assert record.fingerprint and record.modules
+    assert sorted(record.files) == sorted(recorder.file(victim.pid, kind).name for kind in FILES)
+    assert not any(file.truncated for file in record.files.values())
+    for name, file in record.files.items():
+        assert (recorder.spool / str(victim.pid) / name).stat().st_size == file.size
+    assert frames(recorder.file(victim.pid, "backtrace").read_text())[0][2] == "crash_here"
+    assert "--- instruction" in recorder.file(victim.pid, "backtrace").read_text()
+    assert "crash_here" in gdb(program, recorder.file(victim.pid, "core"), "bt")
+    snapshot = json.loads(recorder.file(victim.pid, "snapshot").read_bytes())
+    assert (snapshot["Pid"], snapshot["Cwd"]) == (victim.pid, str(tmp_path))
+    assert {"API_KEY=<redacted>", "LANG=C"} <= set(snapshot["Environment"])
+    assert snapshot["Arguments"][1:] == ["an argument"]
+    assert snapshot["Threads"][0]["Name"] == "null_pointer" and snapshot["OpenFiles"]
+    assert snapshot["FaultMapping"] and snapshot["Limits"] and snapshot["Mounts"]
+    assert not drafts_of(recorder)
+
+
+async def test_core_that_was_being_copied_is_cut_and_told_and_has_a_backtrace(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with()
+    await killed(recorder, WHILE_COPYING)
+    victim = subprocess.Popen([*HOG, "300"], stderr=subprocess.DEVNULL)
+    await has_died(recorder)
+    assert await asyncio.to_thread(victim.wait, 60) == -signal.SIGSEGV
+    assert recorder.file(victim.pid, "core").stat().st_size > 300 << 20
+
+    await recorder.start()
+
+    record = await recorder.captured(victim.pid)
+    core = recorder.file(victim.pid, "core")
+    told = record.files[core.name]
+    assert told.truncated and told.expected is not None
+    assert 100 << 20 < told.size == core.stat().st_size < told.expected
+    assert f"{told.expected - told.size} of {told.expected} bytes are missing" in (told.note or "")
+    assert "_PyEval" in recorder.file(victim.pid, "backtrace").read_text()
+    assert json.loads(recorder.file(victim.pid, "snapshot").read_bytes())["Pid"] == victim.pid
+
+
+async def test_core_that_was_laid_out_anew_is_read_again(recorder_with: MakeRecorder) -> None:
+    recorder = recorder_with(recorder_max_core_bytes=8 << 20)
+    await killed(recorder, BEFORE_BACKTRACE)
+    pid, _ = await asyncio.to_thread(crash, *HOG, "50")
+    await has_died(recorder)
+
+    await recorder.start()
+
+    record = await recorder.captured(pid)
+    core = record.files[recorder.file(pid, "core").name]
+    assert core.truncated and "were left out" in (core.note or "")
+    assert "--- registers" in recorder.file(pid, "backtrace").read_text()
+
+
+async def test_crash_whose_memory_was_not_read_is_told_all_the_same(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    recorder = recorder_with()
+    await killed(recorder, BEFORE_MEMORY)
+    victim = Victim(crasher("null_pointer"), cwd=tmp_path).go()
+    await has_died(recorder)
+
+    await recorder.start()
+
+    record = await recorder.captured(victim.pid)
+    assert (record.signal_name, record.fault_address) == ("SIGSEGV", 0)
+    assert "no core: the recorder was killed before there was one" in record.notes
+    assert not any(name.startswith("core_") for name in record.files)
+    assert json.loads(recorder.file(victim.pid, "snapshot").read_bytes())["Cwd"] == str(tmp_path)
+
+
+async def test_second_kill_leads_to_the_same_again(recorder_with: MakeRecorder) -> None:
+    recorder = recorder_with()
+    await killed(recorder, BEFORE_BACKTRACE)
+    pid, _ = await asyncio.to_thread(crash, crasher("null_pointer"))
+    await has_died(recorder)
+    recorder.prefix = (sys.executable, "-c", _KILLED.format(place=AFTER_BACKTRACE))
+    recorder.launch()
+    await has_died(recorder)
+
+    await recorder.start()
+
+    record = await recorder.captured(pid)
+    assert len(record.files) == len(FILES)
+    assert list(record.notes).count(taking_up.NOTE) == 1
+    assert frames(recorder.file(pid, "backtrace").read_text())[0][2] == "crash_here"
+
+
+async def test_set_of_which_recorders_die_is_given_up(recorder_with: MakeRecorder) -> None:
+    recorder = recorder_with()
+    await killed(recorder, BEFORE_BACKTRACE)
+    pid, _ = await asyncio.to_thread(crash, crasher("null_pointer"))
+    await has_died(recorder)
+    for _ in range(taking_up.MOST_TRIES):
+        recorder.prefix = (sys.executable, "-c", _KILLED.format(place=IN_BACKTRACE))
+        recorder.launch()
+        await has_died(recorder)
+
+    await recorder.start()
+
+    await until(lambda: not drafts_of(recorder))
+    assert left(recorder, pid).state == "writing"  # with no draft: the collector takes it so
+    assert "recorders die of this crash" in recorder.log
+    assert recorder.file(pid, "core").stat().st_size
+    later, _ = await asyncio.to_thread(crash, crasher("null_pointer"))
+    await recorder.captured(later)
+
+
+async def test_set_that_another_has_locked_is_left_alone_until_it_is_free(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with()
+    await killed(recorder, BEFORE_BACKTRACE)
+    pid, _ = await asyncio.to_thread(crash, crasher("null_pointer"))
+    await has_died(recorder)
+    (draft,) = drafts_of(recorder)
+    os.utime(draft, (0, 0))
+    with recorder.file(pid, "capture").open("rb") as record:
+        assert capture.lock(record.fileno())
+        await recorder.start()
+        # It looks again and again, and says each time that it will come.
+        await until(lambda: time.time() - draft.stat().st_mtime < 60)
+        os.utime(draft, (0, 0))
+        await until(lambda: time.time() - draft.stat().st_mtime < 60)
+        assert capture.read(record.fileno()).state == "writing"
+
+    assert len((await recorder.captured(pid)).files) == len(FILES)
+
+
+async def test_drafts_without_an_own_unfinished_set_are_removed(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    recorder = recorder_with()
+    recorder.spool.mkdir()
+    whole = Writing(recorder.spool, process(4194001))
+    whole.complete({})
+    foreign = Writing(recorder.spool, process(4194002))
+    foreign.end()
+    os.chown(foreign.place, 65534, 65534)
+    linked = Writing(recorder.spool, process(4194003))
+    linked.end()
+    (record,) = linked.place.iterdir()
+    os.link(record, tmp_path / "second name")
+    torn = Writing(recorder.spool, process(4194004))
+    torn.end()
+    (record_of_torn,) = torn.place.iterdir()
+    record_of_torn.write_bytes(b"{")
+    for pid in range(4194000, 4194005):  # the first has no directory
+        os.close(drafts.begin(recorder.spool, pid, EPOCH))
+
+    await recorder.start()
+
+    await until(lambda: not drafts_of(recorder))
+    for one in (foreign, linked):
+        (record,) = one.place.iterdir()
+        assert b'"writing"' in record.read_bytes()
+
+
+@pytest.mark.parametrize("known", [b"", b"{", b"\0" * 100])
+async def test_torn_draft_costs_what_it_told(recorder_with: MakeRecorder, known: bytes) -> None:
+    recorder = recorder_with()
+    await killed(recorder, BEFORE_BACKTRACE)
+    pid, _ = await asyncio.to_thread(crash, crasher("null_pointer"))
+    await has_died(recorder)
+    (draft,) = drafts_of(recorder)
+    draft.write_bytes(draft.read_bytes()[:12] + known)
+
+    await recorder.start()
+
+    record = await recorder.captured(pid)
+    assert len(record.files) == len(FILES)
+    assert any("before it had read more" in note for note in record.notes)
+    assert "--- registers" in recorder.file(pid, "backtrace").read_text()
