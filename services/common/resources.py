@@ -46,6 +46,7 @@ _TCP_STATES = (
     *("CLOSE_WAIT", "LAST_ACK", "LISTEN", "CLOSING", "NEW_SYN_RECV"),
 )
 _PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_PIDFD_THREAD = os.O_EXCL  # include/uapi/linux/pidfd.h
 _PIDFD_GETFD = 438  # its number on every architecture, pidfd_getfd(2)
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -103,17 +104,19 @@ def _open_files(directory: str, proc: Proc) -> tuple[dict[int, bytes], bool]:
     return found, len(numbers) > MAX_FILES
 
 
-def sockets(pid: int, open_files: dict[int, bytes]) -> Iterator[dict[str, Any]]:
+def sockets(task: int, open_files: dict[int, bytes]) -> Iterator[dict[str, Any]]:
     """Ask each socket for its ends, through a copy of the descriptor, pidfd_getfd(2).
 
     The tables in /proc/<pid>/net list all of the host's, which takes milliseconds.
+
+    Args:
+        task: a thread that still has its descriptors.
     """
     numbers = [n for n, target in sorted(open_files.items()) if target.startswith(b"socket:")]
     if not numbers:
         return
-    try:
-        process = os.pidfd_open(pid)
-    except OSError:
+    process = _pidfd(task)
+    if process < 0:
         return
     try:
         for number in numbers[:MAX_SOCKETS]:
@@ -122,6 +125,15 @@ def sockets(pid: int, open_files: dict[int, bytes]) -> Iterator[dict[str, Any]]:
                 yield {"Fd": number, **_socket(copy)}
     finally:
         os.close(process)
+
+
+def _pidfd(task: int) -> int:
+    """Open a thread; where the first of its process has ended, it is another. -1: it cannot be."""
+    with suppress(OSError):
+        return os.pidfd_open(task)
+    with suppress(OSError):  # before Linux 6.9
+        return os.pidfd_open(task, _PIDFD_THREAD)
+    return -1
 
 
 def _socket(descriptor: int) -> dict[str, Any]:

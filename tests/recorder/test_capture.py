@@ -15,6 +15,7 @@ import pytest_asyncio
 from crashbus import identity, signals
 from crashbus.capture import CaptureRecord
 from crashbus.layout import Kind, crash_file_name
+from services.recorder.handover.mechanism import kernel_version
 from tests.support.core_pattern import core_pattern_kept
 from tests.support.crashers import FATAL, crasher
 from tests.support.recorder import FILES, RecorderService, crash
@@ -341,6 +342,7 @@ async def test_process_whose_first_thread_has_ended_is_known(
         tmp_path / "headless",
         """
         #include <pthread.h>
+        #include <sys/socket.h>
         static pthread_t first;
         static void *crash_here(void *unused) {
             pthread_join(first, 0);
@@ -349,6 +351,7 @@ async def test_process_whose_first_thread_has_ended_is_known(
         }
         int main(void) {
             pthread_t other;
+            socket(AF_INET, SOCK_DGRAM, 0);
             first = pthread_self();
             pthread_create(&other, 0, crash_here, 0);
             pthread_exit(0);
@@ -360,7 +363,10 @@ async def test_process_whose_first_thread_has_ended_is_known(
 
     assert record.process.executable == str(program)
     assert record.process.command_line[1:] == ("argument",)
-    assert json.loads(recorder.file(pid, "snapshot").read_bytes())["Cwd"] == str(tmp_path)
+    snapshot = json.loads(recorder.file(pid, "snapshot").read_bytes())
+    assert snapshot["Cwd"] == str(tmp_path)
+    if kernel_version(os.uname().release) >= (6, 9):  # pidfd_open(2), PIDFD_THREAD
+        assert [one["Type"] for one in snapshot["Sockets"]] == ["SOCK_DGRAM"]
     assert frames(recorder.file(pid, "backtrace").read_text())[0][2] == "crash_here"
 
 
