@@ -36,6 +36,15 @@ def unknown_crash_id(boot_id: str, pid: int, epoch: int, uid: int) -> str:
     return _name(f"unseen:{boot_id.strip().lower()}:{pid}:{epoch}:{uid}")
 
 
+def snapshot_id(boot_id: str, pid: int, start_ticks: int, at: float) -> str:
+    """Return the ID of a snapshot of a living process, which may crash later, or be taken again.
+
+    Args:
+        at: Unix seconds.
+    """
+    return _name(f"snapshot:{boot_id.strip().lower()}:{pid}:{start_ticks}:{at}")
+
+
 def _name(what: str) -> str:
     # 80 bits: a collision is not expected below 10^11 crashes.
     digest = hashlib.sha256(what.encode()).digest()

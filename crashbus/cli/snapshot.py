@@ -1,6 +1,7 @@
 """``crashbus snapshot``: the crash files of a process that lives, and goes on living."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 from crashbus.cli.errors import Trouble
 from crashbus.cli.services import need
 from crashbus.cli.terminal import console, plain
-from crashbus.identity import boot_id
+from crashbus.identity import boot_id, snapshot_id
 
 
 def snapshot(
@@ -53,12 +54,17 @@ def snapshot(
         process = facts.read_identity(pid, boot_id())
         hold = LiveHold(pid)
         try:
-            taken = capturing.capture_process(process, 0, hold, on)
+            named = process.boot_id, pid, process.start_ticks
+            name = snapshot_id(*named, hold.arrived_at)
+            taken = capturing.capture_process(name, process, 0, hold, on)
         finally:
             hold.close()
     except CaptureFailed as failure:
         raise Trouble(str(failure), failure.mend) from None
     taken.notes.append("a snapshot of a living process, by crashbus snapshot")
+    taken.notes.extend(hold.notes)
+    assert taken.facts is not None
+    taken.facts = replace(taken.facts, notes=(*taken.facts.notes, *hold.notes))
     finishing.finish(taken, on, settings.backtrace_deadline)
     held = (hold.held_for or 0) * 1000
     console().print(

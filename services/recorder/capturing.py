@@ -40,7 +40,8 @@ def capture_crash(hold: Hold, on: Conditions) -> Recording:
         if taken.memory is None:
             arrival.confirm(on.mechanism, hold)
         process = facts.read_identity(arrived.pid, on.boot_id, taken.proc)
-        return capture_process(process, arrived.signal, hold, on, taken)
+        name = crash_id(process.boot_id, process.pid, process.start_ticks)
+        return capture_process(name, process, arrived.signal, hold, on, taken)
     finally:
         hold.close()
         taken.close()
@@ -49,14 +50,19 @@ def capture_crash(hold: Hold, on: Conditions) -> Recording:
 
 
 def capture_process(
-    process: Process, signal: int, hold: Hold, on: Conditions, taken: Taken | None = None
+    name: str,
+    process: Process,
+    signal: int,
+    hold: Hold,
+    on: Conditions,
+    taken: Taken | None = None,
 ) -> Recording:
     """Do all that needs a process that is held, then let it go; see `capture_crash`.
 
     Args:
+        name: the crash ID.
         taken: what was read of it already.
     """
-    name = crash_id(process.boot_id, process.pid, process.start_ticks)
     try:
         recording = begin(name, process, signal, hold.arrived_at, on)
     except CaptureFailed as failure:

@@ -9,11 +9,14 @@ import ctypes
 import os
 import platform
 import struct
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from queue import SimpleQueue
+from typing import Any, NamedTuple, TypeVar
 
 from services.common import proc
 from services.recorder.core.registers import AARCH64, X86_64
@@ -22,8 +25,10 @@ from services.recorder.handover.hold import Hold
 
 _MACHINES = {"x86_64": X86_64, "aarch64": AARCH64}
 _REGISTERS = {X86_64: 216, AARCH64: 272}  # bytes of pr_reg
-_STOP_WITHIN = 2.0  # seconds for all threads to stop; one in an uninterruptible sleep does not
+_SLEEPS_FOR = 0.05  # seconds; a thread in an uninterruptible sleep for as long is not waited for
+_STOP_WITHIN = 2.0  # seconds for the others, which may wait for a processor
 _LOOK_AGAIN = 0.0005  # seconds
+_LOOK_FOR_LATE = 0.005  # seconds
 _PAGE = 4096
 
 _PTRACE_DETACH, _GETREGSET, _SEIZE, _INTERRUPT = 17, 0x4204, 0x4206, 0x4207
@@ -34,7 +39,10 @@ _PT_LOAD, _PT_NOTE = 1, 4
 _FLAGS = ((4, "r"), (2, "w"), (1, "x"))  # p_flags
 _ET_CORE = 4
 _MAX_HEADERS = 0xFFFE
+_MOST_NOTES = 16
 _MAX_SMAPS = 64 * 1024 * 1024  # bytes
+
+T = TypeVar("T")
 
 
 class _Mapping(NamedTuple):
@@ -53,21 +61,25 @@ class _Mapping(NamedTuple):
 class LiveHold(Hold):
     """A hold on a living process; letting go lets it run on.
 
-    Make it, and let go, in one thread: ptrace(2) knows only that one.
-
     Raises:
         CaptureFailed: there is no such process, or it cannot be stopped.
+
+    Attributes:
+        notes: which threads were not stopped.
     """
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
+        self._tracer = _Tracer()
         self._stopped: dict[int, int] = {}  # thread to the signal that waits for it
+        self._late: set[int] = set()  # threads that stop when they wake up
+        self.notes: list[str] = []
         changed = _changed_mappings(pid)  # long to read: before it is held
         content = os.memfd_create("core head", os.MFD_CLOEXEC)
         super().__init__(content, patience=1.0)
         try:
-            self._stop_threads()
-            head = _head(pid, tuple(self._stopped), changed)
+            self._tracer.do(self._stop_threads)
+            head = self._tracer.do(lambda: _head(pid, tuple(self._stopped), changed))
             os.write(content, head)
             os.lseek(content, 0, os.SEEK_SET)
         except BaseException:
@@ -76,17 +88,31 @@ class LiveHold(Hold):
 
     def let_go(self, because: str | None = None) -> None:
         """Let the process run on."""
+        if not self.is_held:
+            return
+        self._tracer.do(self._detach)
+        super().let_go(because)
+        if self._late:
+            self._tracer.begin(self._detach_late)  # which takes as long as it takes
+
+    def _detach(self) -> None:
         for thread, number in self._stopped.items():
             with suppress(OSError):  # it was killed meanwhile
                 _ptrace(_PTRACE_DETACH, thread, 0, number)
         self._stopped = {}
-        super().let_go(because)
+
+    def _detach_late(self) -> None:
+        """Let each thread run on that stops only now; all others run already."""
+        while self._late:
+            self._late -= {thread for thread in self._late if self._has_stopped(thread)}
+            self._detach()
+            time.sleep(_LOOK_FOR_LATE)
 
     def _stop_threads(self) -> None:
         """Stop all threads; those that are started meanwhile too."""
-        end = time.monotonic() + _STOP_WITHIN
+        began = time.monotonic()
         waiting: set[int] = set()
-        while time.monotonic() < end:
+        while time.monotonic() - began < _STOP_WITHIN:
             new = _threads(self._pid) - self._stopped.keys() - waiting
             for thread in new:
                 if self._seize(thread):
@@ -94,8 +120,15 @@ class LiveHold(Hold):
             waiting -= {thread for thread in waiting if self._has_stopped(thread)}
             if not new and not waiting:
                 break
+            if time.monotonic() - began > _SLEEPS_FOR and all(map(self._sleeps, waiting)):
+                break
             if not new:
                 time.sleep(_LOOK_AGAIN)
+        self._late = waiting
+        self.notes = [
+            f"thread {thread} was not stopped: {_state(self._pid, thread)}"
+            for thread in sorted(waiting)[:_MOST_NOTES]
+        ]
         if not self._stopped:
             raise CaptureFailed(
                 "process_gone", f"no thread of process {self._pid} stops", "see its state in ps"
@@ -115,6 +148,9 @@ class LiveHold(Hold):
             ) from error
         return True
 
+    def _sleeps(self, thread: int) -> bool:
+        return _state(self._pid, thread).startswith("D")
+
     def _has_stopped(self, thread: int) -> bool:
         """Tell whether a thread needs no more waiting for: it stopped, or ended."""
         try:
@@ -128,6 +164,45 @@ class LiveHold(Hold):
             # A signal that was on its way is delivered when it runs on.
             self._stopped[thread] = 0 if is_ours else os.WSTOPSIG(status)
         return True
+
+
+class _Tracer:
+    """A thread of its own for ptrace(2), which knows only the one that began.
+
+    A daemon: a thread that never wakes up must not keep this process; the kernel detaches then.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        threading.Thread(target=self._run, name="tracer", daemon=True).start()
+
+    def do(self, call: Callable[[], T]) -> T:
+        """Return what a call returns in that thread."""
+        return self.begin(call).result()
+
+    def begin(self, call: Callable[[], T]) -> "Future[T]":
+        """Have something called there, after all that was begun before."""
+        future: Future[T] = Future()
+        self._calls.put((future, call))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            future, call = self._calls.get()
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+                future.set_exception(error)
+
+
+def _state(pid: int, thread: int) -> str:
+    """Return a thread's state as proc_pid_status(5) has it, such as ``D (disk sleep)``."""
+    with suppress(OSError):
+        status = Path(f"/proc/{pid}/task/{thread}/status").read_bytes()
+        for line in proc.lines(status):
+            if line.startswith(b"State:"):
+                return line.partition(b":")[2].strip().decode("ascii", "replace")
+    return "it has ended"
 
 
 def _threads(pid: int) -> set[int]:

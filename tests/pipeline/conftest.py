@@ -3,7 +3,7 @@
 import asyncio
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +49,18 @@ class Pipeline:
     async def manifest_of(self, pid: int, files: int = 6, within: float = 40) -> Manifest:
         """Return the manifest of a process's crash once it names so many files."""
 
+        return await self._manifest(lambda one: one.process.pid == pid, files, within)
+
+    async def manifest_of_crash(self, crash_id: str) -> Manifest:
+        """Return the manifest of a crash once it names all that a crash has."""
+        return await self._manifest(lambda one: one.crash_id == crash_id, 6, 40)
+
+    async def _manifest(
+        self, is_it: Callable[[Manifest], bool], files: int, within: float
+    ) -> Manifest:
         async def look() -> Manifest | None:
             for manifest in reversed(await self.bus.stored(Manifest)):
-                if manifest.process.pid == pid and len(manifest.files) >= files:
+                if is_it(manifest) and len(manifest.files) >= files:
                     return manifest
             return None
 

@@ -16,11 +16,11 @@ import pytest
 import yaml
 import zstandard
 
-from crashbus import DeadLetter, capture, layout
+from crashbus import DeadLetter, capture, identity, layout
 from crashbus.capture import UnreadableRecord
 from crashbus.layout import BINARIES, LARGE, SHARED, Kind
 from crashbus.messages import Manifest
-from tests.pipeline.conftest import Pipeline, top_frames
+from tests.pipeline.conftest import HOST, Pipeline, top_frames
 from tests.support.cgroup import limit, memory_cgroup
 from tests.support.crashers import FATAL, SOURCES, crasher
 from tests.support.nats import free_port
@@ -443,6 +443,36 @@ async def test_crash_in_the_hands_of_a_killed_recorder_is_delivered_whole(
         assert len(own) == 6 and not any(file.truncated for file in own), manifest
         assert not any("cut short" in note for note in manifest.notes)
         await pipeline.delivered(manifest)
+
+
+async def test_snapshot_of_a_process_and_its_later_crash_are_two_things(
+    pipeline: Pipeline,
+) -> None:
+    (victim,) = waiting(1)
+    taking = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "crashbus", "snapshot", str(victim.pid)),
+        env=os.environ
+        | {"CRASHBUS_SPOOL": str(pipeline.spool), "CRASHBUS_HOST": HOST}
+        | {"CRASHBUS_STATE": str(pipeline.spool.parent / "state")},
+    )
+    assert await asyncio.wait_for(taking.wait(), 60) == 0
+    living = await pipeline.manifest_of(victim.pid)
+    await pipeline.delivered(living)
+
+    victim.send_signal(signal.SIGSEGV)
+    victim.communicate()
+
+    crash = await pipeline.manifest_of_crash(crash_id_of(living))
+    await pipeline.delivered(crash)
+    assert (living.signal_name, crash.signal_name) == ("none", "SIGSEGV")
+    assert living.crash_id != crash.crash_id and living.folder != crash.folder
+    for manifest in (living, crash):
+        check_everywhere_equal(pipeline, manifest)
+
+
+def crash_id_of(manifest: Manifest) -> str:
+    process = manifest.process
+    return identity.crash_id(process.boot_id, process.pid, process.start_ticks)
 
 
 def pids_with_core_in_hand(spool: Path) -> list[int]:

@@ -8,15 +8,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from crashbus import identity
 from crashbus.capture import CaptureRecord, read
+from services.recorder.live import LiveHold
 from tests.recorder.test_capture import _compile, gdb
-from tests.support.requirements import lacking, need_root
+from tests.support.requirements import lacking, need_program, need_root
 from tests.support.wait import until
 
 _SOURCE = """
@@ -172,7 +175,7 @@ async def test_snapshot_that_is_killed_frees_the_process(tmp_path: Path, living:
         stderr=asyncio.subprocess.DEVNULL,
     )
     status = Path(f"/proc/{living.pid}/status")
-    await until(lambda: f"TracerPid:\t{taking.pid}" in status.read_text(), every=0.001)
+    await until(lambda: "TracerPid:\t0" not in status.read_text(), every=0.001)
     taking.kill()
     await taking.wait()
 
@@ -228,3 +231,171 @@ def test_traced_process_is_told(tmp_path: Path, living: Living) -> None:
     tracer.communicate(b"")
     assert done.returncode == 1
     assert "end the debugger" in done.stderr
+
+
+_SLEEPER = """
+#include <pthread.h>
+#include <stdio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+static volatile long beats;
+static void *in_uninterruptible_sleep(void *unused) {
+    char c;
+    if (vfork() == 0) {  /* sleeps until its child is gone, and no signal wakes it */
+        while (read(0, &c, 1) != 1) ;
+        _exit(0);
+    }
+    for (;;) { beats++; usleep(1000); }
+}
+int main(void) {
+    pthread_t thread;
+    pthread_create(&thread, 0, in_uninterruptible_sleep, 0);
+    puts("ready");
+    fflush(stdout);
+    while (!beats) usleep(1000);
+    puts("awake");
+    fflush(stdout);
+    for (;;) pause();
+}
+"""
+
+
+class Sleeper(Living):
+    """One of its threads sleeps so that nothing stops it, until it is woken."""
+
+    def __init__(self, program: Path) -> None:
+        super().__init__(program)
+        tasks = Path(f"/proc/{self.pid}/task")
+        while not (asleep := [t for t in tasks.iterdir() if "State:\tD" in _status(t)]):
+            pass
+        self.asleep = int(asleep[0].name)
+
+    def wake(self) -> bytes:
+        """Have that thread run on, and return what the process says when it does."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(b"x")
+        return self.process.stdout.readline()
+
+
+def _status(task: Path) -> str:
+    return (task / "status").read_text()
+
+
+@pytest.fixture
+def sleeper(tmp_path: Path) -> Iterator[Sleeper]:
+    need_root()
+    one = Sleeper(_compile(tmp_path / "sleeper", _SLEEPER))
+    yield one
+    one.process.kill()
+    one.process.communicate(b"x")
+
+
+def test_thread_that_cannot_be_stopped_holds_the_others_for_milliseconds(
+    tmp_path: Path, sleeper: Sleeper
+) -> None:
+    done, directory = snapshot(tmp_path, sleeper.pid)
+
+    assert done.returncode == 0, done.stderr
+    (shown,) = directory.glob("snapshot_*")
+    found = json.loads(shown.read_bytes())
+    assert found["HoldMilliseconds"] < 1000
+    note = f"thread {sleeper.asleep} was not stopped: D (disk sleep)"
+    assert note in found["Notes"] and note in record_of(directory).notes
+    assert sleeper.wake() == b"awake\n"
+
+
+def test_thread_that_stops_too_late_runs_on(sleeper: Sleeper) -> None:
+    hold = LiveHold(sleeper.pid)
+    hold.let_go()
+
+    assert sleeper.wake() == b"awake\n"
+
+    assert hold.notes == [f"thread {sleeper.asleep} was not stopped: D (disk sleep)"]
+    hold.close()
+
+
+@pytest.fixture
+def open_program(program: Path) -> Iterator[Path]:
+    """The program where every user reaches it."""
+    with tempfile.TemporaryDirectory(prefix="cb-", dir="/tmp") as place:
+        Path(place).chmod(0o755)
+        yield Path(shutil.copy(program, place))
+
+
+def test_process_of_another_user_in_namespaces_of_its_own_is_shown(
+    tmp_path: Path, open_program: Path
+) -> None:
+    need_program("unshare")
+    need_program("setpriv")
+    outer = subprocess.Popen(
+        [
+            *("unshare", "--pid", "--fork", "--mount-proc", "--net", "--uts"),
+            *("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"),
+            open_program,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert outer.stdout is not None and outer.stdout.readline() == b"ready\n"
+        children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text()
+        done, directory = snapshot(tmp_path, pid := int(children))
+
+        assert done.returncode == 0, done.stderr
+        check_is_shown(directory, pid, uid=65534, ns_pid=1)
+        assert outer.poll() is None
+    finally:
+        outer.kill()  # and with it PID 1 of the namespace: unshare --fork passes nothing on
+        os.kill(int(children), signal.SIGKILL)
+        outer.communicate()
+
+
+def test_setuid_program_is_shown(tmp_path: Path, open_program: Path) -> None:
+    need_program("setpriv")
+    open_program.chmod(0o4755)
+    one = subprocess.Popen(
+        ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", open_program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert one.stdout is not None and one.stdout.readline() == b"ready\n"
+        status = Path(f"/proc/{one.pid}/status").read_text()
+        assert re.search(r"Uid:\t65534\t0\t", status), "it has not become root"
+        done, directory = snapshot(tmp_path, one.pid)
+
+        assert done.returncode == 0, done.stderr
+        check_is_shown(directory, one.pid, uid=65534, ns_pid=one.pid)
+        assert one.poll() is None
+    finally:
+        one.kill()
+        one.communicate()
+
+
+def check_is_shown(directory: Path, pid: int, uid: int, ns_pid: int) -> None:
+    record = record_of(directory)
+    assert (record.process.pid, record.process.uid) == (pid, uid)
+    assert record.process.ns_pid == ns_pid
+    assert not any("not stopped" in note for note in record.notes)
+    (backtrace,) = directory.glob("backtrace_*.json")
+    threads = json.loads(backtrace.read_bytes())["threads"]
+    symbols = [[frame["symbol"] for frame in thread["frames"]] for thread in threads]
+    assert "main" in symbols[0]
+    assert sum("deep_inside" in names for names in symbols) == 5
+    assert "State:\tt" not in Path(f"/proc/{pid}/status").read_text()
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in directory.iterdir())
+
+
+def test_snapshot_and_crash_of_the_same_process_have_different_names(
+    tmp_path: Path, living: Living
+) -> None:
+    for _ in range(2):
+        done, directory = snapshot(tmp_path, living.pid)
+        assert done.returncode == 0, done.stderr
+
+    found = []
+    for path in directory.glob("capture_*"):
+        with path.open("rb") as file:
+            found.append(read(file.fileno()).crash_id)
+    boot, start = identity.boot_id(), identity.start_ticks(living.pid)
+    assert len({*found, identity.crash_id(boot, living.pid, start)}) == 3
