@@ -12,9 +12,11 @@ from services.recorder import core_pattern, pattern_file
 from services.recorder.errors import RecorderError
 from services.recorder.handover import mechanism
 from services.recorder.handover.chain import CannotChain, Handler
+from services.recorder.handover.listener import BACKLOG
 from services.recorder.handover.mechanism import Mechanism
 from services.recorder.settings import RecorderSettings
 
+_SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 _ENOUGH_ROOM = 1024**3  # bytes; a core of a common service fits
 
 
@@ -29,6 +31,7 @@ def check() -> list[Finding]:
         _root(),
         *_cores(shared.state, settings),
         _core_pattern(),
+        _backlog(),
         _suid_dumpable(),
         _drgn(),
         _spool(shared.spool),
@@ -107,6 +110,20 @@ def _core_pattern() -> Finding:
     if not writable:
         return Finding(name, False, f"{detail}; cannot be changed", "mount /proc/sys writable")
     return Finding(name, True, f"{detail}; the recorder takes over while it runs")
+
+
+def _backlog() -> Finding:
+    """Say how many crashes may wait at once: listen(2)."""
+    name, allowed = "recorder: backlog", int(_SOMAXCONN.read_text())
+    if allowed >= BACKLOG:
+        return Finding(name, True, f"{BACKLOG} crashes may wait at once")
+    return Finding(
+        name,
+        False,
+        f"net.core.somaxconn={allowed}: so many crashes may wait at once; with the coredump "
+        "socket, more are lost",
+        f"sysctl net.core.somaxconn={BACKLOG} where the recorder runs, and start it again",
+    )
 
 
 def _suid_dumpable() -> Finding:

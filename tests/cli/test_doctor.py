@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from crashbus import Bus, connect, streams
 from crashbus.cli import engine
 from tests.cli.support import Result, crashbus
 from tests.support.nats import NatsServer, SecuredNats, free_port
+from tests.support.requirements import need_program, need_root
 from tests.support.s3 import S3Server
 
 
@@ -48,6 +52,28 @@ async def test_it_looks_at_kernel_and_core_pattern(nats_server: NatsServer) -> N
         assert part in text
     assert found["jetstream"]["ok"]
     assert "a collector will make CRASH_CHUNKS" in found["jetstream"]["detail"]
+
+
+async def test_backlog_that_the_kernel_makes_smaller_is_wrong() -> None:
+    need_root()
+    need_program("unshare")
+    for allowed, ok in ((128, False), (4096, True)):
+        in_network = f'echo {allowed} > /proc/sys/net/core/somaxconn && exec "$@"'
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [
+                *("unshare", "--net", "sh", "-c", in_network, "sh"),
+                *(sys.executable, "-m", "crashbus", "doctor", "--json"),
+            ],
+            env=os.environ | {"CRASHBUS_NATS_URL": "nats://127.0.0.1:1"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        lines = map(json.loads, done.stdout.splitlines())
+        (found,) = [one for one in lines if one["name"] == "recorder: backlog"]
+        assert found["ok"] is ok
+        assert ok or ("somaxconn=128" in found["detail"] and "sysctl" in found["mend"])
 
 
 async def test_no_server_is_wrong() -> None:
