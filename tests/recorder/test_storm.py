@@ -1,15 +1,18 @@
 """Many crashes at once."""
 
 import asyncio
+import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from services.recorder.core import core_head
+from crashbus.layout import DRAFTS
 from tests.recorder.conftest import MakeRecorder
+from tests.recorder.test_capture import _compile
+from tests.support.cgroup import pids_cgroup
 from tests.support.recorder import FILES, RecorderService
 from tests.support.victim import waiting
 from tests.support.wait import until
@@ -45,38 +48,135 @@ def memory_of(recorder: RecorderService) -> int:
     return total * 1024
 
 
-def has_whole_core(recorder: RecorderService, pid: int) -> bool:
-    """Tell whether a core is there, which a small process is let go before."""
-    for core in (recorder.spool / str(pid)).glob("core_*"):
-        with core.open("rb") as file:
-            return core_head.read(file.read).size == core.stat().st_size
-    return False
-
-
-async def test_storm_of_two_hundred_crashes_at_once_is_captured_in_constant_memory(
+async def test_storm_of_many_crashes_at_once_is_captured_in_constant_memory(
     recorder_with: MakeRecorder,
 ) -> None:
     recorder = recorder_with(
         recorder_loop_burst=0,
         recorder_debug_directory="/nonexistent",  # this host may have any
+        recorder_backtraces=2,
     )
     await recorder.start()
-    processes = waiting(200)
+    processes = waiting(120)
 
     for process in processes:
         process.send_signal(signal.SIGSEGV)
-    most = 0
-    while any(process.poll() is None for process in processes) or not finished(recorder, 10):
-        most = max(most, await asyncio.to_thread(memory_of, recorder))
-        await asyncio.sleep(0.05)
+    most = await most_memory_until(recorder, lambda: finished(recorder) == len(processes))
 
     for process in processes:
         process.communicate()
         assert process.returncode == -signal.SIGSEGV
-        await until(partial(has_whole_core, recorder, process.pid))
+        record = recorder.record(process.pid)
+        assert record is not None and len(record.files) == len(FILES)
+        assert not any(file.truncated for file in record.files.values())
     assert most < 150 << 20, f"{most >> 20} MiB"
 
 
-def finished(recorder: RecorderService, count: int) -> bool:
-    """Tell whether so many crashes have their backtraces."""
-    return len(list(recorder.spool.glob("*/backtrace_*.json"))) >= count
+async def most_memory_until(recorder: RecorderService, is_over: Callable[[], bool]) -> int:
+    """Return the most memory that a recorder and its workers had until something is so."""
+    most = 0
+    while not is_over():
+        most = max(most, await asyncio.to_thread(memory_of, recorder))
+        await asyncio.sleep(0.05)
+    return most
+
+
+def finished(recorder: RecorderService) -> int:
+    """Tell how many crashes have all their files: no draft of them is there any more."""
+    begun = {path.parent.name for path in recorder.spool.glob("*/capture_*")}
+    return len(begun - {path.name.partition("-")[0] for path in recorder.spool.glob(f"{DRAFTS}/*")})
+
+
+@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
+async def test_three_hundred_crashes_that_wait_for_two_workers_are_all_captured(
+    recorder_with: MakeRecorder, mechanism: str
+) -> None:
+    """They wait in the socket's backlog while nobody takes them at all."""
+    recorder = recorder_with(
+        recorder_mechanism=mechanism,
+        recorder_captures=2,
+        recorder_loop_burst=0,
+        recorder_backtrace_deadline=0.1,
+        recorder_watchdog_deadline=60,
+        recorder_stall_deadline=60,
+    )
+    await recorder.start()
+    processes = waiting(300)
+    os.kill(recorder.pid, signal.SIGSTOP)
+    try:
+        for process in processes:
+            process.send_signal(signal.SIGSEGV)
+        await until(lambda: all(is_dumping(process.pid) for process in processes))
+    finally:
+        os.kill(recorder.pid, signal.SIGCONT)
+
+    for process in processes:
+        await asyncio.to_thread(process.communicate)
+        assert process.returncode == -signal.SIGSEGV
+    for process in processes:
+        record = await recorder.captured(process.pid)
+        assert not any(file.truncated for file in record.files.values())
+
+
+def is_dumping(pid: int) -> bool:
+    return "CoreDumping:\t1" in Path(f"/proc/{pid}/status").read_text()
+
+
+# Forks and crashes in a tree, until so many have crashed; prints how many did. Orphans come to
+# the first process, which waits for each.
+_FORK_BOMB = """
+#include <signal.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+enum { MOST = 150 };
+int main(void) {
+    int *begun = mmap(0, sizeof *begun, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    int status, died = 0, wrong = 0;
+    prctl(PR_SET_CHILD_SUBREAPER, 1);
+    if (fork() == 0) {
+        for (;;) {
+            if (__atomic_add_fetch(begun, 1, __ATOMIC_RELAXED) > MOST) _exit(0);
+            if (fork() == 0) continue;
+            fork();
+            *(volatile int *)0 = 1;
+        }
+    }
+    while (wait(&status) > 0)
+        if (WIFSIGNALED(status)) { if (WTERMSIG(status) == SIGSEGV) died++; else wrong++; }
+    printf("%d %d\\n", died, wrong);
+}
+"""
+
+
+async def test_fork_bomb_of_crashing_processes_is_captured_or_counted(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    program = _compile(tmp_path / "bomb", _FORK_BOMB)
+    recorder = recorder_with(recorder_backtrace_deadline=0.1)
+    await recorder.start()
+    with pids_cgroup(400) as group:
+        bomb = await asyncio.create_subprocess_exec(
+            *("sh", "-c", 'echo $$ > "$1/cgroup.procs" && exec "$2"', "sh", group, program),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        said = asyncio.create_task(bomb.communicate())
+
+        most = await most_memory_until(recorder, said.done)
+
+        out, _ = said.result()
+    died, wrong = map(int, out.split())
+    assert died >= 200 and not wrong
+
+    def captured() -> int:
+        return sum(
+            recorder.record(int(place.name)) is not None
+            for place in recorder.spool.iterdir()
+            if place.name.isdecimal()
+        )
+
+    await until(lambda: captured() == died)
+    assert recorder.process is not None and recorder.process.poll() is None
+    assert most < 150 << 20, f"{most >> 20} MiB"

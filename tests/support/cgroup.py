@@ -28,6 +28,22 @@ def memory_cgroup(name: str) -> Iterator[Path]:
             one.rmdir()
 
 
+@contextmanager
+def pids_cgroup(most: int) -> Iterator[Path]:
+    """Make a cgroup that holds so many processes at most, and remove it once it is empty."""
+    v1 = Path("/sys/fs/cgroup/pids")
+    made = (v1 if v1.is_dir() else Path("/sys/fs/cgroup")) / f"crashbus-test-{os.getpid()}"
+    try:
+        made.mkdir()
+        (made / "pids.max").write_text(str(most))
+    except OSError as error:
+        lacking(f"needs a cgroup that limits processes: {error}")
+    try:
+        yield made
+    finally:
+        made.rmdir()
+
+
 def limit(group: Path, size: int) -> None:
     v1 = group / "memory.limit_in_bytes"
     (v1 if v1.exists() else group / "memory.max").write_text(str(size))
