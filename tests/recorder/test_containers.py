@@ -2,10 +2,14 @@
 
 import asyncio
 import http.server
+import io
 import json
 import os
+import re
 import signal
 import socketserver
+import subprocess
+import tarfile
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -21,6 +25,7 @@ from services.recorder import containers
 from tests.support.core_pattern import core_pattern_kept
 from tests.support.docker import IMAGE, Engine, child_of
 from tests.support.recorder import FILES, RecorderService
+from tests.support.requirements import need_program
 from tests.support.wait import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -47,11 +52,15 @@ async def recorder(engine: Engine) -> AsyncIterator[RecorderService]:
 
 
 async def crash_in(
-    recorder: RecorderService, engine: Engine, *options: str, program: str = "/null_pointer"
+    recorder: RecorderService,
+    engine: Engine,
+    *options: str,
+    image: str = IMAGE,
+    program: str = "/null_pointer",
 ) -> tuple[str, CaptureRecord]:
     """Run a container that crashes; return its ID and the record."""
     before = set(recorder.spool.iterdir()) if recorder.spool.exists() else set()
-    identifier = await asyncio.to_thread(engine.run, *options, IMAGE, program)
+    identifier = await asyncio.to_thread(engine.run, *options, image, program)
 
     async def found() -> CaptureRecord | None:
         for path in set(recorder.spool.iterdir()) - before:
@@ -111,6 +120,66 @@ async def test_crash_in_a_container_is_captured_whole(
         made = [line for line in changed if line and b"/dev" not in line and b"/etc" not in line]
         by_docker = {b"A /proc", b"A /sys", b"A /tmp", b"A /sbin", b"A /sbin/docker-init"}
         assert set(made) <= by_docker, "something was written inside"
+
+
+_LIBRARY = """
+int in_own_library(volatile int *nothing) {
+    return *nothing; /* LINE */
+}
+"""
+_PROGRAM = """
+int in_own_library(volatile int *);
+int main(void) { return in_own_library(0); }
+"""
+
+
+def dynamic_image(engine: Engine, place: Path) -> str:
+    """Make an image with a program, its loader, libc, and a library that only it has."""
+    need_program("gcc")
+    library, program = place / "libown.so", place / "program"
+    (place / "own_library.c").write_text(_LIBRARY)
+    (place / "own_program.c").write_text(_PROGRAM)
+    compiler = ("gcc", "-g", "-O0", "-Wl,--build-id")
+    subprocess.run(
+        [*compiler, "-shared", "-fPIC", "-Wl,-soname,libown.so", "-o", library, "own_library.c"],
+        cwd=place,
+        check=True,
+    )
+    subprocess.run(
+        [*compiler, "-o", program, "own_program.c", library, "-Wl,-rpath,/opt/own"],
+        cwd=place,
+        check=True,
+    )
+    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w", dereference=True) as tar:
+        tar.add(program, arcname="program")
+        tar.add(library, arcname="opt/own/libown.so")
+        for path in re.findall(r"\s(/lib\S+) \(0x", listed):
+            tar.add(path, arcname=path.lstrip("/"))
+    done = engine.docker("import", "-", "dynamic:test", input=archive.getvalue())
+    assert done.returncode == 0, done.stderr
+    library.unlink()  # as if it had been built elsewhere
+    return "dynamic:test"
+
+
+async def test_library_that_only_the_container_has_gives_names_and_lines(
+    recorder: RecorderService, engine: Engine, tmp_path: Path
+) -> None:
+    image = await asyncio.to_thread(dynamic_image, engine, tmp_path)
+    assert not Path("/opt/own").exists()
+
+    _, record = await crash_in(recorder, engine, "--rm", image=image, program="/program")
+
+    found = json.loads(recorder.file(record.process.pid, "backtrace_json").read_bytes())
+    inner, outer, *_ = found["threads"][0]["frames"]
+    line = _LIBRARY.splitlines().index("    return *nothing; /* LINE */") + 1
+    assert inner["symbol"] == "in_own_library"
+    assert inner["file"].endswith("own_library.c") and inner["line"] == line
+    assert outer["symbol"] == "main" and outer["file"].endswith("own_program.c")
+    assert found["modules"][inner["module"]]["path"] == "/opt/own/libown.so"
+    (own,) = [one for one in record.modules if one.path == "/opt/own/libown.so"]
+    assert own.kept
 
 
 async def test_label_forbids_a_core(recorder: RecorderService, engine: Engine) -> None:
