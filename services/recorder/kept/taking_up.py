@@ -145,7 +145,8 @@ def _ours(directory: int, name: str) -> int:
     except OSError:
         return -1
     status = os.fstat(file)
-    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1:
+    is_own = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o600
+    if stat.S_ISREG(status.st_mode) and is_own and status.st_nlink == 1:
         return file
     os.close(file)
     return -1
