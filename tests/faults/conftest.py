@@ -48,16 +48,8 @@ class Rigs:
             )
         return self._rig
 
-    async def finish(self) -> None:
-        """End it once it has removed what was delivered."""
-        try:
-            if self._rig is not None and not self._real:
-                await self._rig.ends.spool_is_empty()
-        finally:
-            await self.drop()
-
     async def drop(self) -> None:
-        """End it: what became of it is not known."""
+        """End it."""
         self._rig = None
         await self._stack.aclose()
         self._s3.ensure_gateway()
@@ -72,7 +64,7 @@ async def rigs(s3_session: S3Server, request: pytest.FixtureRequest) -> AsyncIte
     made = Rigs(s3_session, real=request.module.REAL)
     await made.get()  # here, for it may wait long for the host's one core_pattern
     yield made
-    await made.finish()
+    await made.drop()
 
 
 @pytest_asyncio.fixture(loop_scope="module")

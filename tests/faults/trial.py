@@ -92,6 +92,7 @@ class Trial:
             if self._scenario.replayed:
                 await ends.replayed(self._sets)
             await ends.delivered(self._sets)
+            await ends.spool_is_empty()
             how = "failed, replayed, delivered" if self._scenario.replayed else "delivered"
             return f"{len(self.crashes)} {how}"
         real = [one for one in self.crashes if isinstance(one, RealCrash)]
