@@ -128,7 +128,10 @@ class Deliverer:
             log.warning("delivery waits", crash_id=crash_id, error=str(error))
         except BusFull as error:
             log.warning("delivery waits for room", crash_id=crash_id, error=str(error))
-            lane.keep_first(crash_id)
+            if lane is self._cores:
+                lane.keep_first(crash_id)
+            else:  # the one that makes room when it is concluded may stand behind
+                lane.put(crash_id)
             await asyncio.sleep(uneven(GIVE_WAY if lane is self._cores else TRY_AGAIN))
         except (BusUnreachable, OSError) as error:
             log.warning("delivery waits", crash_id=crash_id, error=str(error))

@@ -1,9 +1,11 @@
 """Lanes: crashes that wait for the same kind of work."""
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from typing import NoReturn
+
+FIRST_AT_MOST = 3  # times in a row; what still cannot go then may never, and others could
 
 
 class Lane:
@@ -16,6 +18,7 @@ class Lane:
         self._active: set[str] = set()
         self._again: set[str] = set()
         self._first: set[str] = set()
+        self._rounds = Counter[str]()  # how often in a row each was kept first
 
     def put(self, crash_id: str) -> None:
         """Have a crash worked on; one that is worked on now, once more after that."""
@@ -27,7 +30,10 @@ class Lane:
             self._filled.release()
 
     def keep_first(self, crash_id: str) -> None:
-        """Have a crash that is worked on now worked on once more, before all that wait."""
+        """Have a crash that is worked on now worked on once more, before all that wait.
+
+        After a few times in a row it has to queue as any other.
+        """
         self._again.add(crash_id)
         self._first.add(crash_id)
 
@@ -45,7 +51,15 @@ class Lane:
             if crash_id in self._again:
                 self._again.discard(crash_id)
                 self.put(crash_id)
-            if crash_id in self._first:
-                self._first.discard(crash_id)
+            if self._stays_first(crash_id):
                 self._waiting.remove(crash_id)
                 self._waiting.appendleft(crash_id)
+
+    def _stays_first(self, crash_id: str) -> bool:
+        if crash_id in self._first and self._rounds[crash_id] < FIRST_AT_MOST:
+            self._first.discard(crash_id)
+            self._rounds[crash_id] += 1
+            return True
+        self._first.discard(crash_id)
+        del self._rounds[crash_id]
+        return False

@@ -12,7 +12,7 @@ from crashbus import Bus, Receipt, WorkItem, streams
 from crashbus.chunks import Encoder, chunk_size
 from crashbus.errors import BusFull
 from crashbus.identity import crash_id
-from crashbus.layout import Kind
+from crashbus.layout import Kind, crash_file_name
 from services.collector import delivery, metrics, sending
 from services.collector.ledger import Crash, Source
 from services.collector.sending import Sending
@@ -33,18 +33,22 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "TRY_AGAIN", 0.1)
 
 
-async def have_room(bus: Bus, size: int) -> None:
-    info = await bus._js.stream_info(streams.CHUNKS)
+async def have_room(bus: Bus, size: int, stream: str = streams.CHUNKS) -> None:
+    info = await bus._js.stream_info(stream)
     info.config.max_bytes = size
     await bus._js.update_stream(info.config)
 
 
 def with_core(own: Delivering, number: int, size: int) -> Crash:
     """Return a crash of which nothing but a core of noise is left to deliver."""
-    directory = own.directory / str(number)
+    return with_file(own, number, size, Kind.CORE)
+
+
+def with_file(own: Delivering, number: int, size: int, kind: Kind) -> Crash:
+    directory, name = own.directory / str(number), crash_file_name(kind, 1)
     directory.mkdir()
-    (directory / "core_1").write_bytes(os.urandom(size))
-    source = Source(directory=directory.name, name="core_1", kind=Kind.CORE)
+    (directory / name).write_bytes(os.urandom(size))
+    source = Source(directory=directory.name, name=name, kind=kind)
     crash = reported_crash(source)
     crash.host, crash.crash_id = own.host, crash_id(crash.process.boot_id, number, 1)
     return crash
@@ -143,5 +147,29 @@ async def test_two_collectors_with_half_a_core_each_both_come_to_an_end(
     async with at_work(*collectors):
         receipts = await stored(bus, Receipt, 2, within=30)
         assert {one.destination for one in receipts} == {FILE}
+    shipping.cancel()
+    await asyncio.wait({shipping})
+
+
+async def test_small_files_without_room_do_not_stop_the_crash_that_makes_room(
+    bus: Bus, tmp_path: Path
+) -> None:
+    """As many as there are workers wait for what the chunks of a delivered file still take."""
+    own, delivered = Delivering(bus, tmp_path), reported_crash()
+    source = Source(directory="1", name="info_1", kind=Kind.INFO, delivered=[FILE])
+    content = os.urandom(MIB // 2)
+    source.file = await own.publisher.publish_bytes(delivered.crash_id, source, content)
+    delivered.sources, delivered.reported = {source.name: source}, (source.name,)
+    await have_room(bus, 3 * MIB // 4, streams.SMALL_CHUNKS)
+    waiting = [
+        with_file(own, number, MIB // 2, Kind.INFO) for number in range(2, 2 + delivery.SMALL_LANES)
+    ]
+    shipping = (shipper := StandInShipper(bus)).start()
+    async with at_work(own):
+        for crash in (*waiting, delivered):
+            await own.ledger.save(crash)
+            own.deliverer.start(crash)
+        await until(lambda: len(shipper.names(FILE)) > 0, within=20)
+        await stored(bus, Receipt, len(waiting), within=30)
     shipping.cancel()
     await asyncio.wait({shipping})

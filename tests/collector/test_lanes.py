@@ -2,7 +2,7 @@
 
 import asyncio
 
-from services.collector.lanes import Lane
+from services.collector.lanes import FIRST_AT_MOST, Lane
 from tests.support.wait import until
 
 
@@ -67,4 +67,22 @@ async def test_worker_may_keep_a_crash_first() -> None:
 
     await until(lambda: len(tries) == 5)
     assert tries == ["a", "a", "a", "b", "c"]
+    worker.cancel()
+
+
+async def test_crash_that_never_comes_further_keeps_others_waiting_only_for_some_rounds() -> None:
+    lane, tries = Lane(), list[str]()
+
+    async def never_fits(crash_id: str) -> None:
+        tries.append(crash_id)
+        if crash_id == "a":
+            lane.keep_first(crash_id)
+        await asyncio.sleep(0)
+
+    lane.put("a")
+    lane.put("b")
+    worker = asyncio.create_task(lane.work(never_fits))
+
+    await until(lambda: "b" in tries)
+    assert tries.index("b") == 1 + FIRST_AT_MOST
     worker.cancel()
