@@ -208,3 +208,26 @@ def test_tls_peer_that_closes_without_a_word_or_after_a_word_is_content(
         made.send(b"all", 1)
         made.finish(5, await_close=True)
         serving.join()
+
+
+def test_tls_peer_that_waits_for_our_fin_gets_it(certificates: Certificates) -> None:
+    """It has answered close_notify, and closes when TCP ends, too."""
+    with connected(tls=certificates) as (made, peer):
+
+        def serve() -> None:
+            assert isinstance(peer, ssl.SSLSocket)
+            while peer.recv(100):
+                pass
+            with peer.unwrap() as plain:
+                plain.settimeout(30)
+                while plain.recv(100):
+                    pass
+
+        serving = threading.Thread(target=serve)
+        serving.start()
+        made.send(b"all", 1)
+        try:
+            made.finish(5, await_close=True)
+        finally:
+            made.close()
+            serving.join()

@@ -137,9 +137,7 @@ class Connection:
         self._socket.settimeout(timeout)
         end = time.monotonic() + timeout
         try:
-            if isinstance(self._socket, ssl.SSLSocket):
-                self._end_tls(self._socket)
-            if not isinstance(self._socket, ssl.SSLSocket):
+            if not isinstance(self._socket, ssl.SSLSocket) or self._end_tls(self._socket):
                 self._socket.shutdown(socket.SHUT_WR)
             if self._is_closed_by(end):
                 return
@@ -154,20 +152,22 @@ class Connection:
             )
         self._await_confirmation(timeout)
 
-    def _end_tls(self, connection: ssl.SSLSocket) -> None:
-        """Say that this was all (RFC 8446, close_notify), and hear the same.
+    def _end_tls(self, connection: ssl.SSLSocket) -> bool:
+        """Say that this was all (RFC 8446, close_notify), and tell whether the peer said the same.
 
         An alert is another answer: with TLS 1.3 a receiver that wants a certificate says so only
         now, when all that was sent has arrived, and was thrown away.
         """
         try:
-            self._socket = connection.unwrap()
+            connection.unwrap()  # what it returns is still an SSLSocket, but speaks plain TCP
         except TimeoutError:
-            return
+            return False
         except ssl.SSLError as error:
             # It still talks, or has ended the connection without a word: what follows shows it.
             if not isinstance(error, ssl.SSLEOFError) and error.reason != _STILL_TALKS:
                 raise self._tls_failed(error) from error
+            return False
+        return True
 
     def _tls_failed(self, error: ssl.SSLError) -> Failure:
         try:
