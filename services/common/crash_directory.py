@@ -159,17 +159,6 @@ def _is_private(status: os.stat_result) -> bool:
     return ours and stat.S_IMODE(status.st_mode) == 0o600
 
 
-def adopt_file(name: str, directory: int, kind: layout.Kind, epoch: int, crash: int) -> None:
-    """Move a file of ours from another directory of the spool to its place as a crash file.
-
-    Raises:
-        OSError: it cannot have that place.
-    """
-    hidden = f".{kind}.{secrets.token_hex(8)}"
-    os.rename(name, hidden, src_dir_fd=directory, dst_dir_fd=crash)
-    name_file(hidden, layout.crash_file_name(kind, epoch), crash)
-
-
 def has_file(name: str, directory: int) -> bool:
     """Tell whether a file is there that we made."""
     return _is_our_file(name, directory)

@@ -5,12 +5,10 @@ sees that files will come), the rest of /proc, why it died, its binaries, then t
 is let go. What does not need it is for `finishing`.
 """
 
-from contextlib import suppress
 from dataclasses import replace
 
 from crashbus.identity import crash_id
 from crashbus.parts import Process
-from services.common import drafts
 from services.recorder import facts, metrics, modules
 from services.recorder.conditions import Conditions
 from services.recorder.core import core_head
@@ -18,8 +16,13 @@ from services.recorder.core.core_writing import write_core
 from services.recorder.errors import CaptureFailed
 from services.recorder.handover import arrival
 from services.recorder.handover.hold import Hold
-from services.recorder.kept import known as known_later
-from services.recorder.recording import Recording, begin, understand, write_early
+from services.recorder.recording import (
+    Recording,
+    begin,
+    keep_for_another,
+    understand,
+    write_early,
+)
 from services.recorder.taker.taken import Taken
 from services.recorder.unwinding import fault_address
 
@@ -94,20 +97,11 @@ def _fill(recording: Recording, hold: Hold, on: Conditions, taken: Taken) -> Non
     write_early(recording, on)
     found = modules.read(known.task, known.maps, on.module_files(), taken.take_files())
     recording.facts = replace(known, modules=found)
-    _keep_for_another(recording)
+    keep_for_another(recording, recording.facts)
     write_core(recording, hold, head, on, taken)
     recording.close_draft()
     hold.let_go()
     recording.held_for = hold.held_for
-
-
-def _keep_for_another(recording: Recording) -> None:
-    """Keep what was read for the recorder that finishes the crash if this one is killed."""
-    assert recording.facts is not None
-    if recording.draft >= 0:
-        with suppress(OSError):  # no room: then it will know less
-            known = known_later.encoded(recording.facts, recording.code, recording.fault)
-            drafts.keep(recording.draft, known)
 
 
 def _explain_fault(recording: Recording) -> None:

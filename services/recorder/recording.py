@@ -24,6 +24,7 @@ from services.recorder.containers import Answer
 from services.recorder.core.core_head import Cause, Head
 from services.recorder.errors import CaptureFailed
 from services.recorder.facts import Facts
+from services.recorder.kept import known
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -170,6 +171,13 @@ def keep_record(recording: Recording) -> bool:
             error=error.strerror,
         )
         return False
+
+
+def keep_for_another(recording: Recording, facts: Facts) -> None:
+    """Keep what was read for the recorder that finishes the crash if this one is killed."""
+    if recording.draft >= 0:
+        with suppress(OSError):  # no room: then it will know less
+            drafts.keep(recording.draft, known.encoded(facts, recording.code, recording.fault))
 
 
 def say_what_is_there(recording: Recording) -> None:

@@ -14,7 +14,7 @@ import pytest
 from crashbus import capture, layout
 from crashbus.capture import CaptureRecord
 from services.common import drafts
-from services.recorder.kept import taking_up
+from services.recorder.kept import orphan, taking_up
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_capture import frames, gdb
 from tests.support.crashers import HOG, crasher
@@ -28,6 +28,8 @@ _KILLED = """
 import os, runpy, signal, sys
 from services.recorder import capturing, finishing, service
 from services.recorder.core import core_pages
+from services.recorder.kept import adopting
+from services.recorder.kept.orphan import Orphan
 from services.recorder.unwinding import unwinder
 def end(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 def after(done):
@@ -266,3 +268,39 @@ async def test_torn_draft_costs_what_it_told(recorder_with: MakeRecorder, known:
     assert len(record.files) == len(FILES)
     assert any("before it had read more" in note for note in record.notes)
     assert "--- registers" in recorder.file(pid, "backtrace").read_text()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "adopting.begin = after(adopting.begin)",
+        "Orphan.is_adopted = end",
+        IN_BACKTRACE,
+    ],
+)
+async def test_crash_that_its_helper_kept_is_whole_once_whenever_its_recorder_is_killed(
+    recorder_with: MakeRecorder, place: str
+) -> None:
+    recorder = recorder_with(recorder_mechanism="socket")
+    await recorder.start()
+    recorder.kill()
+    await until(lambda: "the pipe helper keeps crashes" in recorder.log)
+    program = crasher("null_pointer")
+    victim = Victim(program, env={"LANG": "C"})
+    assert await asyncio.to_thread(victim.go().process.wait, 60) == -signal.SIGSEGV
+    recorder.prefix = (sys.executable, "-c", _KILLED.format(place=place))
+    recorder.launch()
+    await has_died(recorder)
+
+    await recorder.start()
+
+    await until(lambda: not drafts_of(recorder) and not orphan.is_left(recorder.spool, victim.pid))
+    assert len(list((recorder.spool / str(victim.pid)).glob("capture_*"))) == 1
+    record = await recorder.captured(victim.pid)
+    assert len(record.files) == len(FILES) and record.modules
+    assert not any(file.truncated for file in record.files.values())
+    core = recorder.file(victim.pid, "core")
+    assert core.stat().st_size == record.files[core.name].size
+    assert "crash_here" in gdb(program, core, "bt")
+    assert "LANG=C" in json.loads(recorder.file(victim.pid, "snapshot").read_bytes())["Environment"]
+    assert sum("pipe helper kept it" in note for note in record.notes) == 1

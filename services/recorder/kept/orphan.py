@@ -8,6 +8,7 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from crashbus import layout, names
 from crashbus.layout import Kind
@@ -65,12 +66,19 @@ class Orphan:
         return self.core >= 0 and self.core_fault not in _NO_CORE
 
     def give_core(self, crash: int, epoch: int) -> None:
-        """Move the core to its place among the crash files.
+        """Move the core to its place among the crash files, at one blow: it is here or there.
 
         Raises:
             OSError: it cannot have that place.
         """
-        crash_directory.adopt_file(CORE, self.directory, Kind.CORE, epoch, crash)
+        os.close(crash_directory.create_file(crash, Kind.CORE, epoch))  # which others cannot take
+        name = layout.crash_file_name(Kind.CORE, epoch)
+        os.rename(CORE, name, src_dir_fd=self.directory, dst_dir_fd=crash)
+
+    def take_core_back(self, crash: int, epoch: int) -> None:
+        """Undo `give_core`."""
+        name = layout.crash_file_name(Kind.CORE, epoch)
+        os.rename(name, CORE, src_dir_fd=crash, dst_dir_fd=self.directory)
 
     def is_adopted(self) -> None:
         """Say that nothing but rest is left here."""
@@ -108,6 +116,11 @@ def read(directory: int) -> Orphan:
 def is_there(directory: int) -> bool:
     """Tell whether the helper has begun to write."""
     return _exists(directory, "crash")
+
+
+def is_left(spool: Path, pid: int) -> bool:
+    """Tell whether there is still something kept of a crash of this process."""
+    return any((spool / layout.ORPHANS).glob(f"[0-9]*-{pid}"))
 
 
 def was_adopted(directory: int) -> bool:

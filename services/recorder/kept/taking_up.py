@@ -8,7 +8,6 @@ import os
 import stat
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -21,7 +20,7 @@ from services.common.drafts import Draft
 from services.recorder.conditions import Conditions
 from services.recorder.core import core_head
 from services.recorder.core.core_head import Cause, Head
-from services.recorder.kept import known
+from services.recorder.kept import known, orphan
 from services.recorder.recording import Recording, understand, write_early
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -93,11 +92,10 @@ def take_up(pid: int, epoch: int, on: Conditions) -> Recording | None:
         BlockingIOError: somebody is at it.
         OSError, CaptureFailed: it cannot be had now.
     """
-    recording = None
+    if orphan.is_left(on.spool, pid):
+        raise BlockingIOError("`adopting` is at it, or will be: it was not begun, or not ended")
+    recording = locked(on.spool, pid, epoch)
     try:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            directory = os.open(on.spool / str(pid), _DIRECTORY)
-            recording = _opened(directory, epoch)
         draft = drafts.take_up(on.spool, pid, epoch) if recording else None
         if recording is None or draft is None or _is_given_up(recording, draft):
             drafts.remove(on.spool, pid, epoch)
@@ -110,6 +108,19 @@ def take_up(pid: int, epoch: int, on: Conditions) -> Recording | None:
             recording.close()
         raise
     return recording
+
+
+def locked(spool: Path, pid: int, epoch: int) -> Recording | None:
+    """Open and lock a record that is not complete; None where there is none.
+
+    Raises:
+        BlockingIOError: somebody is at it.
+        OSError: it cannot be had now.
+    """
+    try:
+        return _opened(os.open(spool / str(pid), _DIRECTORY), epoch)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _opened(directory: int, epoch: int) -> Recording | None:
