@@ -478,6 +478,53 @@ async def test_thread_that_a_file_system_holds_is_given_up(
         await asyncio.wait_for(containers.stop(), 10)
 
 
+_MANY_MOUNTS = """
+import ctypes, os, sys
+BIND = 4096
+mount = ctypes.CDLL(None, use_errno=True).mount
+assert mount(b"private", b"/tmp", b"tmpfs", 0, None) == 0
+os.makedirs(f"/tmp/appscope/{os.getpid()}")
+for name in ["/tmp/deep", *["d" * 254] * int(sys.argv[2])]:
+    os.mkdir(name)
+    os.chdir(name)
+for _ in range(int(sys.argv[1])):
+    assert mount(b".", b".", None, BIND, None) == 0
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("mounts", "depth", "too_many"),
+    [
+        (100, 15, False),  # each takes two paths of 3.8 KB in mountinfo
+        (200, 15, True),
+        (3000, 0, False),
+        (4000, 0, True),
+    ],
+)
+async def test_mounts_that_are_too_many_to_look_at_are_not_believed(
+    tmp_path: Path, bus: Bus, mounts: int, depth: int, too_many: bool
+) -> None:
+    """Behind them there may be one that stands still."""
+    need_root()
+    (tmp_path / "spool").mkdir()
+    command = ["unshare", "--mount", sys.executable, "-c", _MANY_MOUNTS, f"{mounts}", f"{depth}"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    await asyncio.to_thread(process.stdout.readline)
+    made = Contained(process, Path(f"/proc/{process.pid}/root/tmp/appscope/{process.pid}"))
+    containers = await watching_all(tmp_path / "spool", bus)
+
+    await containers.watch(made.event)
+
+    assert bool(containers._watches) is not too_many
+    errors = [letter.error for letter in await letters_of(bus, made.event)]
+    assert len(errors) == too_many and all("more mounts than are looked at" in e for e in errors)
+    await asyncio.to_thread(made.end)
+    await containers.stop()
+
+
 @pytest.mark.parametrize("user", [[], ["--user", "--map-root-user"]])
 async def test_root_that_no_mountinfo_shows_is_believed_of_the_hosts_users_alone(
     tmp_path: Path, bus: Bus, user: list[str]

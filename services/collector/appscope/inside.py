@@ -5,6 +5,7 @@ not answer, fuse(4): any user can have one, in namespaces of his own.
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -21,8 +22,9 @@ _PLACE = b"/tmp/appscope"
 _SERVED = frozenset(  # by a process, or by another host
     (b"fuse", b"fuseblk", b"nfs", b"nfs4", b"cifs", b"smb3", b"9p", b"ceph", b"afs", b"orangefs")
 )
-_Mount = tuple[bytes, bytes, bytes]  # ID, place, type
-_MAX_MOUNTS = 16 * 1024 * 1024  # bytes; fs.mount-max allows 100,000
+_MAX_MOUNTS = 4000  # a busy node has a thousand; fs.mount-max allows 100,000
+_MAX_MOUNTINFO = 1024 * 1024  # bytes
+_PARSING = threading.Semaphore(2)  # each look of each watch comes here, twenty times a second
 
 
 class Unsafe(CrashbusError):
@@ -31,6 +33,16 @@ class Unsafe(CrashbusError):
     mend = (
         "let the program have its /tmp/appscope on a file system that needs no other process: a "
         "tmpfs, or a directory of the host; what the recorder captured is not affected"
+    )
+
+
+class TooManyMounts(Unsafe):
+    """Among so many mounts it is not told in time whether one is of a kind that may not answer."""
+
+    mend = (
+        f"let the program see fewer mounts: {_MAX_MOUNTS} at most, which take less than "
+        f"{_MAX_MOUNTINFO // 1024} KiB in its /proc/<pid>/mountinfo; what the recorder captured is "
+        "not affected"
     )
 
 
@@ -105,9 +117,9 @@ def _check(pid: int, root: int) -> None:
 
     Whoever mounts one between this and what is done next wins nothing but a thread, see `threads`.
     """
-    mounts = _mounts(pid)
-    below = (kind for _, place, kind in mounts if _leads_there(place))
-    for kind in (_root_type(pid, _mount_of(root), mounts), *below):
+    mount = _mount_of(root)
+    own, below = _types(pid, mount)
+    for kind in (own or _root_type(pid, mount), *below):
         if kind.partition(b".")[0] in _SERVED:
             raise Unsafe(
                 f"its /tmp/appscope is on a file system whose server may not answer "
@@ -115,16 +127,16 @@ def _check(pid: int, root: int) -> None:
             )
 
 
-def _root_type(pid: int, mount: bytes, mounts: list[_Mount]) -> bytes:
-    """Return the type of the mount that a process's root is on.
+def _root_type(pid: int, mount: bytes) -> bytes:
+    """Return the type of a process's root that its own mountinfo leaves out.
 
-    Where the root is a directory of that mount, chroot(2), its own mountinfo leaves it out. Then
-    it may be one of the host's; if not, it is believed in our own user namespace alone, where to
-    mount takes a privilege of the host's.
+    It does where the root is a directory of its mount, chroot(2). Then that may be one of the
+    host's; if not, it is believed in our own user namespace alone, where to mount takes a
+    privilege of the host's.
     """
-    for number, _, kind in (*mounts, *_mounts(1)):
-        if number == mount:
-            return kind
+    known, _ = _types(1, mount)
+    if known:
+        return known
     return b"unknown" if _user_namespace(pid) == _user_namespace(os.getpid()) else b"fuse"
 
 
@@ -147,12 +159,33 @@ def _mount_of(descriptor: int) -> bytes:
     return b""
 
 
-def _mounts(pid: int) -> list[_Mount]:
-    """Return ID, place and type of each mount that a process sees; proc_pid_mountinfo(5)."""
-    mounts = []
-    for line in proc.lines(proc.read_file(f"/proc/{pid}/mountinfo", _MAX_MOUNTS)):
-        before, _, after = line.partition(b" - ")
-        fields, kind = before.split(b" "), after.partition(b" ")[0]
-        if len(fields) > 4:
-            mounts.append((fields[0], fields[4], kind))
-    return mounts
+def _types(pid: int, mount: bytes) -> tuple[bytes, list[bytes]]:
+    """Return the type of a mount that a process sees, and those of what leads to its place.
+
+    Raises:
+        OSError: its mounts cannot be read.
+        TooManyMounts: there are more than are looked at.
+    """
+    known, below = b"", []
+    with _PARSING:
+        for line in _mountinfo(pid).split(b"\n"):
+            fields = line.split(b" ", 5)  # ID, parent, device, root, place; proc_pid_mountinfo(5)
+            if len(fields) < 6:
+                continue
+            number, place = fields[0], fields[4]
+            if number == mount or _leads_there(place):
+                kind = fields[5].partition(b" - ")[2].partition(b" ")[0]
+                known = kind if number == mount else known
+                below += [kind] if _leads_there(place) else []
+    return known, below
+
+
+def _mountinfo(pid: int) -> bytes:
+    with Path(f"/proc/{pid}/mountinfo").open("rb") as file:
+        raw = file.read(_MAX_MOUNTINFO + 1)
+    if len(raw) > _MAX_MOUNTINFO or raw.count(b"\n") > _MAX_MOUNTS:
+        raise TooManyMounts(
+            "it sees more mounts than are looked at, and one of them may be of a file system whose "
+            "server does not answer"
+        )
+    return raw
