@@ -18,6 +18,7 @@ from crashbus import Bus
 from crashbus.capture import CaptureRecord
 from crashbus.layout import Kind
 from crashbus.messages import DeadLetter, SignalEvent
+from crashbus.parts import Container
 from services.collector.appscope import containers as places
 from services.collector.appscope import copying, inside, sets, threads
 from services.collector.appscope.containers import Containers
@@ -476,6 +477,72 @@ async def test_thread_that_a_file_system_holds_is_given_up(
         place = tmp_path / "spool" / str(other.process.pid)
         await until((place / f"core_{EPOCH}").exists)
         await asyncio.wait_for(containers.stop(), 10)
+
+
+async def test_threads_that_one_container_can_hold_are_few(
+    contained: Contained,
+    other: Contained,
+    tmp_path: Path,
+    bus: Bus,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inside, "_check", lambda pid, root: None)
+    monkeypatch.setattr(threads, "STILL", 1.0)
+    process = contained.event.process
+    inner = process.model_copy(update={"container": Container(id="a" * 64, runtime="docker")})
+    event = contained.event.model_copy(update={"process": inner})
+    before = appscope_threads()
+    containers = await watching_all(tmp_path / "spool", bus)
+    contained.place.parent.parent.mkdir()
+    with StandingStill(contained.place.parent, crasher("waiting")) as served:
+        served.stand_still()
+
+        await asyncio.gather(*(containers.watch(event) for _ in range(12)))
+
+        assert len(appscope_threads() - before) == threads.OF_A_CONTAINER
+        errors = {letter.error for letter in await letters_of(bus, event)}
+        assert any("those of container aaa" in error for error in errors)
+        async with asyncio.timeout(threads.STILL):  # no thread is waited for
+            assert await containers.has_written(event)
+        other.write({**WHOLE, "core": b"core"})
+        await containers.watch(other.event)
+        assert list(containers._watches) == [other.event.crash_id]
+    told = len(await letters_of(bus, event))
+    await until(lambda: containers._shares._all._hoped_for == threads.OF_ALL)
+    await containers.watch(event)  # the threads are back
+    assert event.crash_id in containers._watches
+    assert len(await letters_of(bus, event)) == told
+    await containers.stop()
+    await until(lambda: not appscope_threads() - before)
+
+
+def appscope_threads() -> set[threading.Thread]:
+    return {one for one in threading.enumerate() if one.name.startswith("appscope")}
+
+
+_GIVES_UP = """
+import asyncio, os, sys
+from services.collector.appscope import threads
+threads.STILL = 0.1
+async def main():
+    try:
+        work = lambda: os.listdir(sys.argv[1])
+        await threads.to_its_end(threads.Threads(), work, threads.Steps())
+    except threads.StandsStill:
+        print("given up")
+asyncio.run(main())
+"""
+
+
+def test_thread_that_was_given_up_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
+    need_root()
+    with StandingStill(tmp_path / "served", crasher("waiting")) as served:
+        served.stand_still()
+        command = [sys.executable, "-c", _GIVES_UP, tmp_path / "served"]
+
+        ended = subprocess.run(command, stdout=subprocess.PIPE, timeout=30, check=True)
+
+    assert ended.stdout == b"given up\n"
 
 
 _MANY_MOUNTS = """

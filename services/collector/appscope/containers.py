@@ -1,7 +1,6 @@
 """Which processes are watched, and where there are too many."""
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -13,13 +12,12 @@ from crashbus.messages import DeadLetter, SignalEvent
 from services.collector.appscope import inside
 from services.collector.appscope.inside import Unsafe
 from services.collector.appscope.notes import Note, Notes
-from services.collector.appscope.threads import STILL, StandsStill, Steps, to_its_end
+from services.collector.appscope.threads import STILL, NoThread, Shares, StandsStill, Threads
 from services.collector.appscope.watch import ROOM, Watch
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 AT_ONCE = 256  # processes watched at a time; more are told in the log
-_ASKED_AT_ONCE = 64  # of which it is to be found out whether they are to be watched
 
 
 class Containers:
@@ -40,7 +38,8 @@ class Containers:
         self._host = host
         self._bus = bus
         self._notes = Notes(state)
-        self._threads = ThreadPoolExecutor(AT_ONCE + _ASKED_AT_ONCE, "appscope")
+        self._threads = Threads()
+        self._shares = Shares()
         self._watches: dict[str, Watch] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -69,8 +68,9 @@ class Containers:
     async def has_written(self, event: SignalEvent) -> bool:
         """Tell whether the process of this event has begun to write a set, or none can tell."""
         try:
-            return await to_its_end(self._threads, partial(inside.has_set, event), Steps())
-        except (Unsafe, StandsStill):
+            ask = partial(inside.has_set, event)
+            return await self._shares.look(self._threads, event.process, ask)
+        except (Unsafe, NoThread, StandsStill):
             return True
 
     async def stop(self) -> None:
@@ -85,8 +85,8 @@ class Containers:
     async def _has_own_place(self, event: SignalEvent) -> bool:
         ask = partial(inside.has_own_place, event, self._root)
         try:
-            return await to_its_end(self._threads, ask, Steps())
-        except (Unsafe, StandsStill) as error:
+            return await self._shares.look(self._threads, event.process, ask)
+        except (Unsafe, NoThread, StandsStill) as error:
             await self._tell(event, str(error), error.mend)
             return False
 

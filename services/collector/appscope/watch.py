@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -51,7 +51,7 @@ class Watch:
         root: Path,
         reserve: float,
         notes: Notes,
-        threads: ThreadPoolExecutor,
+        threads: Executor,
         tell: Tell,
         is_resumed: bool = False,
     ) -> None:
