@@ -35,7 +35,10 @@ class Part(BaseModel):
 class Container(Part):
     """The container a process ran in, as far as its cgroup tells."""
 
-    id: str = Field(description="container ID as the runtime gave it")
+    id: str = Field(
+        description="container ID as the runtime gave it; in a container in a container, of the "
+        "outer one"
+    )
     runtime: str = Field(description="docker, containerd, crio, podman, lxc or unknown")
     name: str | None = Field(None, description="the container's name, where the runtime was asked")
     image: str | None = Field(None, description="the image's name, where the runtime was asked")

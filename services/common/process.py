@@ -118,13 +118,17 @@ def cgroup_in(raw: bytes) -> str | None:
 
 
 def container_of(group: str | None) -> Container | None:
-    """Return the container that a cgroup path names, by the 64 digits all runtimes put there."""
-    found = _CONTAINER_ID.findall(group or "")
-    if not found:
+    """Return the container that a cgroup path names, by the 64 digits all runtimes put there.
+
+    In a container in a container it is the outer one, which the host's runtime knows: whoever may
+    make cgroups in a container names them as he likes.
+    """
+    found = _CONTAINER_ID.search(group or "")
+    if found is None:
         return None
-    # In a container of a container's the inner one's name comes last.
-    place, runtime = max(((group or "").rfind(mark), name) for mark, name in _RUNTIMES)
-    return Container(id=found[-1], runtime=runtime if place >= 0 else "unknown")
+    before = found.string[: found.start()]
+    place, runtime = max((before.rfind(mark), name) for mark, name in _RUNTIMES)
+    return Container(id=found[0], runtime=runtime if place >= 0 else "unknown")
 
 
 def status_in(raw: bytes) -> dict[str, str]:

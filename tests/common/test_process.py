@@ -105,11 +105,13 @@ POD = "pod0c1b2a39_1111_2222_3333_444455556666"
         (f"/kubepods/burstable/{POD}/{ID}", "unknown"),  # cgroupfs: any of them does that
         (f"/machine.slice/libpod-{ID}.scope/container", "podman"),
         (f"/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-{ID}.scope", "podman"),
+        # A container in a container, or what the outer one's root made to look like it.
         (
-            f"/docker/{OTHER}/kubelet.slice/kubelet-{POD}.slice/cri-containerd-{ID}.scope",
-            "containerd",
+            f"/docker/{ID}/kubelet.slice/kubelet-{POD}.slice/cri-containerd-{OTHER}.scope",
+            "docker",
         ),
-        (f"/machine.slice/libpod-{OTHER}.scope/docker/{ID}", "docker"),
+        (f"/machine.slice/libpod-{ID}.scope/docker/{OTHER}", "podman"),
+        (f"/kubepods/burstable/{POD}/{ID}/docker/{OTHER}", "unknown"),
     ],
 )
 def test_runtime_is_known_by_its_cgroups(group: str, runtime: str) -> None:

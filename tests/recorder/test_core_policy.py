@@ -14,6 +14,7 @@ import pytest
 
 from crashbus import layout, own_cores
 from crashbus.parts import Container, Process
+from services.common.process import container_of
 from services.recorder.core import core_policy
 from services.recorder.core.core_policy import CorePolicy, Extent, Rule
 from services.recorder.settings import RecorderSettings
@@ -149,6 +150,24 @@ def test_crashes_in_one_container_spare_none_of_another_s() -> None:
 
     assert policy.decide(hostile, "root", maps(77)).extent is Extent.STACKS
     assert [policy.decide(other, "root", maps(77)).extent for _ in range(3)] == [Extent.ALL] * 3
+
+
+@pytest.mark.parametrize(
+    "made",
+    ["{:064x}", "docker-{:064x}.scope", "pod{:08x}-4567-89ab-cdef-0123456789ab/inner"],
+)
+def test_cgroups_that_a_container_makes_are_no_other_containers(made: str) -> None:
+    policy = CorePolicy(Extent.ALL, (), burst=3, one_in=1000, clock=Clock())
+
+    def whole(group: str, found: bytes) -> bool:
+        update = {"cgroup": group, "container": container_of(group)}
+        one = process().model_copy(update=update)
+        return policy.decide(one, "root", found).extent is Extent.ALL
+
+    hostile = [whole(f"/docker/{'a' * 64}/{made.format(n)}", maps(77)) for n in range(10)]
+
+    assert hostile == [True] * 3 + [False] * 7
+    assert [whole(f"/docker/{'b' * 64}", maps(77)) for _ in range(3)] == [True] * 3
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,9 @@ def _home(process: Process) -> str:
     """Return what stays the same when a container is started again: its pod, or itself."""
     if process.container is None:
         return ""
-    pod = _POD.search(process.cgroup or "")
+    # What follows the container's name is a cgroup that it may have made itself.
+    before = (process.cgroup or "").partition(process.container.id)[0]
+    pod = _POD.search(before)
     return pod[1] if pod else process.container.id
 
 
