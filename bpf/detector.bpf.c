@@ -225,7 +225,9 @@ static __always_inline void read_core_limits(struct event *event, u64 task) {
     event->dumpable = -1;
     event->core_limit = 0;
 #ifdef AT_MM_FLAGS
-    event->dumpable = read_u64(read_u64(task, AT_TASK_MM), AT_MM_FLAGS) & DUMPABLE_BITS;
+    u64 mm = read_u64(task, AT_TASK_MM);
+    if (!mm) return; /* of it nothing can be read, and 0 would say that it forbids a core */
+    event->dumpable = read_u64(mm, AT_MM_FLAGS) & DUMPABLE_BITS;
     event->core_limit = read_u64(read_u64(task, AT_TASK_SIGNAL), AT_SIGNAL_CORE_LIMIT);
 #endif
 }

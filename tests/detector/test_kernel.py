@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from tests.detector.watching import HOST, Watch
 from tests.support.cgroup import limit, memory_cgroup
 from tests.support.crashers import FATAL, crasher
 from tests.support.disk import tmpfs
+from tests.support.requirements import need_btf, need_root
 from tests.support.victim import Victim
 from tests.support.wait import until
 
@@ -388,3 +390,23 @@ async def test_what_decides_on_a_core_is_told(
 
     assert event.dumpable == dumpable
     assert event.core_limit == (2**64 - 1 if limit == "unlimited" else int(limit))
+
+
+async def test_memory_that_cannot_be_read_forbids_no_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_root()
+    need_btf()
+    definitions = offsets.definitions
+
+    def of_no_memory(btf: Btf) -> dict[str, int]:  # this member is NULL but in reclaim
+        return definitions(btf) | {"AT_TASK_MM": btf.offset("task_struct", "reclaim_state")}
+
+    monkeypatch.setattr(offsets, "definitions", of_no_memory)
+    with closing(Watch(tmp_path / "watch")) as watch:
+        process = subprocess.Popen([sys.executable, "-c", DIES], cwd=tmp_path)
+        process.wait()
+
+        event = await watch.event(process.pid)
+
+    assert (event.dumpable, event.core_limit) == (None, None)
