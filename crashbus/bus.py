@@ -6,8 +6,8 @@ services.
 
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from typing import TypeVar
 
 import nats.errors
@@ -23,6 +23,7 @@ from crashbus.errors import (
     BusFull,
     BusUnreachable,
     ChunksMissing,
+    DamagedFile,
     MalformedMessage,
     MessageTooLarge,
     NoStreams,
@@ -62,28 +63,35 @@ class Bus(Connection):
 
         Raises:
             ChunksMissing: a chunk is not there.
-            DamagedFile: a chunk is not what was sent.
+            DamagedFile: a chunk is not what was sent, and no other copy of it is.
+            NotPermitted: the server does not let us read it.
             BusUnreachable: the bus does not answer.
         """
         stream, subject = streams.chunks_of(file), chunk_subject(crash_id, file)
         sequence, index = 0, 0
+        damaged: DamagedFile | None = None
         while index < count:
             try:
-                with as_bus_errors():
+                with self._refusals_told(f"read {subject}"), as_bus_errors():
                     raw = await self._js.get_msg(
                         stream, seq=sequence + 1, subject=subject, direct=True, next=True
                     )
             except NotStored:
-                raise ChunksMissing(f"chunk {index} of {count} is not on the bus") from None
+                missing = ChunksMissing(f"chunk {index} of {count} is not on the bus")
+                raise damaged or missing from None
             assert raw.seq is not None
             sequence = raw.seq
-            chunk = Chunk.received(raw.headers, raw.data or b"")
+            try:
+                chunk = Chunk.received(raw.headers, raw.data or b"")
+            except DamagedFile as error:
+                damaged = damaged or error
+                continue
             # A sender that lost the bus sends again from the chunk it is not sure of, so
             # copies and chunks ahead of their turn come before the one that is due.
             if chunk.index != index:
                 continue
             yield chunk
-            index += 1
+            index, damaged = index + 1, None
 
     async def chunk_store_bytes(self, file: str) -> int:
         """Return how many bytes of chunks of such a file the bus can hold at all.
@@ -162,15 +170,24 @@ class Bus(Connection):
                 if there.state.subjects:
                     raise NotPermitted(f"the bus does not let us remove {subject}")
             return
-        server, refusals = self._client.connected_server_version, self._client.refusals
+        server = self._client.connected_server_version
         try:
-            with suppress(NoStreams), as_bus_errors():
+            with self._refusals_told(f"remove {subject}"), suppress(NoStreams), as_bus_errors():
                 await removing.remove(self._js, server, stream, subject)
+        except NotPermitted:
+            self._refused_until = time.monotonic() + REFUSED_FOR
+            raise
+
+    @contextmanager
+    def _refusals_told(self, what: str) -> Iterator[None]:
+        """Context in which a request that is not answered, for it is refused, is `NotPermitted`."""
+        refusals = self._client.refusals
+        try:
+            yield
         except BusUnreachable as error:
             if self._client.refusals == refusals:
                 raise
-            self._refused_until = time.monotonic() + REFUSED_FOR
-            raise NotPermitted(f"the bus does not let us remove {subject}") from error
+            raise NotPermitted(f"the bus does not let us {what}") from error
 
     async def subscribe(self, kind: type[M], subject: str | None = None) -> AsyncIterator[M]:
         """Yield messages from now on, in order, each once; over reconnects and restarts, too.

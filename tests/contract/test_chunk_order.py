@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from nats.js.errors import NotFoundError
 
 from crashbus.bus import Bus
 from crashbus.chunks import Chunk, Encoder, Verifier
-from crashbus.errors import ChunksMissing
+from crashbus.errors import ChunksMissing, DamagedFile
 
 CONTENT = bytes(range(200))
 SIZE = 40
@@ -37,6 +38,7 @@ class Stored:
 def read(chunks: list[Chunk], gaps: list[int], count: int) -> list[Chunk]:
     bus = Bus.__new__(Bus)
     bus._js = Stored(chunks, gaps)  # type: ignore[assignment]
+    bus._client = SimpleNamespace(refusals=0)  # type: ignore[assignment]
 
     async def all_of_them() -> list[Chunk]:
         return [chunk async for chunk in bus.chunks("0" * 16, "core_1", count)]
@@ -87,3 +89,20 @@ def test_a_sender_may_begin_again_at_any_chunk_however_often(
     sent += chunks[data.draw(st.integers(0, confirmed)) :]
 
     assert read(sent, [0] * len(sent), count) == chunks
+
+
+@given(st.integers(1, 5), st.data())
+def test_damaged_copy_of_a_chunk_does_not_matter_where_a_good_one_follows(
+    count: int, data: st.DataObject
+) -> None:
+    chunks = list(Encoder(SIZE, "zstd").chunks(io.BytesIO(CONTENT[: count * SIZE])))
+    place = data.draw(st.integers(0, count - 1))
+    damaged = replace(chunks[place], body=chunks[place].body[:-1])
+    before = data.draw(st.integers(0, place))
+    sent = [*chunks[:before], damaged, *chunks[before:]]
+    assert read(sent, [0] * len(sent), count) == chunks
+
+    alone = [*chunks[:place], damaged, *chunks[place + 1 :]]
+    with pytest.raises(DamagedFile, match="its header says") as raised:
+        read(alone, [0] * len(alone), count)
+    assert not isinstance(raised.value, ChunksMissing)
