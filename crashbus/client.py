@@ -46,8 +46,12 @@ class Client(NatsClient):
     @property
     def is_encrypted(self) -> bool:
         """Whether nothing can be read or changed on the way to the server."""
-        writer = getattr(self._transport, "_io_writer", None)  # none of a WebSocket
-        return writer is not None and writer.get_extra_info("ssl_object") is not None
+        if self._transport is None:
+            return False
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is None:  # a WebSocket
+            return self._scheme == "wss"
+        return writer.get_extra_info("ssl_object") is not None
 
     def _setup_nkeys_seed_connect(self) -> None:
         """Keep answers to ourselves: each key may listen below its own inbox alone.

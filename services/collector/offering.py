@@ -77,6 +77,7 @@ class Offering:
         a secured one lets no collector read chunks, for they are those of all hosts.
 
         Raises:
+            NotPermitted: we may not read it.
             BusUnreachable: another time, then.
         """
         file = source.file
@@ -93,7 +94,7 @@ class Offering:
             source.on_bus = PUBLISH_ANEW
             await self._ledger.save(crash)
             return False
-        return True
+        return bool(waiting(crash, source))  # it took its time
 
     async def files(self, crash: Crash, large: bool) -> None:
         """See that the chunks of all large or all small files that are waited for are there."""
@@ -137,8 +138,11 @@ class Offering:
         """Give a file up, for all to see."""
         log.error("crash file lost", crash_id=crash.crash_id, error=str(error))
         told = Told(error=str(error), mend=_MEND.get(error.reason, _NO_MEND))
-        places = waiting(crash, source)
-        await self._bus.publish(letter_of(crash, source, places, error.reason, told))
+        letter = letter_of(crash, source, waiting(crash, source), error.reason, told)
+        await self._bus.publish(letter)
+        places = waiting(crash, source)  # a receipt may have come meanwhile
+        if not places and not source.failed:
+            return
         metrics.FAILED.inc()
         for place in places:
             source.give_up(place, error.reason, told)

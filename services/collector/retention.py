@@ -12,7 +12,7 @@ import structlog
 
 from crashbus import layout
 from crashbus.bus import Bus
-from crashbus.errors import BusFull, BusUnreachable
+from crashbus.errors import BusFull, BusUnreachable, NotPermitted
 from crashbus.layout import LARGE, Kind
 from services.collector import metrics, room, spool
 from services.collector.core_streams import CoreStreams
@@ -26,6 +26,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 SWEEP_EVERY = 5.0  # seconds
 STRAY_AFTER = 86400.0  # seconds; a crash that is being captured has none so old
+ANEW_WITHIN = 60.0  # seconds for a damaged core to be published anew before it may be dropped
+UNREAD_FOR = 600.0  # seconds in which what could not be read back is not tried again
 _BLOCK = 512  # bytes of a block in st_blocks, stat(2)
 
 
@@ -50,19 +52,25 @@ class Retention:
         self._deliverer = deliverer
         self._cores = cores
         self._settings = settings
-        # Files whose chunks on the bus were not what had been sent, until they are there anew.
-        self._damaged: set[tuple[str, str]] = set()
+        # Files, by crash and name, each until some time on the monotonic clock: those whose chunks
+        # on the bus were not what had been sent, and those whose chunks could not be read back.
+        self._damaged: dict[tuple[str, str], float] = {}
+        self._unread: dict[tuple[str, str], float] = {}
+        self._no_reading_until = 0.0
 
     async def run(self) -> None:
         """Remove what may go, until cancelled."""
         while True:
+            is_judged = True
             try:
                 for crash in self._ledger.expired(self._settings.keep_delivered):
                     await self._remove_crash(crash)
-                await self._make_room()
+                is_judged = await self._make_room()
                 await asyncio.to_thread(remove_strays, self._root, self._ledger)
             except (OSError, BusUnreachable, BusFull) as error:
                 log.warning("files stay for now", error=str(error))
+            if not is_judged:
+                continue
             # Out of step with the rechecks, during which no file may be removed.
             every = min(SWEEP_EVERY, self._settings.recheck)
             await asyncio.sleep(every * random.uniform(0.7, 1.3))  # noqa: S311 - no secret
@@ -78,11 +86,13 @@ class Retention:
             with suppress(BusUnreachable):
                 await self._bus.purge_crash(crash.crash_id)
 
-    async def _make_room(self) -> None:
+    async def _make_room(self) -> bool:
+        """Remove what has no room; False: there may be more, which is to be judged anew."""
         settings, crashes = self._settings, self._ledger.crashes()
+        self._damaged, self._unread = _not_over(self._damaged), _not_over(self._unread)
         has_limit = settings.spool_bytes or settings.keep_delivered_bytes
         if not has_limit and not await asyncio.to_thread(self._excess_on_disk):
-            return
+            return True
         files = [(s.directory, s.name) for c in crashes for s in c.sources.values()]
         usage = await asyncio.to_thread(measure, self._root, files)
         delivered = [_whole(c, usage) for c in crashes if c.delivered_at is not None]
@@ -97,11 +107,13 @@ class Retention:
             found = [one for one in delivered if self._ledger.get(one.crash_id)]
             for crash in crashes:
                 found += await self._candidates(crash, usage)
-            if any(self._has_large_in_hand(crash) for crash in crashes):
+            if self._damaged or any(self._has_large_in_hand(crash) for crash in crashes):
                 # A core that cannot go just now shall not cost small files instead.
                 found = [one for one in found if one.loss is not Loss.SMALL]
             for one in room.to_remove(found, excess):
-                await self._remove(one)
+                if not await self._remove(one):
+                    return False
+        return True
 
     def _excess_on_disk(self) -> int:
         disk = os.statvfs(self._root)
@@ -123,38 +135,94 @@ class Retention:
             size = usage.get((source.directory, source.name), 0)
             # What is lost already and still there could not be removed; it is told only once.
             if size and not source.lost and not self._deliverer.offering.is_sending(crash, source):
-                loss = Loss.SMALL
-                if source.kind in LARGE:
-                    on_bus = await self._deliverer.offering.is_on_bus(crash, source)
-                    if on_bus:
-                        self._damaged.discard((crash.crash_id, source.name))
-                    elif (crash.crash_id, source.name) in self._damaged and waiting(crash, source):
-                        continue  # it is published anew just now
-                    loss = Loss.COPY if on_bus else Loss.LARGE
-                found.append(_candidate(crash, crash.crashed_at, source.name, size, loss))
+                loss = await self._loss(crash, source)
+                if loss is not None:
+                    found.append(_candidate(crash, crash.crashed_at, source.name, size, loss))
         return found
 
-    async def _remove(self, one: Candidate) -> None:
+    async def _loss(self, crash: Crash, source: Source) -> Loss | None:
+        """Return what is lost with a file; None: it may not go just now."""
+        key = crash.crash_id, source.name
+        if not _is_needed(crash, source):
+            return Loss.NOTHING
+        if source.kind not in LARGE:
+            return Loss.SMALL
+        if await self._deliverer.offering.is_on_bus(crash, source):
+            self._damaged.pop(key, None)
+            is_unread = key in self._unread or time.monotonic() < self._no_reading_until
+            return None if is_unread and not source.removed else Loss.COPY
+        if key in self._damaged and waiting(crash, source):
+            return None  # it is published anew just now
+        return Loss.LARGE
+
+    async def _remove(self, one: Candidate) -> bool:
+        """Remove what may go; tell whether what was judged with it still is as it was."""
         crash = self._ledger.get(one.crash_id)
         if crash is None:
-            return
-        if one.loss is Loss.NOTHING:
+            return True
+        if not one.name:
             await self._remove_crash(crash)
-            return
+            return True
         source = crash.sources[one.name]
         if one.loss is Loss.COPY:
-            if not await self._deliverer.offering.is_whole_on_bus(crash, source):
-                self._damaged.add((one.crash_id, one.name))
-                self._deliverer.start(crash)
-                return
-            await self._give_up_copy(crash, source)
-        else:
+            return await self._remove_copy(crash, source)
+        if one.loss is not Loss.NOTHING:
+            # To drop those before it took its time, too.
+            offering = self._deliverer.offering
+            if one.loss is Loss.LARGE and await offering.is_on_bus(crash, source):
+                return True
+            if offering.is_sending(crash, source) or not _is_needed(crash, source):
+                return True
             await self._deliverer.drop(crash, source)
-        metrics.DROPPED.labels(one.loss.name.lower()).inc()
-        await asyncio.to_thread(_unlink, self._root, source)
+            metrics.DROPPED.labels(one.loss.name.lower()).inc()
+        await self._unlink(source)
+        return True
+
+    async def _remove_copy(self, crash: Crash, source: Source) -> bool:
+        """Remove a file that the bus has; tell whether that was quick."""
+        was_told = source.removed  # and then the collector was killed, or it could not be removed
+        if not was_told:
+            if not await self._is_on_bus_as_sent(crash, source):
+                return False
+            metrics.DROPPED.labels("copy").inc()
+        await self._give_up_copy(crash, source)
+        await self._unlink(source)
+        return was_told or self._bus.is_encrypted
+
+    async def _is_on_bus_as_sent(self, crash: Crash, source: Source) -> bool:
+        """Tell whether the bus has the file itself; if not, its copy is let alone for a while.
+
+        To read it back may take minutes, in which all else may change.
+        """
+        key = crash.crash_id, source.name
+        try:
+            if await self._deliverer.offering.is_whole_on_bus(crash, source):
+                return True
+        except BusUnreachable as error:
+            if not self._bus.is_connected:
+                raise
+            self._unread[key] = until = time.monotonic() + UNREAD_FOR
+            if isinstance(error, NotPermitted):
+                self._no_reading_until = until
+            log.warning(
+                "copies stay, for they cannot be read back from the bus",
+                crash_id=crash.crash_id,
+                file=source.name,
+                error=str(error),
+                mend="speak TLS with the server itself, tls:// in CRASHBUS_NATS_URL: nothing "
+                "is read back then",
+            )
+        else:
+            if waiting(crash, source):
+                self._damaged[key] = time.monotonic() + ANEW_WITHIN
+                self._deliverer.start(crash)
+        return False
 
     async def _give_up_copy(self, crash: Crash, source: Source) -> None:
         """Note, for all to see, that the bus alone has a file; the caller removes the copy."""
+        if source.removed:
+            await self._ledger.save(crash)  # it may be that which failed
+            return
         source.removed = True
         crash.notes.append(
             f"{source.name} was removed from its host for want of room while it waited on the bus: "
@@ -169,6 +237,22 @@ class Retention:
             file=source.name,
             mend="see why a destination takes nothing, or give the spool more room",
         )
+
+    async def _unlink(self, source: Source) -> None:
+        try:
+            await asyncio.to_thread(_unlink, self._root, source)
+        except OSError as error:  # the others may go
+            log.warning("a file stays for now", file=source.name, error=str(error))
+
+
+def _is_needed(crash: Crash, source: Source) -> bool:
+    """Tell whether a file may still have to be delivered; what failed can be asked for again."""
+    return bool(waiting(crash, source) or source.failed)
+
+
+def _not_over(until: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    now = time.monotonic()
+    return {key: end for key, end in until.items() if now < end}
 
 
 def _whole(crash: Crash, usage: Usage) -> Candidate:
