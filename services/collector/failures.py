@@ -44,16 +44,19 @@ class Failures:
                 await self.look()
             except (BusUnreachable, BusFull) as error:
                 log.warning("failures are told again later", error=str(error))
-            except Exception:  # one odd crash must not end the rest
-                metrics.FAULTS.labels("failures").inc()
-                log.exception("cannot tell failures again")
             await asyncio.sleep(self._every * random.uniform(0.7, 1.3))  # noqa: S311 - no secret
 
     async def look(self) -> None:
         """Tell what is not told."""
         for crash in self._ledger.open_crashes():
             if any(_failed(crash)):
-                await self._tell(crash)
+                try:
+                    await self._tell(crash)
+                except (BusUnreachable, BusFull):
+                    raise
+                except Exception:  # one odd crash must not end the rest
+                    metrics.FAULTS.labels("failures").inc()
+                    log.exception("cannot tell failures again", crash_id=crash.crash_id)
                 await asyncio.sleep(PAUSE)
         log.debug("compared failures with the bus")
 
@@ -61,7 +64,10 @@ class Failures:
         subject = f"{token(crash.host)}.{crash.crash_id}"
         letters = await self._bus.stored(DeadLetter, f"crash.failed.{subject}")
         untold = [*untold_letters(crash, letters)]
-        if crash.reported and not await self._bus.holds(Manifest, f"crash.report.{subject}"):
+        # Also one that names no file, for none could be read.
+        if crash.reported is not None and not await self._bus.holds(
+            Manifest, f"crash.report.{subject}"
+        ):
             await self._bus.publish(crash.to_manifest())  # who it was that crashed
         for letter in untold:
             await self._bus.publish(letter)

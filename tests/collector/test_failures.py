@@ -1,9 +1,15 @@
 """Which failures are told again."""
 
-from crashbus import DeadLetter, Replay
+from pathlib import Path
+
+import pytest
+
+from crashbus import Bus, DeadLetter, Manifest, Replay
+from crashbus.errors import MessageTooLarge
 from crashbus.layout import Kind
-from services.collector.failures import untold_letters
-from services.collector.ledger import Crash, Source, Told
+from crashbus.message_base import Message
+from services.collector.failures import Failures, untold_letters
+from services.collector.ledger import Crash, Ledger, Source, Told
 from services.collector.plan import apply_failure
 from services.collector.replay import apply_replay
 from tests.collector.conftest import FILE, reported_crash
@@ -82,3 +88,28 @@ def test_replay_takes_back_what_the_manifest_said_of_the_failure() -> None:
     assert apply_replay(crash, replay)
     assert crash.notes == ["another"]
     assert told(crash) == []
+
+
+async def test_crash_that_cannot_be_told_does_not_keep_the_others(
+    bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.load()
+    crashes = [reported_crash(failed()) for _ in range(3)]
+    for number, crash in enumerate(crashes):
+        crash.crash_id, crash.crashed_at = str(number) * 16, float(number)
+        crash.reported, crash.revision = (), 1  # of its files none could be read
+        await ledger.save(crash)
+    publish = bus.publish
+
+    async def fail_once(message: Message) -> None:
+        if getattr(message, "crash_id", None) == crashes[1].crash_id:
+            raise MessageTooLarge("of this one")
+        await publish(message)
+
+    monkeypatch.setattr(bus, "publish", fail_once)
+    await Failures(bus, ledger, recheck=60).look()
+
+    told = {crashes[0].crash_id, crashes[2].crash_id}
+    assert {letter.crash_id for letter in await bus.stored(DeadLetter)} == told
+    assert {manifest.crash_id for manifest in await bus.stored(Manifest)} == told
