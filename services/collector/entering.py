@@ -103,7 +103,9 @@ class Entering:
                 crash.notes.append(note)
         for entry in found.entries.values():
             if entry.others_write and entry.name in crash.sources:
-                crash.notes.append(f"{entry.name}: others than its owner may have written to it")
+                note = f"{entry.name}: others than its owner may have written to it"
+                if note not in crash.notes:
+                    crash.notes.append(note)
         await self._ledger.save(crash)
         metrics.CRASHES.labels("appscope" if found.record is None else "recorder").inc()
         log.info(
