@@ -174,8 +174,8 @@ async def test_loss_of_one_leader_after_another_loses_nothing(
             (streams.FILES, services[1], an_item_is_in_hand),
         ):
             await until(whole, within=LONG, every=0.2)
-            leader = await leader_of(bus, stream)
             await stop_in_the_middle(service, in_hand, crashes)
+            leader = await leader_of(bus, stream)  # it may have changed until now
             servers.servers[leader].kill()
             service.kill(signal.SIGCONT)
             crashes.come(1)
