@@ -10,6 +10,7 @@ import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import BinaryIO
 
 import zstandard
@@ -117,6 +118,24 @@ class ZeroRun:
     whole: Packed
 
 
+@dataclass(frozen=True)
+class _Zeros:
+    """A whole range of nothing but zeros.
+
+    Attributes:
+        packed: its chunks; none where nothing is compressed.
+    """
+
+    data: bytes
+    packed: list[Packed]
+    run: ZeroRun | None
+
+
+# By what they depend on, once for all files: to make them takes milliseconds.
+_made: dict[tuple[int, Encoding, int], _Zeros] = {}
+_making = threading.Lock()
+
+
 class Packer:
     """Makes chunks of ranges, in any order and in any number of threads.
 
@@ -130,7 +149,6 @@ class Packer:
 
     Attributes:
         range_size: bytes of a whole range.
-        zero_run: what several ranges of nothing but zeros become; None: no more than one.
     """
 
     def __init__(self, size: int, encoding: Encoding, level: int = 1) -> None:
@@ -140,15 +158,33 @@ class Packer:
         is_doubled = encoding == "zstd" and 2 * size <= MAX_CHUNK_SIZE
         self.range_size = 2 * size if is_doubled else size
         self._own = threading.local()  # a compressor serves one thread at a time
-        self._zeros = bytes(self.range_size)
-        # Made only once, for a core may have terabytes of them.
-        self._packed_zeros = self._pack(self._zeros) if encoding == "zstd" else None
-        self.zero_run = self._zero_run()
 
     @property
     def zeros(self) -> bytes:
         """A whole range of zeros, for those who know that there is nothing else."""
-        return self._zeros
+        return self._zeros.data
+
+    @property
+    def zero_run(self) -> ZeroRun | None:
+        """What several ranges of nothing but zeros become; None: no more than one."""
+        return self._zeros.run
+
+    @cached_property
+    def _zeros(self) -> _Zeros:
+        """Zeros are packed only once, for a core may have terabytes of them; by who packs first,
+        which is no event loop."""
+        key = self._size, self._encoding, self._level
+        with _making:
+            if key not in _made:
+                _made[key] = self._make_zeros()
+            return _made[key]
+
+    def _make_zeros(self) -> _Zeros:
+        data = bytes(self.range_size)
+        if self._encoding == "identity":
+            return _Zeros(data, [], None)
+        packed = self._pack(data)
+        return _Zeros(data, packed, self._zero_run(packed))
 
     def pack(self, data: bytes | bytearray) -> list[Packed]:
         """Return the chunks of a range, one or two; the caller may overwrite `data` afterwards.
@@ -156,8 +192,8 @@ class Packer:
         Args:
             data: `range_size` bytes, or fewer at the end of a file.
         """
-        if self._packed_zeros is not None and data == self._zeros:
-            return self._packed_zeros
+        if self._encoding == "zstd" and data == self._zeros.data:
+            return self._zeros.packed
         return self._pack(data)
 
     def _pack(self, data: bytes | bytearray) -> list[Packed]:
@@ -169,15 +205,13 @@ class Packer:
         halves = memoryview(data)[: self._size], memoryview(data)[self._size :]
         return [_packed(half, self._compressor.compress(half)) for half in halves]
 
-    def _zero_run(self) -> ZeroRun | None:
+    def _zero_run(self, packed: list[Packed]) -> ZeroRun | None:
         most = min(ZERO_RUN, MAX_CHUNK_SIZE // self.range_size)
-        if self._packed_zeros is None or len(self._packed_zeros) > 1 or most < 2:
+        if len(packed) > 1 or most < 2:
             return None
         zeros = bytes(most * self.range_size)
         whole = _packed(zeros, self._compressor.compress(zeros))
-        return (
-            ZeroRun(self._packed_zeros[0], most, whole) if len(whole.body) <= self._size else None
-        )
+        return ZeroRun(packed[0], most, whole) if len(whole.body) <= self._size else None
 
     @property
     def _compressor(self) -> zstandard.ZstdCompressor:
@@ -248,8 +282,7 @@ class Encoder:
 
     def finish(self) -> Iterator[Chunk]:
         """Yield what still waits, at the end of the file."""
-        run = self.packer.zero_run
-        while self._zero_ranges and run is not None:
+        while self._zero_ranges and (run := self.packer.zero_run) is not None:
             self._zero_ranges -= 1
             yield self._next(run.one)
 

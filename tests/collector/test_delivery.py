@@ -3,12 +3,13 @@
 import asyncio
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from crashbus import Bus, WorkItem, connect
-from crashbus.chunks import Chunk, Verifier
+from crashbus import Bus, WorkItem, chunks, connect
+from crashbus.chunks import Chunk, Packer, Verifier, _Zeros
 from crashbus.layout import Kind, crash_file_name
 from crashbus.message_base import Message
 from services.collector.ledger import Crash, Source
@@ -101,6 +102,28 @@ async def test_holes_of_a_core_cost_next_to_nothing(bus: Bus, tmp_path: Path) ->
     async for chunk in bus.chunks("0" * 16, "core_1", file.chunks):
         verifier.accept(chunk)
     verifier.finish(file.size, file.sha256)
+
+
+async def test_zeros_are_packed_once_for_all_cores_and_never_on_the_event_loop(
+    bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "7").mkdir()
+    make, threads = Packer._make_zeros, list[int]()
+
+    def noted(packer: Packer) -> _Zeros:
+        threads.append(threading.get_ident())
+        return make(packer)
+
+    monkeypatch.setattr(Packer, "_make_zeros", noted)
+    monkeypatch.setattr(chunks, "_made", {})
+    publisher = Publisher(bus, tmp_path, 1, 1 << 40)
+    for number, content in enumerate((b"", os.urandom(5_000_000), bytes(50_000_000))):
+        (tmp_path / "7" / f"core_{number}").write_bytes(content)
+        source = Source(directory="7", name=f"core_{number}", kind=Kind.CORE)
+        await publisher.publish(str(number) * 16, source)
+
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
 
 
 async def test_file_that_is_cut_tells_what_it_would_be(bus: Bus, tmp_path: Path) -> None:
