@@ -6,13 +6,14 @@ import subprocess
 from pathlib import Path
 
 from crashbus import DeadLetter, Manifest
-from crashbus.layout import Kind
+from crashbus.layout import Kind, crash_file_name
 from tests.collector.conftest import FILE, Setup, fill_chunk_store
 from tests.collector.stand_in import write_set
 from tests.faults.ways import flipped
 from tests.support.crashers import crasher
 from tests.support.disk import small_disk
 from tests.support.proxy import Proxy
+from tests.support.records import EPOCH
 from tests.support.wait import until
 
 MIB = 1024 * 1024
@@ -157,7 +158,8 @@ async def test_disk_that_runs_full_costs_what_is_delivered_and_then_cores(
         (letter,) = await until(lambda: setup.bus.stored(DeadLetter))
         assert letter.reason == "dropped_for_room"
         await until(lambda: not list(second.glob("core_*")))
-        assert list(second.glob("info_*"))
+        info = FILE, crash_file_name(Kind.INFO, EPOCH)
+        await until(lambda: setup.shipper.order.count(info) == 2)  # of each crash
         assert setup.collector.metric("crashbus_collector_dropped_files_total") == 1
         await setup.collector.stop()
     shipping.cancel()
