@@ -47,10 +47,20 @@ def begin(spool: Path, pid: int, epoch: int) -> int:
     """
     place = crash_directory.private_directory(spool, layout.DRAFTS)
     try:
-        draft = os.open(_name(pid, epoch), _NEW, 0o600, dir_fd=place)
+        return _begun(_name(pid, epoch), place)
     finally:
         os.close(place)
-    os.pwrite(draft, _HEAD.pack(0, 0), 0)
+
+
+def _begun(name: str, place: int) -> int:
+    draft = os.open(name, _NEW, 0o600, dir_fd=place)
+    try:
+        os.pwrite(draft, _HEAD.pack(0, 0), 0)
+    except BaseException:  # no room, say: nobody is to find a draft that is none
+        os.close(draft)
+        with suppress(OSError):
+            os.unlink(name, dir_fd=place)
+        raise
     return draft
 
 
