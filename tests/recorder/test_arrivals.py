@@ -1,6 +1,7 @@
 """Who has nothing to do accepts the next crash; while all are busy, somebody else does."""
 
 import os
+import queue
 import socket
 import struct
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from services.recorder.handover import listener
 from services.recorder.handover.arrivals import Arrivals
 from services.recorder.handover.hold import Hold
 from services.recorder.handover.listener import Listener
@@ -181,10 +183,16 @@ async def test_who_waits_at_the_socket_is_woken_by_its_end(
     assert not at.listener._thread.is_alive()
 
 
-async def test_lack_of_descriptors_is_outlasted(
-    capturing: Callable[[int], Capturing], taker: Taker, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error", [OSError(24, "Too many open files"), MemoryError(), ValueError("a bug")], ids=repr
+)
+async def test_who_cannot_accept_does_so_later(
+    capturing: Callable[[int], Capturing],
+    taker: Taker,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
 ) -> None:
-    lacks = iter([OSError(24, "Too many open files")] * 2)
+    lacks = iter([error] * 2)
     accept = taker.accept
 
     def accept_or_fail(listening: int, patience: float) -> Hold:
@@ -194,5 +202,38 @@ async def test_lack_of_descriptors_is_outlasted(
 
     monkeypatch.setattr(taker, "accept", accept_or_fail)
     at = capturing(1)
+    at.goes_on.release(1000)
+    count = 0
+    while count < 3 or not at.idle:
+        count += 1
+        with crash(at):
+            await until(lambda count=count: len(at.taken) == count)
+
+
+async def test_listener_outlasts_a_lack_of_memory(
+    capturing: Callable[[int], Capturing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacks = iter([MemoryError()])
+
+    def hold_or_fail(descriptor: int, patience: float) -> Hold:
+        for error in lacks:
+            raise error
+        return Hold(descriptor, patience)
+
+    monkeypatch.setattr(listener, "Hold", hold_or_fail)
+    at = capturing(1)
     with crash(at):
         await until(lambda: at.taken)
+        with crash(at) as lost, crash(at):
+            with suppress(ConnectionResetError):  # its request is there, unread
+                assert lost.recv(64) == b""
+            await until(lambda: at.arrivals.qsize() == 1)
+
+
+def test_arrivals_that_are_not_to_wait_do_not() -> None:
+    arrivals = Arrivals(8)
+    arrivals.accept_with(lambda: pytest.fail("it waits at the socket"))
+    with pytest.raises(queue.Empty):
+        arrivals.get(block=False)
+    with pytest.raises(queue.Empty):
+        arrivals.get(timeout=0.01)

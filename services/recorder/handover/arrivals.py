@@ -9,7 +9,11 @@ import queue
 import threading
 from collections.abc import Callable
 
+import structlog
+
 from services.recorder.handover.hold import Hold
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
 class Arrivals(queue.Queue[Hold]):
@@ -25,7 +29,7 @@ class Arrivals(queue.Queue[Hold]):
         """Have who is idle accept; before there is anybody.
 
         Args:
-            accept: waits for a crash; an OSError ends the wait.
+            accept: waits for a crash; whatever it raises ends the wait.
         """
         self._accept = accept
 
@@ -63,22 +67,30 @@ class Arrivals(queue.Queue[Hold]):
             return True
 
     def get(self, block: bool = True, timeout: float | None = None) -> Hold:
-        """Wait for a crash, at the socket if that can be."""
+        """Wait for a crash, at the socket if that can be, for as long as it takes."""
+        if not block or timeout is not None:
+            return super().get(block, timeout)
         with self.mutex:
             if self._qsize():
                 self.not_full.notify()
                 return self._get()
             accept = self._accept
             self._idle += accept is not None
-        if accept is not None:
-            try:
-                hold = accept()
-            except (OSError, MemoryError):  # of which the listener tells, when it is its turn
-                self._end_wait(None)
-            else:
-                self._end_wait(hold)
-                return hold
-        return super().get(block, timeout)
+        hold = self._accepted(accept) if accept is not None else None
+        return super().get() if hold is None else hold
+
+    def _accepted(self, accept: Callable[[], Hold]) -> Hold | None:
+        """Wait at the socket; None where that cannot be."""
+        hold = None
+        try:
+            hold = accept()
+        except (OSError, MemoryError):  # of which the listener tells, when it is its turn
+            pass
+        except Exception:
+            log.error("a crash could not be accepted: the listener does", exc_info=True)
+        finally:
+            self._end_wait(hold)
+        return hold
 
     def _end_wait(self, hold: Hold | None) -> None:
         with self.mutex:

@@ -96,11 +96,11 @@ class Listener:
         try:
             while self._arrivals.add(self._accept):
                 pass
-        except OSError as error:
-            if error.errno == errno.EINVAL:  # it is shut down, and nothing is left
-                return
+        except (OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EINVAL:
+                return  # it is shut down, and nothing is left
             # Out of descriptors or memory: those in work give theirs back, so try again.
-            log.error("cannot accept a crash", error=str(error))
+            log.error("cannot accept a crash", error=str(error) or "no memory")
             time.sleep(_ACCEPT_AGAIN)
 
     def _accept(self) -> Hold | None:
@@ -112,8 +112,15 @@ class Listener:
                 code = ctypes.get_errno()
                 raise OSError(code, os.strerror(code))
             if self._is_there(connection):
-                return Hold(connection, self._patience)
+                return self._hold(connection)
         return None
+
+    def _hold(self, connection: int) -> Hold:
+        try:
+            return Hold(connection, self._patience)
+        except MemoryError:
+            os.close(connection)  # it is let go; its event tells of it
+            raise
 
     def _is_there(self, connection: int) -> bool:
         """Greet a helper; False when it has waited too long and keeps its crash by itself."""
