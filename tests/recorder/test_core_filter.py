@@ -80,6 +80,19 @@ def test_filter_lets_in_no_more_than_the_process_does(
     assert segments(core_head_of(coredump_socket, tmp_path / "file", 0x31, 0x1FF)) == segments(own)
 
 
+def test_what_the_kernel_left_out_is_not_looked_into(
+    coredump_socket: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(*_: object) -> bool:
+        raise AssertionError("it may be a device, or on a disk that does not answer")
+
+    monkeypatch.setattr(core_filter, "_is_elf", look)
+
+    head = core_head_of(coredump_socket, tmp_path / "file", 0x1, 0x11)
+
+    assert any(not size for _, _, size, _ in segments(head))
+
+
 async def test_core_without_shared_memory(recorder_with: MakeRecorder, tmp_path: Path) -> None:
     recorder = recorder_with(recorder_coredump_filter="0x31")
     await recorder.start()

@@ -31,11 +31,11 @@ class _Area:
     """
 
     start: int
-    shared: bool
     offset: int
     has_file: bool
     path: bytes
     is_own: bool = False
+    shared: bool = False
     is_huge: bool = False
 
 
@@ -47,7 +47,10 @@ def narrowed(pages: Pages, mask: int) -> Head:
     """
     head = pages.head
     with pages.opened() as (memory, _):
-        most = {area.start: _most(area, mask, memory) for area in _areas(pages.task)}
+        # What the kernel left out is not looked into: a device, or memory that never comes.
+        kept = {load.address for _, load, _ in head.segments() if load is not None and load.size}
+        areas = (area for area in _areas(pages.task) if area.start in kept)
+        most = {area.start: _most(area, mask, memory) for area in areas}
     table, place = bytearray(), head.data
     for raw, load, size_in_memory in head.segments():
         if load is None:
@@ -70,6 +73,7 @@ def _most(area: _Area, mask: int, memory: Memory) -> int:
     if area.is_huge:
         return _WHOLE if mask & (HUGETLB_SHARED if area.shared else HUGETLB_PRIVATE) else 0
     if area.shared:  # of a file that has a name, or not
+        # One that is there may be called so, too: then its crash decides for either kind.
         has_none = area.path.endswith(b" (deleted)")
         return _WHOLE if mask & (ANON_SHARED if has_none else MAPPED_SHARED) else 0
     if mask & ANON_PRIVATE and (area.is_own or not area.has_file):
@@ -101,7 +105,10 @@ def _areas(task: int) -> Iterator[_Area]:
                 elif area is not None and line.startswith((b"Anonymous:", b"Swap:")):
                     area.is_own |= line.split()[1] != b"0"
                 elif area is not None and line.startswith(b"VmFlags:"):
-                    area.is_huge = b"ht" in line.split()
+                    flags = line.split()
+                    area.is_huge = b"ht" in flags
+                    # VM_SHARED; what may only be read of a file has VM_MAYSHARE, the `s` above.
+                    area.shared = b"sh" in flags
     except OSError as error:
         raise PagesUnreadable(f"smaps: {error.strerror}") from error
     if area is not None:
@@ -110,6 +117,5 @@ def _areas(task: int) -> Iterator[_Area]:
 
 def _area(line: bytes) -> _Area:
     for one in mappings(line):
-        shared = one.access.endswith(b"s")
-        return _Area(one.start, shared, one.offset, one.inode != b"0", one.path.rstrip(b"\n"))
+        return _Area(one.start, one.offset, one.inode != b"0", one.path.rstrip(b"\n"))
     raise PagesUnreadable("smaps cannot be read")

@@ -43,6 +43,7 @@ int main(int count, char **arguments)
     fill(map(MAP_SHARED, unnamed, SIZE), "unnamed-file");
     fill(map(MAP_SHARED, file, SIZE), "shared-file");
     mmap(NULL, SIZE, PROT_READ, MAP_PRIVATE, file, 0);
+    mmap(NULL, SIZE, PROT_READ, MAP_SHARED, open(arguments[2], O_RDONLY), 0); /* counts as private */
     fill(map(MAP_PRIVATE, file, SIZE), "changed-file");
     fill(map(MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, HUGE), "private-huge");
     fill(map(MAP_SHARED | MAP_ANONYMOUS | MAP_HUGETLB, -1, HUGE), "shared-huge");
