@@ -133,7 +133,10 @@ def test_patch_for_the_runtime_s_socket_fits_the_agent(monkeypatch: pytest.Monke
 
     assert mount["name"] == volume["name"] not in {one["name"] for one in ours["volumes"]}
     monkeypatch.setenv(setting["name"], setting["value"])
-    assert RecorderSettings.load().cri_socket == Path(mount["mountPath"])
+    socket = RecorderSettings.load().cri_socket
+    # A socket that is mounted itself is a dead one once the runtime was started anew.
+    assert socket is not None and socket.parent == Path(mount["mountPath"])
+    assert volume["hostPath"] == {"path": "/run/containerd", "type": "Directory"}
     recorder["env"].append(setting)
     recorder["volumeMounts"].append(mount)
     ours["volumes"].append(volume)
