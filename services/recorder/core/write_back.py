@@ -24,13 +24,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
-def pays(size: int) -> bool:
-    """Tell whether the disk would begin by itself before so many bytes are written."""
-    pages = dict(line.split(b" ", 1) for line in lines(LIVE.read("vmstat", _MAX_VMSTAT)))
-    begins_at = int(pages[b"nr_dirty_background_threshold"])
-    return size // PAGE + int(pages[b"nr_dirty"]) > begins_at
-
-
 @contextmanager
 def following(core: int, size: int) -> Iterator[Callable[[int], None]]:
     """Give whom to tell up to where a core is final, while it is copied.
