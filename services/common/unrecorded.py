@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from crashbus import layout
+from crashbus.identity import crash_id, start_ticks_in
 from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
 
@@ -151,7 +152,7 @@ def left_notes(spool: Path) -> Iterator[Mapping[str, bytes]]:
     file = crash_directory.private_file(spool, layout.UNRECORDED)
     try:
         for place in list(_places(file)):
-            yield _unpacked(os.pread(file, NOTE, place * NOTE))
+            yield unpacked(os.pread(file, NOTE, place * NOTE))
             _clear(file, place)
         os.ftruncate(file, 0)
     finally:
@@ -163,13 +164,24 @@ def _clear(file: int, place: int, size: int = NOTE) -> None:
     os.pwrite(file, bytes(size), place * NOTE)
 
 
-def _unpacked(raw: bytes) -> Mapping[str, bytes]:
+def unpacked(raw: bytes) -> Mapping[str, bytes]:
+    """Return the parts of a note that are there."""
     _, *sizes = _HEAD.unpack_from(raw.ljust(_HEAD.size, b"\0"))
     note, at = {}, _HEAD.size
     for name, size in zip(PARTS, sizes, strict=True):
         note[name] = raw[at : at + size]
         at += size
     return {name: part for name, part in note.items() if part}
+
+
+def name_of(note: Mapping[str, bytes]) -> str | None:
+    """Return the crash ID of a note; None: it does not tell that."""
+    try:
+        pid = int(note["crash"].split()[0])
+        boot = note["boot_id"].decode("ascii").strip()
+        return crash_id(boot, pid, start_ticks_in(note["stat"]))
+    except (KeyError, ValueError, IndexError):
+        return None
 
 
 def _places(file: int) -> Iterator[int]:

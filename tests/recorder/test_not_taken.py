@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from crashbus.identity import boot_id, crash_id
 from services.common.mounts import Mounts
 from services.common.proc import LIVE
 from services.common.unrecorded import Unrecorded, is_unrecorded
+from services.recorder import facts
 from services.recorder.core import core_head
 from services.recorder.errors import CaptureFailed
 from services.recorder.handover.hold import Hold
@@ -185,8 +187,10 @@ def test_error_when_it_was_let_go_is_told_and_leaves_nothing_behind(
     with waiting() as one:
         program = Path(f"/proc/{one.pid}/exe").readlink()
         monkeypatch.setattr(core_head, "read", no_memory)
-        with pytest.raises(CaptureFailed, match="could not be kept: OSError"):
+        name = crash_id(boot_id(), one.pid, facts.read_identity(one.pid, boot_id()).start_ticks)
+        with pytest.raises(CaptureFailed, match="could not be kept: OSError") as failure:
             take(taker, one)
+        assert failure.value.crash_id == name
         assert program not in open_files(os.getpid())
         assert not is_unrecorded(tmp_path / "spool", one.pid)
     assert taker._bytes == 0

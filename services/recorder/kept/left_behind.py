@@ -15,7 +15,6 @@ import structlog
 
 from crashbus import capture, layout
 from crashbus.capture import UnreadableRecord
-from crashbus.identity import crash_id, start_ticks_in
 from services.common import crash_directory, unrecorded
 from services.common.crash_directory import SpoolUnusable
 from services.recorder.kept import orphan
@@ -49,12 +48,10 @@ def _take_one(spool: Path, note: Mapping[str, bytes]) -> None:
 
 def _has_record(spool: Path, note: Mapping[str, bytes]) -> bool:
     """Tell whether it was killed a moment later, when the record was there."""
-    try:
-        pid = int(note["crash"].split()[0])
-        boot = note["boot_id"].decode("ascii").strip()
-        name = crash_id(boot, pid, start_ticks_in(note["stat"]))
-    except (KeyError, ValueError, IndexError):
+    name = unrecorded.name_of(note)
+    if name is None:
         return False  # `orphans` will say so
+    pid = int(note["crash"].split()[0])
     for place in (spool / str(pid)).glob(f"{layout.Kind.CAPTURE}_*"):
         with suppress(OSError, UnreadableRecord):
             file = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

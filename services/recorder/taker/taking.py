@@ -20,6 +20,7 @@ import structlog
 
 from crashbus import identity
 from services.common import process as processes
+from services.common import unrecorded
 from services.common.mounts import Mounts
 from services.common.unrecorded import Unrecorded
 from services.recorder.core.core_memory import PAGE, Kept
@@ -84,12 +85,12 @@ class Taker:
             with self._crash(hold) as crash:
                 crash.pid, crash.place = pid, place
                 crash.mark, crash.modules = mark, module_files
-                if self._take(crash, hold, taken):
+                if self._take_or_name(crash, hold, taken):
                     return taken
-        except Exception as error:
-            if hold.memory_was_read:
-                taken.close()
-                raise _not_understood(error) from error
+        except CaptureFailed:
+            taken.close()
+            raise
+        except Exception:
             # There is the longer way, which needs less memory.
             log.error("a small process could not be read at once: it stays held", exc_info=True)
         finally:
@@ -148,6 +149,17 @@ class Taker:
         crash.namespace, crash.root = self._mounts.view
         crash.boot_id = self._boot_id
         return crash
+
+    def _take_or_name(self, crash: Crash, hold: Hold, taken: Taken) -> bool:
+        try:
+            return self._take(crash, hold, taken)
+        except Exception as error:
+            if taken.note is None:
+                raise
+            crash.head_size = 0  # it is gone: nobody reads its core again
+            failure = _not_understood(error)
+            failure.crash_id = unrecorded.name_of(unrecorded.unpacked(bytes(crash.noted())))
+            raise failure from error
 
     def _take(self, crash: Crash, hold: Hold, taken: Taken) -> bool:
         crash.mounts = mounts = self._mounts.now()
