@@ -1,5 +1,6 @@
 """A small process is read whole, and gone before anything of it is written."""
 
+import gc
 import multiprocessing
 import os
 import re
@@ -8,9 +9,11 @@ import signal
 import socket
 import struct
 import subprocess
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +28,7 @@ from services.recorder.handover import arrival
 from services.recorder.handover.hold import Hold
 from services.recorder.handover.mechanism import Mechanism
 from services.recorder.settings import RecorderSettings
+from services.recorder.taker import taking
 from services.recorder.taker.taken import Taken
 from services.recorder.taker.taker_library import LIBRARY, load
 from services.recorder.taker.taking import Taker
@@ -66,6 +70,17 @@ def taker(tmp_path: Path) -> Taker:
 def new_taker(spool: Path, largest_core: int = 0, *, labels_needed: bool = False) -> Taker:
     library = RecorderSettings().helper.with_name(LIBRARY)
     return Taker(load(library), Unrecorded(spool), largest_core, labels_needed=labels_needed)
+
+
+@contextmanager
+def knocking(place: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A socket that listens, and one that has connected to it as the kernel does."""
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as kernels:
+        kernels.settimeout(20)
+        listening.bind(str(place / "s"))
+        listening.listen()
+        kernels.connect(str(place / "s"))
+        yield listening, kernels
 
 
 def take(taker: Taker, crash: Crash) -> Taken:
@@ -113,6 +128,64 @@ def test_request_of_any_length_is_acknowledged(taker: Taker, size: int) -> None:
         kernels.sendall(b"next")
         assert hold.read_exactly(4) == b"next"
     hold.close()
+
+
+@pytest.mark.parametrize("size", [16, 24])
+def test_request_of_any_length_that_came_by_accept_is_acknowledged(
+    taker: Taker, tmp_path: Path, size: int
+) -> None:
+    with knocking(tmp_path) as (listening, kernels):
+        kernels.sendall(struct.pack("=IIQ", size, 16, 0xF) + bytes(range(1, size - 15)))
+        hold = taker.accept(listening.fileno(), 20)
+
+        arrived = arrival.receive(Mechanism.SOCKET_REQUEST, hold, taker.greet)
+
+        assert arrived.pid == os.getpid()
+        assert kernels.recv(64) == struct.pack("=IIQ", 16, 0, 0b1001)
+        kernels.sendall(b"next")
+        assert hold.read_exactly(4) == b"next"
+        hold.close()
+
+
+def test_hold_begins_when_its_crash_is_accepted(taker: Taker, tmp_path: Path) -> None:
+    with knocking(tmp_path) as (listening, _):
+        hold = taker.accept(listening.fileno(), 20)  # which waits for the request in vain
+        try:
+            assert hold.age >= 300e-6
+        finally:
+            hold.close()
+
+
+@pytest.mark.parametrize(
+    "request_", [struct.pack("=IIQ", 16, 16, 0xF), b"short"], ids=["whole", "short"]
+)
+@pytest.mark.parametrize("of", [Hold, (Hold, "belongs_to"), (Hold, "unread")], ids=str)
+def test_crash_that_there_is_no_memory_for_is_let_go(
+    taker: Taker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: bytes, of: Any
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    if of is Hold:
+        monkeypatch.setattr(taking, "Hold", no_memory)
+    else:
+        monkeypatch.setattr(*of, no_memory)
+    with knocking(tmp_path) as (listening, kernels):
+        gc.collect()
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        kernels.sendall(request_)
+        with suppress(MemoryError):  # one of both is not called
+            taker.accept(listening.fileno(), 20).close()
+
+        kernels.recv(64)
+        with suppress(ConnectionResetError):
+            assert kernels.recv(64) == b""
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_library_of_another_version_is_not_loaded() -> None:
+    with pytest.raises(OSError, match=r"libc\.so\.6 is of another version"):
+        load(Path("libc.so.6"))
 
 
 @pytest.mark.parametrize("request_", [b"short", bytes(16), struct.pack("=IIQ", 16, 16, 0b0001)])

@@ -76,7 +76,8 @@ def receive(
         if mechanism is Mechanism.PIPE:
             return _from_helper(hold)
         asks = mechanism is Mechanism.SOCKET_REQUEST
-        if asks and greet is not None and not hold.acknowledged:
+        # Once: what was taken of a longer request comes before the rest of it.
+        if asks and greet is not None and not hold.greeted:
             greet(hold)
         if hold.acknowledged:
             return Arrival(hold.acknowledged, 0)

@@ -59,17 +59,19 @@ class Hold:
     Args:
         descriptor: becomes this object's own.
         patience: seconds without a byte until a read gives up.
+        arrived: monotonic seconds; None: now.
     """
 
-    def __init__(self, descriptor: int, patience: float) -> None:
+    def __init__(self, descriptor: int, patience: float, arrived: float | None = None) -> None:
         self.descriptor = descriptor
-        self.arrived_at = time.time()  # Unix seconds
-        self._arrived = time.monotonic()
+        self._arrived = time.monotonic() if arrived is None else arrived
+        self.arrived_at = time.time() - self.age  # Unix seconds
         self.patience = patience
         self._lock = threading.Lock()
         self._held = True
         self._closed = False
         self._process = -1  # pidfd
+        self.greeted = False  # who crashes was asked; more of its request may be to be read
         self.acknowledged = 0  # the PID, if the kernel's request was
         self.held_for: float | None = None  # seconds, once it was let go
         self.let_go_because: str | None = None  # where that was before the end

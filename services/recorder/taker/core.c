@@ -73,6 +73,9 @@ void greet(struct arrival *arrival) {
 int accept_crash(int listening, struct arrival *arrival) {
     arrival->core = accept4(listening, NULL, NULL, SOCK_CLOEXEC);
     if (arrival->core < 0) return errno;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now); /* to greet it takes its time, for which it is held */
+    arrival->at = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
     greet(arrival);
     return 0;
 }

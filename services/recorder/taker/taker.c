@@ -3,7 +3,7 @@
 
 size_t crash_size(void) { return sizeof(struct crash); }
 
-size_t known_size(void) { return offsetof(struct crash, loads_found); }
+size_t known_size(void) { return offsetof(struct crash, loads_found) + sizeof(struct arrival); }
 
 /* What is put into the arena is read in this order, too. */
 static int look_at(struct crash *crash) {

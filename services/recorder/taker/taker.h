@@ -57,6 +57,7 @@ struct arrival {
     int32_t pidfd;     /* if it could */
     uint32_t took;     /* bytes taken from the request, if not */
     char request[16];
+    uint64_t at;       /* nanoseconds of CLOCK_MONOTONIC, when it was accepted */
 };
 
 struct crash {
@@ -98,7 +99,7 @@ struct crash {
     struct mapping mappings[MAPPINGS];
 };
 
-/* Bytes of all of it, and of what its caller knows. */
+/* Bytes of all of it, and of what its caller knows: that, and struct arrival. */
 size_t crash_size(void);
 size_t known_size(void);
 

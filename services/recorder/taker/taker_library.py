@@ -50,6 +50,7 @@ class Greeted(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("core", "pid", "pidfd")),
         ("took", ctypes.c_uint32),
         ("request", ctypes.c_ubyte * 16),
+        ("at", ctypes.c_uint64),
     )
 
 
@@ -132,14 +133,21 @@ def load(library: Path) -> ctypes.CDLL:
         OSError: it was not built, or is of another version.
     """
     taker = ctypes.CDLL(str(library))
+    try:
+        _declare(taker)
+    except AttributeError as error:  # one of them is not there
+        raise OSError(None, f"{library} is of another version") from error
+    if taker.known_size() != ctypes.sizeof(Crash) + ctypes.sizeof(Greeted):
+        raise OSError(None, f"{library} is of another version")
+    return taker
+
+
+def _declare(taker: ctypes.CDLL) -> None:
     taker.crash_size.restype = taker.known_size.restype = ctypes.c_size_t
     taker.look.argtypes = (ctypes.c_void_p,)
     taker.greet.argtypes = (ctypes.POINTER(Greeted),)
     taker.accept_crash.argtypes = (ctypes.c_int, ctypes.POINTER(Greeted))
     taker.read_memory.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-    if taker.known_size() != ctypes.sizeof(Crash):
-        raise OSError(None, f"{library} is of another version")
-    return taker
 
 
 def address_of(room: mmap) -> int:

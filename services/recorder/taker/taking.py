@@ -119,11 +119,13 @@ class Taker:
         if code:
             raise OSError(code, os.strerror(code))
         try:
-            hold = Hold(greeted.core, patience)
-        except MemoryError:
-            os.close(greeted.core)  # it is let go; its event tells of it
+            hold = Hold(greeted.core, patience, greeted.at / 1e9)
+            _learn(hold, greeted)
+        except BaseException:  # no memory: it is let go; its event tells of it
+            os.close(greeted.core)
+            if greeted.pid:
+                os.close(greeted.pidfd)
             raise
-        _learn(hold, greeted)
         return hold
 
     @contextmanager
@@ -217,6 +219,7 @@ class Taker:
 
 
 def _learn(hold: Hold, greeted: Greeted) -> None:
+    hold.greeted = True
     if greeted.pid:
         hold.belongs_to(greeted.pidfd, greeted.pid)
     else:
