@@ -44,10 +44,10 @@ def test_record_of_another_than_root_is_none_whatever_the_directory_showed(
 ) -> None:
     (tmp_path / "capture_100").write_text("")
     (entries,) = spool.list_directory(directory).sets.values()
-    assert found._record(directory, entries[Kind.CAPTURE]) is not None
+    assert found._record(directory, entries[Kind.CAPTURE], 7, lambda *_: False) is not None
     os.chown(tmp_path / "capture_100", NOBODY, NOBODY)
 
-    assert found._record(directory, entries[Kind.CAPTURE]) is None
+    assert found._record(directory, entries[Kind.CAPTURE], 7, lambda *_: False) is None
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602])
@@ -59,7 +59,7 @@ def test_record_that_others_may_write_to_is_none(tmp_path: Path, directory: int,
     record.chmod(mode)
 
     assert not spool.is_root_s("capture_100", directory)
-    assert found._record(directory, entries[Kind.CAPTURE]) is None
+    assert found._record(directory, entries[Kind.CAPTURE], 7, lambda *_: False) is None
     listing = spool.list_directory(directory)
     assert listing.sets == {}
     assert [one.reason for one in listing.refused] == ["others_may_write"]
