@@ -38,7 +38,8 @@ class Host:
             return await command.result()
 
     async def crash(self) -> Manifest:
-        process = await asyncio.to_thread(subprocess.run, [crasher("appscope_like"), self.spool])
+        command, without_core = [crasher("appscope_like"), self.spool], {"WITHOUT_CORE": "1"}
+        process = await asyncio.to_thread(subprocess.run, command, env=without_core)
 
         async def look() -> Manifest | None:
             found = await self.bus.stored(Manifest)

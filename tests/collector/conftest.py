@@ -83,8 +83,9 @@ async def shipper(setup: Setup) -> AsyncIterator[asyncio.Task[None]]:
 
 
 def crash(setup: Setup, *options: str) -> subprocess.Popen[bytes]:
-    """Let a process die as one under AppScope does."""
-    return subprocess.Popen([crasher("appscope_like"), setup.spool, *options])
+    """Let a process die as one under AppScope does; the kernel dumps nothing of it."""
+    without_core = {**os.environ, "WITHOUT_CORE": "1"}
+    return subprocess.Popen([crasher("appscope_like"), setup.spool, *options], env=without_core)
 
 
 async def reports(setup: Setup, count: int = 1) -> list[Manifest]:

@@ -2,15 +2,13 @@
 
 import asyncio
 import os
-import subprocess
 from pathlib import Path
 
 from crashbus import DeadLetter, Manifest
 from crashbus.layout import Kind, crash_file_name
-from tests.collector.conftest import FILE, Setup, fill_chunk_store
+from tests.collector.conftest import FILE, Setup, crash, fill_chunk_store
 from tests.collector.stand_in import write_set
 from tests.faults.ways import flipped
-from tests.support.crashers import crasher
 from tests.support.disk import small_disk
 from tests.support.proxy import Proxy
 from tests.support.records import EPOCH
@@ -26,7 +24,7 @@ async def start(setup: Setup, **settings: str) -> Path:
         setup.collector._environment[f"CRASHBUS_COLLECTOR_{name.upper()}"] = value
     await setup.collector.start()
     await setup.collector.healthy()
-    process = subprocess.Popen([crasher("appscope_like"), setup.spool])
+    process = crash(setup)
     process.wait()
     return setup.spool / str(process.pid)
 
