@@ -18,7 +18,10 @@ from crashbus import layout
 from services.common import crash_directory
 
 _FINAL = struct.Struct("=Q")  # bytes of the core that are final
-_HEAD = struct.Struct("=QI")  # these, and how often the set was taken up
+_COUNT = struct.Struct("=I")  # how often the set was taken up
+_LEFT_OUT = struct.Struct("=Q256s")  # bytes of the core with what it leaves out, and why it does
+_HEAD = struct.Struct("=QIQ256s")  # the three
+_COUNT_AT, _LEFT_OUT_AT = _FINAL.size, _FINAL.size + _COUNT.size
 _MOST = 16 * 1024 * 1024  # bytes that are read
 _NEW = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 _THERE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -31,11 +34,16 @@ class Draft:
     Attributes:
         core_final: up to where the core was copied, in bytes, as far as that was told.
         taken_up: how often a recorder has begun to finish the set.
+        left_out: why a core has less than the kernel's from the beginning, or no place; empty: it
+            has all.
+        expected: bytes that it would have with that.
         known: what was kept of the crash; empty where the recorder had not come to that.
     """
 
     core_final: int
     taken_up: int
+    left_out: str
+    expected: int
     known: bytes
 
 
@@ -55,7 +63,7 @@ def begin(spool: Path, pid: int, epoch: int) -> int:
 def _begun(name: str, place: int) -> int:
     draft = os.open(name, _NEW, 0o600, dir_fd=place)
     try:
-        os.pwrite(draft, _HEAD.pack(0, 0), 0)
+        os.pwrite(draft, _HEAD.pack(0, 0, 0, b""), 0)
     except BaseException:  # no room, say: nobody is to find a draft that is none
         os.close(draft)
         with suppress(OSError):
@@ -74,6 +82,11 @@ def tell_final(draft: int, end: int) -> None:
     os.pwrite(draft, _FINAL.pack(end), 0)
 
 
+def tell_left_out(draft: int, why: str, expected: int) -> None:
+    """Say, before the core is copied, that it leaves something out."""
+    os.pwrite(draft, _LEFT_OUT.pack(expected, why.encode("utf-8", "replace")), _LEFT_OUT_AT)
+
+
 def take_up(spool: Path, pid: int, epoch: int) -> Draft | None:
     """Read a draft, and count that; None where there is none.
 
@@ -86,11 +99,24 @@ def take_up(spool: Path, pid: int, epoch: int) -> Draft | None:
         return None
     try:
         raw = os.pread(draft, _MOST, 0)
-        final, taken_up = _HEAD.unpack_from(raw.ljust(_HEAD.size, b"\0"))
-        os.pwrite(draft, _HEAD.pack(final, taken_up + 1), 0)
+        final, taken_up, expected, why = _HEAD.unpack_from(raw.ljust(_HEAD.size, b"\0"))
+        os.pwrite(draft, _COUNT.pack(taken_up + 1), _COUNT_AT)
     finally:
         os.close(draft)
-    return Draft(final, taken_up, raw[_HEAD.size :])
+    left_out = why.rstrip(b"\0").decode("utf-8", "replace")
+    return Draft(final, taken_up, left_out, expected, raw[_HEAD.size :])
+
+
+def count_back(spool: Path, pid: int, epoch: int) -> None:
+    """Take back what `take_up` counted: the recorder did not die of the set."""
+    with suppress(OSError):
+        draft = os.open(_path(spool, pid, epoch), _THERE)
+        try:
+            raw = os.pread(draft, _COUNT.size, _COUNT_AT)
+            (taken_up,) = _COUNT.unpack(raw.ljust(_COUNT.size, b"\0"))
+            os.pwrite(draft, _COUNT.pack(max(0, taken_up - 1)), _COUNT_AT)
+        finally:
+            os.close(draft)
 
 
 def remove(spool: Path, pid: int, epoch: int) -> None:

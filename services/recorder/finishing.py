@@ -41,10 +41,10 @@ def finish(recording: Recording, on: Conditions, backtrace_within: float) -> Non
             recording.notes.append(f"backtrace failed: {trace.fault}")
         _write_backtrace(recording, recording.facts, trace)
         write_file(recording, Kind.SNAPSHOT, _snapshot(recording, recording.facts, trace, on))
+        _end_core(recording)  # before the record tells that it is whole
         _complete(recording, trace, _binaries(recording, recording.facts, on))
         if not recording.files:
             raise _nothing_kept(recording, on)
-        _end_core(recording)
         # The record first: without both a set would be nobody's.
         drafts.remove(on.spool, recording.record.process.pid, recording.epoch)
     finally:

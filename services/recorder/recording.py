@@ -74,6 +74,12 @@ class Recording:
             with suppress(OSError):  # then less of it is believed
                 drafts.tell_final(self.draft, end)
 
+    def tell_left_out(self, why: str, expected: int | None) -> None:
+        """Keep why the core will have less than the kernel's; empty: it will have all."""
+        if self.draft >= 0:
+            with suppress(OSError):  # then it will seem to be whole
+                drafts.tell_left_out(self.draft, why, expected or 0)
+
     def close_draft(self) -> None:
         """Keep no more of the crash; what there is stays until the record is complete."""
         if self.draft >= 0:

@@ -49,6 +49,7 @@ _UNWIND_UNTIL = 6.0  # seconds of these in which backtraces may still run
 _IDLE_CHECK = 0.02  # seconds between two looks whether all is done, when stopping
 _STANDS_STILL_AFTER = 2.0  # seconds until a capture gets a stand-in
 _COPIED_WITHIN = 30.0  # seconds for what follows a backtrace: the binaries of a new build
+_TAKEN_UP_WITHIN = 1.0  # seconds for a set that the next recorder can finish as well
 _LOOK_EVERY = 1.0  # seconds between two looks at what is held
 
 
@@ -113,7 +114,7 @@ class Recorder:
             settings.socket, self._arrivals, settings.stall_deadline, self._takeover.greeting
         )
         self._orphans = Orphans(self._spool, self._adopt, letters.add)
-        self._taking_up = TakingUp(self._spool, self._take_up)
+        self._taking_up = TakingUp(self._spool, self._take_up, self._takes_too_long)
         self._plan = self._takeover.prepare(self._listener.path, self._orphans)
         self._chain = _chain(self._takeover.former, settings, self._shares)
         self._patience = Patience(
@@ -163,6 +164,7 @@ class Recorder:
             self._captures.replace_stuck()
             self._finishers.replace_stuck()
             end_those_let_go()
+            await asyncio.to_thread(self._taking_up.go_on)
             await asyncio.to_thread(self._patience.give_up_waiting)
             takeover.check(self._plan, self._health)
             metrics.HELD.labels("waiting").set(self._arrivals.qsize())
@@ -178,7 +180,7 @@ class Recorder:
         end = time.monotonic() + within
         self._unwind_until = end - within + _UNWIND_UNTIL
         self._wait_until_idle(end)
-        self._taking_up.stop(max(0.1, end - time.monotonic()))
+        self._taking_up.stop(min(_TAKEN_UP_WITHIN, max(0.1, end - time.monotonic())))
         self._orphans.stop(max(0.1, end - time.monotonic()))
         # Last, for a crash that read core_pattern just before it was put back.
         self._listener.stop(max(0.1, end - time.monotonic()))
@@ -266,7 +268,7 @@ class Recorder:
         metrics.CAPTURES.labels("failed").inc()
         self._letters.add(error if isinstance(error, CaptureFailed) else _unexpected(error))
 
-    def _takes_too_long(self, _: Recording, since: float) -> bool:
+    def _takes_too_long(self, _: object, since: float) -> bool:
         return time.monotonic() - since > self._settings.backtrace_deadline + _COPIED_WITHIN
 
     def _backtrace_within(self) -> float:

@@ -154,10 +154,14 @@ def test_draft_tells_what_was_kept(tmp_path: Path) -> None:
     draft = drafts.begin(tmp_path, PID, EPOCH)
     drafts.keep(draft, b"known")
     drafts.tell_final(draft, 1 << 40)
+    drafts.tell_left_out(draft, "it is large", 1 << 41)
     os.close(draft)
 
     assert drafts.left(tmp_path) == [(PID, EPOCH)]
-    assert drafts.take_up(tmp_path, PID, EPOCH) == drafts.Draft(1 << 40, 0, b"known")
-    assert drafts.take_up(tmp_path, PID, EPOCH) == drafts.Draft(1 << 40, 1, b"known")
+    for count in (0, 1):
+        draft_then = drafts.Draft(1 << 40, count, "it is large", 1 << 41, b"known")
+        assert drafts.take_up(tmp_path, PID, EPOCH) == draft_then
+    drafts.count_back(tmp_path, PID, EPOCH)
+    assert drafts.take_up(tmp_path, PID, EPOCH) == draft_then
     drafts.remove(tmp_path, PID, EPOCH)
     assert drafts.left(tmp_path) == []

@@ -1,11 +1,13 @@
 """What a killed recorder had in hand is finished by the next one."""
 
 import asyncio
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,8 +15,10 @@ import pytest
 
 from crashbus import capture, layout
 from crashbus.capture import CaptureRecord
+from crashbus.identity import boot_id
 from services.common import drafts
 from services.recorder.kept import orphan, taking_up
+from services.recorder.kept.taking_up import TakingUp
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_capture import frames, gdb
 from tests.support.crashers import HOG, crasher
@@ -48,9 +52,24 @@ def told(work, upto):
 tell, core_pages._Work._tell = core_pages._Work._tell, told
 """
 BEFORE_MEMORY = "capturing.write_core = end"
+BEFORE_IT_IS_TOLD = "service.say_what_is_there = end"
+_TROUBLE = """
+from services.recorder.kept import taking_up
+def fail_once(name, *values, **named):
+    if str(name).startswith("core_") and not failed:
+        failed.append(name)
+        raise OSError({}, "trouble")
+    return opened(name, *values, **named)
+failed, opened = [], os.open
+class Os:
+    open = staticmethod(fail_once)
+    def __getattr__(self, name): return getattr(os, name)
+taking_up.os = Os()
+"""
 BEFORE_BACKTRACE = "finishing.finish = end"
 IN_BACKTRACE = "unwinder._run = end"
 AFTER_BACKTRACE = "finishing._write_backtrace = after(finishing._write_backtrace)"
+WHEN_COMPLETE = "finishing._complete = after(finishing._complete)"
 BEFORE_THE_END = "finishing._complete = end"
 
 
@@ -122,8 +141,9 @@ async def test_core_that_was_being_copied_is_cut_and_told_and_has_a_backtrace(
     await has_died(recorder)
     assert await asyncio.to_thread(victim.wait, 60) == -signal.SIGSEGV
     assert recorder.file(victim.pid, "core").stat().st_size > 300 << 20
-
-    await recorder.start()
+    recorder.prefix = (sys.executable, "-c", _KILLED.format(place=WHEN_COMPLETE))
+    recorder.launch()
+    await has_died(recorder)
 
     record = await recorder.captured(victim.pid)
     core = recorder.file(victim.pid, "core")
@@ -135,9 +155,12 @@ async def test_core_that_was_being_copied_is_cut_and_told_and_has_a_backtrace(
     assert json.loads(recorder.file(victim.pid, "snapshot").read_bytes())["Pid"] == victim.pid
 
 
-async def test_core_that_was_laid_out_anew_is_read_again(recorder_with: MakeRecorder) -> None:
+@pytest.mark.parametrize("place", [BEFORE_IT_IS_TOLD, BEFORE_BACKTRACE])
+async def test_core_that_was_laid_out_anew_is_read_again(
+    recorder_with: MakeRecorder, place: str
+) -> None:
     recorder = recorder_with(recorder_max_core_bytes=8 << 20)
-    await killed(recorder, BEFORE_BACKTRACE)
+    await killed(recorder, place)
     pid, _ = await asyncio.to_thread(crash, *HOG, "50")
     await has_died(recorder)
 
@@ -146,6 +169,7 @@ async def test_core_that_was_laid_out_anew_is_read_again(recorder_with: MakeReco
     record = await recorder.captured(pid)
     core = record.files[recorder.file(pid, "core").name]
     assert core.truncated and "were left out" in (core.note or "")
+    assert core.expected is not None and core.expected > 50 << 20
     assert "--- registers" in recorder.file(pid, "backtrace").read_text()
 
 
@@ -260,7 +284,7 @@ async def test_torn_draft_costs_what_it_told(recorder_with: MakeRecorder, known:
     pid, _ = await asyncio.to_thread(crash, crasher("null_pointer"))
     await has_died(recorder)
     (draft,) = drafts_of(recorder)
-    draft.write_bytes(draft.read_bytes()[:12] + known)
+    draft.write_bytes(draft.read_bytes()[: drafts._HEAD.size] + known)
 
     await recorder.start()
 
@@ -304,3 +328,97 @@ async def test_crash_that_its_helper_kept_is_whole_once_whenever_its_recorder_is
     assert "crash_here" in gdb(program, core, "bt")
     assert "LANG=C" in json.loads(recorder.file(victim.pid, "snapshot").read_bytes())["Environment"]
     assert sum("pipe helper kept it" in note for note in record.notes) == 1
+
+
+@pytest.mark.parametrize("place", [BEFORE_IT_IS_TOLD, BEFORE_BACKTRACE])
+async def test_core_that_was_not_to_be_kept_is_told_to_be_none_for_that_reason(
+    recorder_with: MakeRecorder, place: str
+) -> None:
+    recorder = recorder_with(recorder_core_off="executable=*null_pointer")
+    await killed(recorder, place)
+    pid, _ = await asyncio.to_thread(crash, crasher("null_pointer"))
+    await has_died(recorder)
+
+    await recorder.start()
+
+    notes = (await recorder.captured(pid)).notes
+    assert any("CRASHBUS_RECORDER_CORE_OFF" in note for note in notes)
+    assert not any("before there was one" in note for note in notes)
+
+
+async def test_core_that_outlived_a_restart_of_the_host_is_doubtful(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with()
+    await killed(recorder, BEFORE_BACKTRACE)
+    pid, _ = await asyncio.to_thread(crash, crasher("null_pointer"))
+    await has_died(recorder)
+    place = recorder.file(pid, "capture")
+    other = f"{2:08}-0000-4000-8000-{0:012}"
+    place.write_text(place.read_text().replace(boot_id(), other))
+
+    await recorder.start()
+
+    core = (await recorder.captured(pid)).files[recorder.file(pid, "core").name]
+    assert core.truncated and "the host went down" in (core.note or "")
+
+
+def test_one_that_stands_still_keeps_none_behind_it_waiting(tmp_path: Path) -> None:
+    done, released = threading.Event(), threading.Event()
+
+    def finish(pid: int, _: int) -> bool:
+        if pid == 1:
+            released.wait(60)
+        else:
+            done.set()
+        return True
+
+    for pid in (1, 2):
+        os.close(drafts.begin(tmp_path, pid, pid))
+    stuck = TakingUp(tmp_path, finish, lambda one, _: one == (1, 1))
+    stuck.start()
+    try:
+        for pid in (1, 2):
+            os.utime(tmp_path / layout.DRAFTS / f"{pid}-{pid}", (0, 0))
+        stuck.go_on()
+        assert time.time() - (tmp_path / layout.DRAFTS / "1-1").stat().st_mtime < 60
+        assert done.wait(30)
+    finally:
+        released.set()
+        stuck.stop(30)
+
+
+def test_only_a_death_counts(tmp_path: Path) -> None:
+    """Neither what cannot be had now nor a regular stop."""
+    os.close(drafts.begin(tmp_path, 1, 1))
+    begun, released = threading.Event(), threading.Event()
+
+    def finish(pid: int, epoch: int) -> bool:
+        assert drafts.take_up(tmp_path, pid, epoch)
+        begun.set()
+        return released.wait(60)
+
+    stopped = TakingUp(tmp_path, finish, lambda *_: False)
+    stopped.start()
+    assert begun.wait(30)
+    try:
+        stopped.stop(0)
+        draft = drafts.take_up(tmp_path, 1, 1)
+        assert draft is not None and draft.taken_up == 0
+    finally:
+        released.set()
+
+
+async def test_passing_trouble_costs_neither_draft_nor_try(recorder_with: MakeRecorder) -> None:
+    recorder = recorder_with()
+    await killed(recorder, BEFORE_BACKTRACE)
+    pid, _ = await asyncio.to_thread(crash, crasher("null_pointer"))
+    await has_died(recorder)
+    recorder.prefix = (sys.executable, "-c", _KILLED.format(place=_TROUBLE.format(errno.EMFILE)))
+
+    await recorder.start()
+
+    await until(lambda: "a set that was left waits" in recorder.log)
+    (draft,) = drafts_of(recorder)
+    assert draft.read_bytes()[8] == 0
+    assert len((await recorder.captured(pid)).files) == len(FILES)

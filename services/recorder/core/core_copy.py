@@ -7,7 +7,7 @@ never touched is zeros; in the file it becomes holes.
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import structlog
@@ -32,7 +32,10 @@ _FIRST = 8 * 1024 * 1024  # bytes
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def _tell_nobody(_: int) -> None:
+TellLeftOut = Callable[[str], None]
+
+
+def _tell_nobody(_: object) -> None:
     pass
 
 
@@ -64,6 +67,7 @@ def copy(
     pages: Pages | None = None,
     stacks_because: str = "",
     tell_final: TellFinal = _tell_nobody,
+    tell_left_out: TellLeftOut = _tell_nobody,
 ) -> Copied:
     """Write head and the rest of the core to an empty file.
 
@@ -76,6 +80,7 @@ def copy(
         stacks_because: why to keep only the threads' stacks and what is needed to read them,
             where there are pages; empty: keep all.
         tell_final: told from time to time up to where a core of pages is copied.
+        tell_left_out: told, before it is copied, why it has less than all; empty: it has all.
     """
     try:
         size = sparse.write(core, head[: limit or None], 0)
@@ -83,7 +88,8 @@ def copy(
             size, fault = _stream(hold, core, size, pages.start)
             if size == pages.start:
                 copied = _from_memory(
-                    hold, pages, core, announced, limit, stacks_because, tell_final
+                    *(hold, pages, core, announced, limit),
+                    *(stacks_because, tell_final, tell_left_out),
                 )
                 if copied is not None:
                     return copied
@@ -144,6 +150,7 @@ def _from_memory(
     limit: int,
     stacks_because: str,
     tell_final: TellFinal,
+    tell_left_out: TellLeftOut,
 ) -> Copied | None:
     """Copy the process's pages; None where the kernel must be asked for them after all."""
     try:
@@ -152,9 +159,11 @@ def _from_memory(
                 reduced = core_reduced.plan(
                     pages.head, core, touched, limit or LARGEST, bool(stacks_because)
                 )
+                missing = left_out(reduced.missing, limit, stacks_because)
+                tell_left_out(missing or "")
                 copied = _reduced(hold, memory, touched, core, reduced, tell_final)
                 if copied.fault is None:
-                    copied = Copied(copied.size, left_out(reduced.missing, limit, stacks_because))
+                    copied = Copied(copied.size, missing)
             else:
                 found = touched.pieces(pages.head.loads())
                 first = _for_backtrace(pages.head, core, touched, announced)
@@ -163,6 +172,7 @@ def _from_memory(
     except PagesUnreadable as error:
         metrics.CORES.labels("stream").inc()
         log.info("the core's memory comes by the kernel's stream", because=str(error))
+        tell_left_out("")
         os.ftruncate(core, pages.start)
         sparse.write(core, pages.head.as_sent().raw, 0)
         return None

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 
 from crashbus.capture import CapturedFile
 from crashbus.layout import Kind, crash_file_name
@@ -115,6 +116,8 @@ def _to_disk(
     except OSError as error:
         recording.notes.append(f"{name} could not be made: {error.strerror}")
         return None
+    if decision.extent is Extent.NOTHING:
+        recording.tell_left_out(decision.because, None)
     free = room.for_core(recording.core_file, on.disk_reserve)
     limit = min(on.max_core_bytes or free, free)
     copied = core_copy.copy(
@@ -126,6 +129,7 @@ def _to_disk(
         pages,
         decision.because,
         recording.tell_final,
+        partial(_tell_left_out, recording, decision, head.size),
     )
     if copied.streamed and head.sent is not None:
         _say_nothing_is_left_out(recording, _BY_STREAM)
@@ -140,6 +144,13 @@ def _to_disk(
     lacked = copied.disk_full or (fault is not None and (head.size or 0) > free)
     on.on_want_of_room((head.size or 1) if lacked else 0)
     return copied.fault
+
+
+def _tell_left_out(
+    recording: Recording, decision: Decision, expected: int | None, why: str
+) -> None:
+    if decision.extent is not Extent.NOTHING:  # which was told
+        recording.tell_left_out(why, expected)
 
 
 def _note_core(recording: Recording, head: Head, core: CapturedFile, fault: str | None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crashbus.capture import CaptureRecord
-from services.recorder import facts, modules
+from services.recorder import facts
 from services.recorder.facts import Facts
 from services.recorder.modules import Identity
 
@@ -35,7 +35,7 @@ def encoded(known: Facts, code: bytes | None, fault: str | None) -> bytes:
 
 
 def decoded(raw: bytes, record: CaptureRecord) -> Known:
-    """Return it again, its modules open where the very same file still has its path here.
+    """Return it again, its modules not open, whatever their descriptors tell.
 
     Args:
         raw: as `encoded` made it; what is empty or torn tells nothing.
@@ -45,8 +45,7 @@ def decoded(raw: bytes, record: CaptureRecord) -> Known:
         known = Known.model_validate_json(raw)
     except ValidationError:
         return Known(facts=_nothing(record))
-    found = modules.opened_again(known.facts.modules, known.files)
-    facts_now = replace(known.facts, process=record.process, modules=found)
+    facts_now = replace(known.facts, process=record.process)
     return known.model_copy(update={"facts": facts_now})
 
 

@@ -5,9 +5,12 @@ core, as far as it was copied. The lock of the capture record keeps others away,
 """
 
 import os
+import queue
 import stat
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -17,19 +20,24 @@ from crashbus.capture import CapturedFile, CaptureRecord, UnreadableRecord
 from crashbus.layout import Kind, crash_file_name
 from services.common import crash_directory, drafts
 from services.common.drafts import Draft
+from services.recorder import modules
 from services.recorder.conditions import Conditions
 from services.recorder.core import core_head
 from services.recorder.core.core_head import Cause, Head
 from services.recorder.kept import known, orphan
 from services.recorder.recording import Recording, understand, write_early
+from services.recorder.workers import Workers
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 MOST_TRIES = 3  # recorders that a set may see die before it is taken as it lies
 NOTE = "its recorder was killed, and another finished it"
-_LOOK_EVERY = 1.0  # seconds; short against the time for which a collector waits
+_LOOK_EVERY = 1.0  # seconds until a set is tried again that somebody is at
+_AFTER_TROUBLE = 10.0  # seconds, where it was a fault
+_IDLE_CHECK = 0.02  # seconds
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_Set = tuple[int, int]  # PID and epoch
 _MADE_LATE = (Kind.INFO, Kind.CFG, Kind.BACKTRACE, Kind.BACKTRACE_JSON, Kind.SNAPSHOT)
 
 
@@ -39,47 +47,73 @@ class TakingUp:
     Args:
         spool: where crash files go.
         finish: finishes a set, given PID and epoch; False: it cannot be had now.
+        stands_still: tells whether one that was begun at a monotonic time will not end, for a
+            crashed process may have mapped what lies on a disk that does not answer.
     """
 
-    def __init__(self, spool: Path, finish: Callable[[int, int], bool]) -> None:
+    def __init__(
+        self,
+        spool: Path,
+        finish: Callable[[int, int], bool],
+        stands_still: Callable[[object, float], bool],
+    ) -> None:
         self._spool = spool
         self._finish = finish
-        self._left: list[tuple[int, int]] = []
+        self._stands_still = stands_still
+        self._left: set[_Set] = set()
+        self._waiting: dict[_Set, float] = {}  # until when, monotonic
+        self._begun: dict[_Set, float] = {}
+        self._items: queue.Queue[_Set] = queue.Queue()
+        self._workers = Workers("taking up", 1, self._items, self._try, stands_still)
         self._stopping = threading.Event()
-        # A daemon: what a crashed process mapped may lie on a disk that does not answer.
-        self._thread = threading.Thread(target=self._run, name="taking up", daemon=True)
 
     def start(self) -> None:
         """Begin; before this recorder takes crashes, whose drafts are its own."""
-        self._left = drafts.left(self._spool)
-        self._say_that_we_come()
-        self._thread.start()
+        found = drafts.left(self._spool)
+        self._left.update(found)
+        for one in found:
+            self._items.put(one)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Say that we come, and look again at what could not be had; call it every second.
+
+        Raises:
+            RecorderError: only a restart frees the threads that stand still.
+        """
+        for one in tuple(self._left):
+            drafts.keep_waiting(self._spool, *one)
+        for one, until in tuple(self._waiting.items()):
+            if time.monotonic() >= until:
+                del self._waiting[one]
+                self._items.put(one)
+        if self._left:
+            self._workers.replace_stuck()  # which also starts the first
 
     def stop(self, within: float) -> None:
-        """Take no other; wait for the one in hand."""
+        """Take no other; wait for the one in hand, which else did not cost us our life."""
         self._stopping.set()
-        if self._thread.is_alive():  # a recorder that could not start stops, too
-            self._thread.join(within)
+        end = time.monotonic() + within
+        while self._begun and time.monotonic() < end:
+            time.sleep(_IDLE_CHECK)
+        for one, since in tuple(self._begun.items()):
+            if not self._stands_still(one, since):
+                drafts.count_back(self._spool, *one)
 
-    def _run(self) -> None:
-        while self._left and not self._stopping.is_set():
-            self._left = [one for one in self._left if not self._is_done(one)]
-            if self._left:
-                self._stopping.wait(_LOOK_EVERY)
-
-    def _is_done(self, one: tuple[int, int]) -> bool:
+    def _try(self, one: _Set) -> None:
         if self._stopping.is_set():
-            return False
-        self._say_that_we_come()
+            return
+        self._begun[one] = time.monotonic()
         try:
-            return self._finish(*one)
+            if self._finish(*one):
+                self._left.discard(one)
+            else:
+                self._waiting[one] = time.monotonic() + _LOOK_EVERY
         except Exception as error:  # noqa: BLE001 - one must not keep those behind it waiting
             log.warning("a set that was left waits", pid=one[0], because=str(error))
-            return False
-
-    def _say_that_we_come(self) -> None:
-        for pid, epoch in self._left:
-            drafts.keep_waiting(self._spool, pid, epoch)
+            self._waiting[one] = time.monotonic() + _AFTER_TROUBLE
+        finally:
+            del self._begun[one]
 
 
 def take_up(pid: int, epoch: int, on: Conditions) -> Recording | None:
@@ -94,7 +128,7 @@ def take_up(pid: int, epoch: int, on: Conditions) -> Recording | None:
     """
     if orphan.is_left(on.spool, pid):
         raise BlockingIOError("`adopting` is at it, or will be: it was not begun, or not ended")
-    recording = locked(on.spool, pid, epoch)
+    draft, recording = None, locked(on.spool, pid, epoch)
     try:
         draft = drafts.take_up(on.spool, pid, epoch) if recording else None
         if recording is None or draft is None or _is_given_up(recording, draft):
@@ -104,6 +138,8 @@ def take_up(pid: int, epoch: int, on: Conditions) -> Recording | None:
             return None
         _fill(recording, draft, on)
     except BaseException:
+        if draft is not None:
+            drafts.count_back(on.spool, pid, epoch)
         if recording is not None:
             recording.close()
         raise
@@ -148,18 +184,21 @@ def _close(*descriptors: int) -> None:
 
 
 def _ours(directory: int, name: str) -> int:
-    """Open a file that a recorder made; -1 where there is none."""
+    """Open a file that a recorder made; -1 where there is none.
+
+    Raises:
+        OSError: it cannot be told now.
+    """
     if os.fstat(directory).st_uid != os.geteuid():  # then its owner may put any name there
         return -1
     try:
-        file = os.open(name, _FILE, dir_fd=directory)
-    except OSError:
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
         return -1
-    status = os.fstat(file)
+    # What is ours nobody else can take away: the directory is sticky, and ours.
     is_own = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o600
     if stat.S_ISREG(status.st_mode) and is_own and status.st_nlink == 1:
-        return file
-    os.close(file)
+        return os.open(name, _FILE, dir_fd=directory)
     return -1
 
 
@@ -188,25 +227,29 @@ def _fill(recording: Recording, draft: Draft, on: Conditions) -> None:
     """Take in what the killed recorder had read and written."""
     record = recording.record
     found = known.decoded(draft.known, record)
-    recording.facts, recording.code, recording.fault = found.facts, found.code, found.fault
+    recording.facts = replace(found.facts, modules=())
+    recording.code, recording.fault = found.code, found.fault
     recording.notes = list(dict.fromkeys((*record.notes, *found.facts.notes, NOTE)))
     if on.runtime is not None and record.process.container is not None:
         recording.container = on.runtime.ask(record.process.container)
-    _take_core(recording, draft)
+    _take_core(recording, draft, on)
     for kind in _MADE_LATE:
         name = crash_file_name(kind, recording.epoch)
         if crash_directory.has_file(name, recording.directory):
             os.unlink(name, dir_fd=recording.directory)
     write_early(recording, on)
+    # Last: a file system that does not answer keeps us here.
+    again = modules.opened_again(found.facts.modules, found.files)
+    recording.facts = replace(found.facts, modules=again)
 
 
-def _take_core(recording: Recording, draft: Draft) -> None:
+def _take_core(recording: Recording, draft: Draft, on: Conditions) -> None:
     name = crash_file_name(Kind.CORE, recording.epoch)
     told = recording.record.files.get(name)
     recording.core_file = _ours(recording.directory, name)
     if recording.core_file < 0:
         if told is None or told.sent is None:
-            recording.notes.append("no core: the recorder was killed before there was one")
+            recording.notes.extend(_why_no_core(recording.record, draft))
         else:  # it is on the bus
             recording.files[name], recording.core_size = told, told.size
         return
@@ -215,8 +258,33 @@ def _take_core(recording: Recording, draft: Draft) -> None:
     if head.cause is not None:
         understand(recording, head)
     if told is None:
-        told = _as_far_as_it_goes(recording, head, draft.core_final)
+        told = _as_decided(_as_far_as_it_goes(recording, head, draft.core_final), draft)
+    if recording.record.process.boot_id != on.boot_id:
+        told = _with_doubt(told)
     recording.files[name], recording.core_size = told, told.size
+
+
+def _why_no_core(record: CaptureRecord, draft: Draft) -> tuple[str, ...]:
+    if draft.left_out:
+        return (draft.left_out,)
+    if record.notes or record.files:  # it told all, this too
+        return ()
+    return ("no core: the recorder was killed before there was one",)
+
+
+def _as_decided(told: CapturedFile, draft: Draft) -> CapturedFile:
+    """Say what was left out of a core from the beginning."""
+    if not draft.left_out:
+        return told
+    note = "; ".join(filter(None, (draft.left_out, told.note)))
+    update = {"truncated": True, "expected": draft.expected or None, "note": note}
+    return told.model_copy(update=update)
+
+
+def _with_doubt(told: CapturedFile) -> CapturedFile:
+    """Say of a core that outlived a restart of the host that nobody had waited for the disk."""
+    note = "; ".join(filter(None, (told.note, _REBOOTED)))
+    return told.model_copy(update={"truncated": True, "note": note})
 
 
 def _as_far_as_it_goes(recording: Recording, head: Head, final: int) -> CapturedFile:
@@ -237,4 +305,5 @@ def _as_far_as_it_goes(recording: Recording, head: Head, final: int) -> Captured
     return CapturedFile(size=size, truncated=True, expected=head.size, note=note)
 
 
+_REBOOTED = "the host went down before it was surely on disk: parts may be zeros"
 _KILLED = "the recorder was killed while it copied them"
