@@ -118,12 +118,13 @@ def _record(
             return None
         being_written = capture.is_being_written(descriptor)
         record = capture.read(descriptor)
-        is_left = not being_written and record.state != "complete"
-        return RecordState(
-            record,
-            being_written,
-            is_left and is_awaited(pid, entry.epoch, partial(capture.lock, descriptor)),
-        )
+        if being_written or record.state == "complete":
+            return RecordState(record, being_written)
+        if is_awaited(pid, entry.epoch, partial(capture.lock, descriptor)):
+            return RecordState(record, being_written, is_left=True)
+        # Whoever removed its draft may have completed it since.
+        being_written = not capture.lock(descriptor)
+        return RecordState(capture.read(descriptor), being_written)
     except UnreadableRecord:
         return RecordState(None, being_written)
     finally:

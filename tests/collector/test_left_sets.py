@@ -10,6 +10,9 @@ import pytest
 from crashbus import Manifest, capture, crash_id, layout
 from crashbus.capture import CapturedFile
 from crashbus.layout import Kind, crash_file_name
+from services.collector import spool
+from services.collector.found import look_at
+from services.collector.judge import Verdict
 from services.common import drafts
 from tests.collector.conftest import Setup
 from tests.support.records import EPOCH, Writing, process
@@ -165,3 +168,21 @@ def test_draft_tells_what_was_kept(tmp_path: Path) -> None:
     assert drafts.take_up(tmp_path, PID, EPOCH) == draft_then
     drafts.remove(tmp_path, PID, EPOCH)
     assert drafts.left(tmp_path) == []
+
+
+def test_set_that_was_finished_after_its_record_was_read_is_whole(tmp_path: Path) -> None:
+    need_root()
+    writing = Writing(tmp_path, process(PID))
+    writing.end()
+
+    def finished_just_now(*_: object) -> bool:
+        with (writing.place / crash_file_name(Kind.CAPTURE, EPOCH)).open("r+b") as file:
+            record = capture.read(file.fileno())
+            capture.write(file.fileno(), record.model_copy(update={"state": "complete"}))
+        return False
+
+    with spool.open_directory(str(writing.place)) as directory:
+        entries = spool.list_directory(directory).sets[EPOCH]
+        found = look_at(str(PID), directory, EPOCH, entries, "", finished_just_now)
+
+    assert found.verdict is Verdict.WHOLE
