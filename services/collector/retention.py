@@ -27,7 +27,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 SWEEP_EVERY = 5.0  # seconds
 STRAY_AFTER = 86400.0  # seconds; a crash that is being captured has none so old
 ANEW_WITHIN = 60.0  # seconds for a damaged core to be published anew before it may be dropped
-UNREAD_FOR = 600.0  # seconds in which what could not be read back is not tried again
+UNREAD_FOR = 600.0  # seconds in which what may not be read back is not tried again
+SILENT_FOR = 60.0  # seconds, where the bus did not answer
 _BLOCK = 512  # bytes of a block in st_blocks, stat(2)
 
 
@@ -107,9 +108,8 @@ class Retention:
             found = [one for one in delivered if self._ledger.get(one.crash_id)]
             for crash in crashes:
                 found += await self._candidates(crash, usage)
-            if self._damaged or any(self._has_large_in_hand(crash) for crash in crashes):
-                # A core that cannot go just now shall not cost small files instead.
-                found = [one for one in found if one.loss is not Loss.SMALL]
+            stays = self._not_instead(crashes)
+            found = [one for one in found if one.loss not in stays]
             for one in room.to_remove(found, excess):
                 if not await self._remove(one):
                     return False
@@ -119,6 +119,15 @@ class Retention:
         disk = os.statvfs(self._root)
         size, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
         return room.excess_on_disk(size, free, self._settings.disk_reserve)
+
+    def _not_instead(self, crashes: list[Crash]) -> set[Loss]:
+        """Return what a core that cannot go just now shall not cost."""
+        if self._unread:  # an outage passes, and then nothing need be lost
+            return {Loss.LARGE, Loss.SMALL}
+        is_hidden = self._damaged or time.monotonic() < self._no_reading_until
+        if is_hidden or any(self._has_large_in_hand(crash) for crash in crashes):
+            return {Loss.SMALL}
+        return set()
 
     def _has_large_in_hand(self, crash: Crash) -> bool:
         large = (source for source in crash.sources.values() if source.kind in LARGE)
@@ -201,9 +210,10 @@ class Retention:
         except BusUnreachable as error:
             if not self._bus.is_connected:
                 raise
-            self._unread[key] = until = time.monotonic() + UNREAD_FOR
             if isinstance(error, NotPermitted):
-                self._no_reading_until = until
+                self._no_reading_until = time.monotonic() + UNREAD_FOR
+            else:
+                self._unread[key] = time.monotonic() + SILENT_FOR
             log.warning(
                 "copies stay, for they cannot be read back from the bus",
                 crash_id=crash.crash_id,

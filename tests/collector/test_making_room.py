@@ -207,20 +207,22 @@ async def test_copies_that_may_not_be_read_back_stay_and_others_go(
     (tmp_path / "spool").mkdir()
     host = Host(forbidding, tmp_path / "spool")
     copies = [await host.crash(number, Kind.CORE, on_bus=True) for number in (1, 2)]
-    other = await host.crash(3, Kind.CORE)
+    other = await host.crash(3, Kind.CORE, Kind.INFO)
 
     for _ in range(3):
         await host.sweep()
 
     assert all(host.has(copy) and not copy.sources["core_1"].removed for copy in copies)
     assert not host.has(other)
+    assert host.has(other, Kind.INFO)
     assert capsys.readouterr().out.count("cannot be read back") == 1
 
 
-async def test_copy_that_is_not_answered_for_does_not_keep_the_others(
+async def test_copy_that_is_not_answered_for_keeps_no_others_and_costs_none(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent, copy = [await host.crash(number, Kind.CORE, on_bus=True) for number in (1, 2)]
+    nowhere_else = await host.crash(3, Kind.CORE, Kind.INFO)
     is_whole = host.offering.is_whole_on_bus
 
     async def answer_for_one(crash: Crash, source: Source) -> bool:
@@ -233,6 +235,8 @@ async def test_copy_that_is_not_answered_for_does_not_keep_the_others(
 
     assert host.has(silent)
     assert not host.has(copy)
+    assert host.has(nowhere_else)
+    assert host.has(nowhere_else, Kind.INFO)
 
 
 async def test_receipt_that_comes_while_a_loss_is_told_counts(
