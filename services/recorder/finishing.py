@@ -41,8 +41,11 @@ def finish(recording: Recording, on: Conditions, backtrace_within: float) -> Non
             recording.notes.append(f"backtrace failed: {trace.fault}")
         _write_backtrace(recording, recording.facts, trace)
         write_file(recording, Kind.SNAPSHOT, _snapshot(recording, recording.facts, trace, on))
-        _end_core(recording)  # before the record tells that it is whole
-        _complete(recording, trace, _binaries(recording, recording.facts, on))
+        binaries = _binaries(recording, recording.facts, on)
+        # After all that takes time, for who is killed now leaves a core without its stacks; before
+        # the record tells that it is whole.
+        _end_core(recording)
+        _complete(recording, trace, binaries)
         if not recording.files:
             raise _nothing_kept(recording, on)
         # The record first: without both a set would be nobody's.

@@ -378,14 +378,37 @@ def test_one_that_stands_still_keeps_none_behind_it_waiting(tmp_path: Path) -> N
     stuck = TakingUp(tmp_path, finish, lambda one, _: one == (1, 1))
     stuck.start()
     try:
-        for pid in (1, 2):
-            os.utime(tmp_path / layout.DRAFTS / f"{pid}-{pid}", (0, 0))
-        stuck.go_on()
-        assert time.time() - (tmp_path / layout.DRAFTS / "1-1").stat().st_mtime < 60
+        draft = tmp_path / layout.DRAFTS / "1-1"
+        os.utime(draft, (0, 0))
+        end = time.monotonic() + 30
+        while time.monotonic() < end and time.time() - draft.stat().st_mtime > 60:
+            time.sleep(0.01)
+        assert time.time() - draft.stat().st_mtime < 60
+        stuck.replace_stuck()
         assert done.wait(30)
     finally:
         released.set()
         stuck.stop(30)
+
+
+def test_one_that_fails_again_and_again_is_left_to_who_takes_it_as_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(taking_up, "_AFTER_TROUBLE", 0)
+    monkeypatch.setattr(taking_up, "_LOOK_EVERY", 0.01)
+    tries = []
+
+    def finish(pid: int, _: int) -> bool:
+        tries.append(pid)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    os.close(drafts.begin(tmp_path, 1, 1))
+    broken = TakingUp(tmp_path, finish, lambda *_: False)
+    broken.start()
+
+    broken._coming.join(30)  # nobody says any more that it will be finished
+    assert not broken._coming.is_alive()
+    assert len(tries) == taking_up._MOST_TROUBLES
 
 
 def test_only_a_death_counts(tmp_path: Path) -> None:

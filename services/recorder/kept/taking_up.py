@@ -9,6 +9,7 @@ import queue
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ MOST_TRIES = 3  # recorders that a set may see die before it is taken as it lies
 NOTE = "its recorder was killed, and another finished it"
 _LOOK_EVERY = 1.0  # seconds until a set is tried again that somebody is at
 _AFTER_TROUBLE = 10.0  # seconds, where it was a fault
+_MOST_TROUBLES = 6  # faults until we come no more, and the collector takes the set as it lies
 _IDLE_CHECK = 0.02  # seconds
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -64,8 +66,11 @@ class TakingUp:
         self._waiting: dict[_Set, float] = {}  # until when, monotonic
         self._begun: dict[_Set, float] = {}
         self._items: queue.Queue[_Set] = queue.Queue()
+        self._troubles: Counter[_Set] = Counter()
         self._workers = Workers("taking up", 1, self._items, self._try, stands_still)
         self._stopping = threading.Event()
+        # A thread of its own, and a daemon: the disk that drafts are on may not answer.
+        self._coming = threading.Thread(target=self._say_that_we_come, name="coming", daemon=True)
 
     def start(self) -> None:
         """Begin; before this recorder takes crashes, whose drafts are its own."""
@@ -73,22 +78,30 @@ class TakingUp:
         self._left.update(found)
         for one in found:
             self._items.put(one)
-        self.go_on()
+        if found:
+            self._workers.start()
+            self._coming.start()
 
-    def go_on(self) -> None:
-        """Say that we come, and look again at what could not be had; call it every second.
+    def replace_stuck(self) -> None:
+        """Have a thread at work; call it now and then.
 
         Raises:
             RecorderError: only a restart frees the threads that stand still.
         """
-        for one in tuple(self._left):
-            drafts.keep_waiting(self._spool, *one)
-        for one, until in tuple(self._waiting.items()):
-            if time.monotonic() >= until:
-                del self._waiting[one]
-                self._items.put(one)
         if self._left:
-            self._workers.replace_stuck()  # which also starts the first
+            self._workers.replace_stuck()
+
+    def _say_that_we_come(self) -> None:
+        """Keep the collector waiting, and look again at what could not be had."""
+        while self._left:
+            for one in tuple(self._left):
+                drafts.keep_waiting(self._spool, *one)
+            for one, until in tuple(self._waiting.items()):
+                if time.monotonic() >= until:
+                    del self._waiting[one]
+                    self._items.put(one)
+            if self._stopping.wait(_LOOK_EVERY):
+                return
 
     def stop(self, within: float) -> None:
         """Take no other; wait for the one in hand, which else did not cost us our life."""
@@ -110,10 +123,20 @@ class TakingUp:
             else:
                 self._waiting[one] = time.monotonic() + _LOOK_EVERY
         except Exception as error:  # noqa: BLE001 - one must not keep those behind it waiting
-            log.warning("a set that was left waits", pid=one[0], because=str(error))
-            self._waiting[one] = time.monotonic() + _AFTER_TROUBLE
+            self._again_later(one, error)
         finally:
             del self._begun[one]
+
+    def _again_later(self, one: _Set, error: Exception) -> None:
+        self._troubles[one] += 1
+        if self._troubles[one] < _MOST_TROUBLES:
+            log.warning("a set that was left waits", pid=one[0], because=str(error))
+            self._waiting[one] = time.monotonic() + _AFTER_TROUBLE
+            return
+        log.error(
+            "a set cannot be finished: it is taken as it lies", pid=one[0], because=str(error)
+        )
+        self._left.discard(one)
 
 
 def take_up(pid: int, epoch: int, on: Conditions) -> Recording | None:
