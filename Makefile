@@ -13,12 +13,13 @@ setup: ## install what is missing: Debian packages, the virtual environment, wha
 demo: setup ## crash a real nginx and see its crash files delivered
 	@$(PYTHON) -m crashbus demo
 
-# Most tests wait for real servers: two at a time take little more than half as long. Two that both
+# Most tests wait for real servers, or for their turn with core_pattern, so three at a time keep two
+# processors busy. Two that both
 # load the machine can starve each other, so what failed beside others has to pass alone.
 AGAIN := --last-failed --last-failed-no-failures none --maxfail 2
 APART := --ignore tests/compose --ignore tests/kernels
 test: setup ## run the test suite
-	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(APART) || \
+	@$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(APART) || \
 		{ [ $$? = 1 ] && $(PYTHON) -m pytest $(APART) $(AGAIN); }
 
 test-compose: setup ## build the images, and crash containers beside deploy/compose.yaml; minutes
