@@ -5,6 +5,7 @@ A locked capture record says from its first moment on that files will come. Whoe
 it to `finishing`, which completes and unlocks it.
 """
 
+import errno
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from services.recorder.kept import known
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PLACES_TRIED = 64  # others can take a name, and the collector remove the directory, meanwhile
 
 
@@ -98,20 +100,22 @@ def begin(name: str, process: Process, signal: int, crashed_at: float, on: Condi
         signal=signal,
         signal_name=signals.name(signal),
     )
-    epoch = int(crashed_at)
+    epoch, is_full = int(crashed_at), False
     for _ in range(_PLACES_TRIED):
         try:
             directory, epoch = crash_directory.open_crash(on.spool, process.pid, epoch)
         except SpoolUnusable as error:
             raise CaptureFailed("spool_unusable", str(error), error.mend) from error
         # First: a record without a draft is nobody's to finish.
-        draft = _begin_draft(on.spool, process.pid, epoch)
+        draft = -1 if is_full else _begin_draft(on.spool, process.pid, epoch)
         try:
             record_file = capture.create(directory, epoch, record)
         except OSError as error:
             _close(directory, draft)
             drafts.remove(on.spool, process.pid, epoch)
-            if isinstance(error, FileExistsError | FileNotFoundError):
+            # Where there is room for one file alone, it is the record's.
+            is_full = draft >= 0 and error.errno in _FULL
+            if is_full or isinstance(error, FileExistsError | FileNotFoundError):
                 continue
             raise _no_record(on.spool, error) from error
         return Recording(directory, record_file, epoch, record, cause=Cause(signal), draft=draft)

@@ -1,5 +1,6 @@
 """What others leave in the spool: refused or cut, and no harm to what is a crash."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -39,10 +40,9 @@ async def test_hostile_entries_are_refused_counted_and_left_alone(
     (directory / "core_100\n").write_text("a line of its own")
     (setup.spool / "4194303\n").mkdir()
     (setup.spool / "4194303\n" / "core_100").write_text("odd")
-    with socket.socket(socket.AF_UNIX) as listening:
-        os.chdir(directory)  # its address is short
+    # From there its address is short.
+    with socket.socket(socket.AF_UNIX) as listening, contextlib.chdir(directory):
         listening.bind("core_101")
-        os.chdir(tmp_path)
     (setup.spool / "4194302").symlink_to("/etc")
     (setup.spool / "not-a-pid").mkdir()
     await setup.collector.start()

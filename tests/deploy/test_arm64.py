@@ -11,7 +11,7 @@ import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
-from services.recorder.taker.taker_library import Crash
+from services.recorder.taker.taker_library import Crash, Greeted
 from tests.recorder.test_helper import me, recorder, rules
 from tests.support.requirements import need_program
 
@@ -115,4 +115,4 @@ def test_taker_loads_and_has_the_layout_that_python_knows(tmp_path: Path) -> Non
 
     done = run("-L", "/usr/aarch64-linux-gnu", loads, taker)
 
-    assert done.stdout == str(ctypes.sizeof(Crash)).encode(), done.stdout
+    assert done.stdout == str(ctypes.sizeof(Crash) + ctypes.sizeof(Greeted)).encode(), done.stdout
