@@ -49,8 +49,25 @@ def core_pattern_held() -> Iterator[None]:
 
 
 LONGEST = ("tests/compose/", "tests/faults/")
+TAKING_TURNS = ("tests/pipeline/", "tests/recorder/")  # with core_pattern, which one at a time has
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, so that no worker is left alone with it at the end."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    """Begin with what takes longest, so that no worker is left alone with it at the end; and spread
+    those that take turns over all others, so that workers do not wait for each other.
+    """
+    files = [*dict.fromkeys(map(_file_of, items))]
+    places: dict[str, float] = {}
+    for taking_turns in (True, False):
+        group = [file for file in files if file.startswith(TAKING_TURNS) is taking_turns]
+        places |= {file: number / len(group) for number, file in enumerate(group)}
+
+    def place(item: pytest.Item) -> tuple[bool, float, str]:
+        file = _file_of(item)
+        return not file.startswith(LONGEST), places[file], file
+
+    items.sort(key=place)
+
+
+def _file_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
