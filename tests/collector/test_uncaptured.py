@@ -18,7 +18,7 @@ from tests.collector.conftest import Setup
 from tests.collector.stand_in import signal_event
 from tests.detector.watching import Watch
 from tests.support.core_pattern import core_pattern_kept, set_pattern
-from tests.support.requirements import need_btf, need_root
+from tests.support.requirements import lacking, need_btf, need_root
 from tests.support.wait import until
 
 DIES = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
@@ -96,7 +96,7 @@ async def test_process_that_forbade_its_core_is_told_so(setup: Setup, seen: Watc
 
 async def test_process_that_became_another_user_is_told_so(setup: Setup, seen: Watch) -> None:
     if SUID_DUMPABLE.read_text().strip() != "0":
-        pytest.skip("fs.suid_dumpable is not 0")
+        lacking("needs fs.suid_dumpable to be 0")
     process = dying(CHANGES_USER)
     process.wait()
 
