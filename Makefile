@@ -22,8 +22,10 @@ test: setup ## run the test suite
 	@$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(APART) || \
 		{ [ $$? = 1 ] && $(PYTHON) -m pytest $(APART) $(AGAIN); }
 
+# Each remembers its own failures, for both may run at once.
+COMPOSE := tests/compose --override-ini cache_dir=.pytest_cache/compose
 test-compose: setup ## build the images, and crash containers beside deploy/compose.yaml; minutes
-	@$(PYTHON) -m pytest tests/compose || { [ $$? = 1 ] && $(PYTHON) -m pytest tests/compose $(AGAIN); }
+	@$(PYTHON) -m pytest $(COMPOSE) || { [ $$? = 1 ] && $(PYTHON) -m pytest $(COMPOSE) $(AGAIN); }
 
 test-kernels: export MACHINES = yes
 # TESTS="tests/recorder/test_capture.py …" for others than those that differ most.

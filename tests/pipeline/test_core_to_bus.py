@@ -158,6 +158,7 @@ async def stack_with(core_pattern_held: None) -> AsyncIterator[MakeStack]:
                 "CRASHBUS_DESTINATIONS": f"file://{delivered}",
                 "CRASHBUS_RECORDER_SOCKET": str(scratch / "run" / "s"),
                 "CRASHBUS_COLLECTOR_RECHECK": "1",
+                "CRASHBUS_COLLECTOR_RECORDER_PATIENCE": "5",
                 "CRASHBUS_COLLECTOR_DISK_RESERVE": "0",
                 "CRASHBUS_SHIPPER_ACK_WAIT": "4",
             } | {f"CRASHBUS_RECORDER_{key.upper()}": str(one) for key, one in settings.items()}
