@@ -14,11 +14,11 @@ from services.common import redact
 from services.common.proc import LIVE, Proc, lines
 
 MAX_ARGUMENTS = 64
-MAX_ARGUMENT_BYTES = 4096
-# Of all arguments together: bytes that are no UTF-8 take four characters each, and the
-# message that carries them must stay far below the bus's limit of 1 MiB.
+MAX_ARGUMENT_BYTES = 4096  # of UTF-8; a byte that is none takes four
+# Of all arguments together: the message that carries them must stay far below the bus's limit
+# of 1 MiB.
 MAX_COMMAND_LINE = 64 * 1024  # bytes of UTF-8
-MAX_READ = MAX_ARGUMENTS * MAX_ARGUMENT_BYTES
+MAX_READ = 256 * 1024
 
 _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 _RUNTIMES = (
@@ -77,7 +77,8 @@ def executable(pid: int, proc: Proc = LIVE) -> str | None:
 
 def command_line(pid: int, proc: Proc = LIVE) -> tuple[str, ...]:
     """Return the arguments: at most 64, each of at most 4 KiB, and 64 KiB of text in all."""
-    return split_arguments(raw_command_line(pid, proc))
+    raw = raw_command_line(pid, proc)
+    return split_arguments(raw, is_cut=len(raw) >= MAX_READ)
 
 
 def raw_command_line(pid: int, proc: Proc) -> bytes:
@@ -85,21 +86,34 @@ def raw_command_line(pid: int, proc: Proc) -> bytes:
     return proc.read(f"{pid}/cmdline", MAX_READ)
 
 
-def split_arguments(raw: bytes) -> tuple[str, ...]:
-    """Return NUL-separated arguments as readable text, cut to their limits, without secrets."""
-    arguments = raw.removesuffix(b"\0").split(b"\0") if raw else []
-    texts = tuple(names.text(one[:MAX_ARGUMENT_BYTES]) for one in arguments[:MAX_ARGUMENTS])
-    return tuple(_within(MAX_COMMAND_LINE, redact.arguments(texts)))
+def split_arguments(raw: bytes, is_cut: bool = False) -> tuple[str, ...]:
+    """Return NUL-separated arguments as readable text, without secrets, cut to their limits.
+
+    In this order: a secret that is cut in half is not seen to be one.
+
+    Args:
+        is_cut: the last one had more.
+    """
+    given = raw.removesuffix(b"\0").split(b"\0") if raw else []
+    texts = tuple(names.text(one) for one in given[:MAX_ARGUMENTS])
+    # One after the other: those for which there is no room cost nothing.
+    shown = redact.arguments(texts, is_cut and len(given) <= MAX_ARGUMENTS)
+    return tuple(_within(MAX_COMMAND_LINE, (_cut(one, MAX_ARGUMENT_BYTES) for one in shown)))
 
 
 def _within(room: int, texts: Iterable[str]) -> Iterator[str]:
     """Yield the first texts that have room together, in bytes of UTF-8; the last is cut."""
     for text in texts:
-        raw = text.encode()[:room]
-        yield raw.decode("utf-8", "ignore")  # a character that was cut in half is left out
-        room -= len(raw)
-        if room <= 0:
+        cut = _cut(text, room)
+        yield cut
+        room -= len(cut.encode())
+        if room <= 0 or cut != text:
             return
+
+
+def _cut(text: str, room: int) -> str:
+    """Return as much of it as has room; a character that would be cut in half is left out."""
+    return text.encode()[:room].decode("utf-8", "ignore")
 
 
 def cgroup(pid: int, proc: Proc = LIVE) -> str | None:

@@ -1,6 +1,9 @@
 """Secrets are taken out of environment variables and arguments before anything is written."""
 
 import re
+from collections.abc import Iterator, Sequence
+
+from services.common import named_values
 
 REDACTED = "<redacted>"
 
@@ -34,16 +37,18 @@ _SECRET_NAME = re.compile(_NAMES, re.IGNORECASE)
 # --password=x, -Dpassword=x, PASSWORD=x, Authorization: x
 _NAMED_VALUE = re.compile(r"(-{0,2}[\w.-]{1,256}?)([=:])(.*)", re.DOTALL)
 _OPTION = re.compile(r"--?[\w.-]{1,256}")
-# password=x, password='x y' or Password: x in the middle of a connection string, of a URL's query,
-# of a shell command, of a header, of YAML
-_INNER_NAME = re.compile(r"(?<![\w.-])([\w.-]{1,64})(?:=|:[ \t]{1,4})")
-_INNER_VALUE = re.compile(r"""=(?:"(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|[^\s&;,"']+)""", re.DOTALL)
-_LINE_VALUE = re.compile(r""" ?"?[^\r\n"']+""")
+# What comes behind an option and is another one, not its value.
+_NEXT_OPTION = re.compile(r"-[A-Za-z]|--(?:[A-Za-z][\w.-]*(?:=.*)?)?", re.DOTALL)
+# Names that are hardly anything else: auth:8080 is a host, key:value an example.
+_SURE_NAME = re.compile(
+    r"PASSWORD|PASSWD|PASSPHRASE|PASSCODE|(?:^|_)PASS$|SECRET|TOKEN|CREDENTIAL"
+    r"|(?:API|ACCESS|PRIVATE)_?KEY",
+    re.IGNORECASE,
+)
 # PWD is a directory, but not in "Server=db;Uid=me;Pwd=x".
 _CONNECTION_VALUE = re.compile(
-    r"(;\s{0,4}pwd=)[^;\"']+|(?<![\w.-])(pwd=)[^;\"'\s]{1,256}(?=;)", re.IGNORECASE
+    r"(;\s{0,4}pwd=)[^;\"']+|(?<![\w.-])(pwd=)[^;\"'\s]{1,256}+(?=;)", re.IGNORECASE
 )
-_JSON_VALUE = re.compile(r'''"([\w.-]{1,64})"(\s{0,4}:\s{0,4})"(?:[^"\\]|\\.)*"''', re.DOTALL)
 # What its issuer made so that it can be recognised anywhere. Each begins where none of its own
 # characters stands before it, so that long hostile text is gone over once.
 _TOKEN = re.compile(
@@ -76,18 +81,34 @@ _BEARER = re.compile(r"(?<!\w)(bearer\s{1,4})[^\s\"',]+", re.IGNORECASE)  # RFC 
 # these comes a path, which may hold an @. What is none of that is a user and password, however
 # many / ? # it holds that should have been escaped. (Of u:12/x@h nobody can tell; it is a path.)
 _HOST = r"(?:\[[^\]/?#@\s]{1,64}\]|[^:/?#@\s\[\],]{1,255})(?::\d{0,5})?"
-# It begins at the slashes: from each letter of a scheme on, all that follows would be gone over.
 _URL_USER = re.compile(
     rf"(?<=[A-Za-z0-9+.-])(://)(?!(?:{_HOST}(?:,{_HOST})*)?(?:[/?#\s]|$))"
-    r"[^\s@]{1,4096}+@(?:[^/?#\s@]{0,4096}+@)*"
+    r"[^\s@]++@(?:[^/?#\s@]*+@)*"
 )
+# Where it is looked for: a word as far as an @ comes, so that none is looked for in vain.
+_BEFORE_AT = re.compile(r"(?<!\S)[^\s@]*+@(?:[^\s@]*+@)*")
+# A token that was cut has nothing by which it is known for one.
+_CUT_WORD = re.compile(r"(?<![\w-])[\w-]{12,}\Z")
 
 
 def is_secret(name: str) -> bool:
     """Tell whether the value of something with this name is nobody's business."""
-    plain = name.replace("-", "_").replace(".", "_")
-    if _SECRET_NAME.search(plain):
-        return True
+    plain = _plain(name)
+    return _SECRET_NAME.search(plain) is not None or _is_of_this_host(plain)
+
+
+def _is_inner_secret(name: str, is_vague: bool) -> bool:
+    if not is_vague:
+        return is_secret(name)
+    plain = _plain(name)
+    return _SURE_NAME.search(plain) is not None or _is_of_this_host(plain)
+
+
+def _plain(name: str) -> str:
+    return name.replace("-", "_").replace(".", "_")
+
+
+def _is_of_this_host(plain: str) -> bool:
     return _more_names is not None and _more_names.search(plain.strip("_")) is not None
 
 
@@ -96,15 +117,18 @@ def environment(entries: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(_entry(entry) for entry in entries)
 
 
-def arguments(given: tuple[str, ...]) -> tuple[str, ...]:
-    """Return arguments without secrets: ``--password=x``, ``--password x``, ``http://u:p@h``."""
-    shown = []
+def arguments(given: Sequence[str], is_cut: bool = False) -> Iterator[str]:
+    """Give arguments without secrets: ``--password=x``, ``--password x``, ``http://u:p@h``.
+
+    Args:
+        is_cut: the last one had more, see `text`.
+    """
     follows = False
-    for argument in given:
-        value_of_option = follows and not argument.startswith("-")
-        shown.append(REDACTED if value_of_option else _argument(argument))
+    for number, argument in enumerate(given, 1):
+        value_of_option = follows and not _NEXT_OPTION.fullmatch(argument)
+        last_is_cut = is_cut and number == len(given)
+        yield REDACTED if value_of_option else _argument(argument, last_is_cut)
         follows = _OPTION.fullmatch(argument) is not None and is_secret(argument)
-    return tuple(shown)
 
 
 def _entry(entry: str) -> str:
@@ -114,23 +138,42 @@ def _entry(entry: str) -> str:
     return f"{name}{sign}{text(value)}"
 
 
-def _argument(argument: str) -> str:
+def _argument(argument: str, is_cut: bool) -> str:
     match = _NAMED_VALUE.match(argument)
     if match and match[3] and not match[3].startswith("//") and is_secret(match[1]):
         return f"{match[1]}{match[2]}{REDACTED}"
-    return text(argument)
+    return text(argument, is_cut)
 
 
-def text(value: str) -> str:
-    """Return text without what has the form of a secret, wherever it stands in it."""
+def text(value: str, is_cut: bool = False) -> str:
+    """Return text without what has the form of a secret, wherever it stands in it.
+
+    Args:
+        is_cut: it had more. What may be the beginning of a secret is one: a URL's user without
+            the @ that makes it one, and a word without its end.
+    """
     if _more_forms is not None:
         value = _more_forms.sub(REDACTED, value)
     value = _PRIVATE_KEY.sub(REDACTED, value)
-    value = _URL_USER.sub(rf"\g<1>{REDACTED}@", value)
+    value = _without_users(value + "@")[:-1] if is_cut else _without_users(value)
     value = _TOKEN.sub(REDACTED, value)
     value = _BEARER.sub(rf"\g<1>{REDACTED}", value)
     value = _CONNECTION_VALUE.sub(rf"\g<1>\g<2>{REDACTED}", value)
-    return _JSON_VALUE.sub(_json, _inner(value))
+    value = _without_named(value)
+    return _CUT_WORD.sub(REDACTED, value) if is_cut else value
+
+
+def _without_users(value: str) -> str:
+    return _BEFORE_AT.sub(lambda word: _URL_USER.sub(rf"\g<1>{REDACTED}@", word[0]), value)
+
+
+def _without_named(value: str) -> str:
+    shown: list[str] = []
+    at = 0
+    for found in named_values.found(value, _is_inner_secret):
+        shown += (value[at : found.start], REDACTED)
+        at = found.stop
+    return "".join((*shown, value[at:]))
 
 
 def whole_urls(value: str) -> str:
@@ -145,26 +188,3 @@ def _whole_url(word: re.Match[str]) -> str:
     before, slashes, rest = word[0].partition("//")
     _, sign, after = rest.rpartition("@")
     return f"{before}{slashes}{REDACTED}@{after}" if sign else word[0]
-
-
-def _inner(value: str) -> str:
-    """Take out what has a name in the middle of text.
-
-    What stands behind a name that is none of a secret is looked at, too: JAVA_OPTS=-Dpassword=x.
-    """
-    shown, at = [], 0
-    while name := _INNER_NAME.search(value, at):
-        end = name.end()
-        shown.append(value[at:end])
-        if is_secret(name[1]):
-            is_line = value[end - 1] != "="
-            pattern, start = (_LINE_VALUE, end) if is_line else (_INNER_VALUE, end - 1)
-            if found := pattern.match(value, start):
-                shown.append(REDACTED)
-                end = found.end()
-        at = end
-    return "".join((*shown, value[at:]))
-
-
-def _json(match: re.Match[str]) -> str:
-    return f'"{match[1]}"{match[2]}"{REDACTED}"' if is_secret(match[1]) else match[0]

@@ -43,7 +43,7 @@ def process_of(record: Record, boot_id: str) -> Process:
         gid=record.gid,
         comm=names.text(record.comm),
         executable=names.text(record.executable) if record.executable is not None else None,
-        command_line=split_arguments(record.arguments),
+        command_line=split_arguments(record.arguments, is_cut=not record.arguments_whole),
         cgroup=cgroup,
         container=container_of(cgroup),
     )

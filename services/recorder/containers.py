@@ -164,4 +164,4 @@ def _label(name: str, value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    return redact.text(str(value)[:_MAX_TEXT])
+    return redact.text(str(value))[:_MAX_TEXT]

@@ -24,7 +24,7 @@ def test_arguments_that_are_no_text_are_cut_to_the_first_64_kib() -> None:
     raw = b"first\0" + b"\0".join(b"\xff" * 4096 for _ in range(64)) + b"\0"
     arguments = process.split_arguments(raw)
     assert arguments[0] == "first"
-    assert arguments[1] == "\\xff" * 4096
+    assert arguments[1] == "\\xff" * 1024
     assert size(arguments) == 64 * 1024
 
 
@@ -39,6 +39,22 @@ def test_a_character_at_the_cut_is_left_out_whole() -> None:
 def test_arguments_within_the_bound_are_all_kept() -> None:
     assert process.split_arguments(b"a\0\0b c\0") == ("a", "", "b c")
     assert process.split_arguments(b"") == ()
+
+
+@pytest.mark.parametrize("before", range(4096 - 22, 4096 - 14))
+def test_secret_that_does_not_fit_does_not_come_through_in_part(before: int) -> None:
+    raw = b"x" * before + b" postgres://me:S3cret@db \0"
+    (shown,) = process.split_arguments(raw)
+    assert "S" not in shown
+    assert len(shown) == 4096
+
+
+def test_arguments_that_the_kernel_cut_show_no_beginning_of_a_secret() -> None:
+    assert process.split_arguments(b"x\0postgres://me:S3cr", is_cut=True)[1] == (
+        "postgres://<redacted>"
+    )
+    whole = b"postgres://me:S3cr\0" + b"\0".join([b"x"] * 64)
+    assert process.split_arguments(whole, is_cut=True)[0] == "postgres://me:S3cr"
 
 
 def test_names_cannot_make_fields_of_their_own() -> None:

@@ -109,6 +109,11 @@ def test_oom_kill_on_a_kernel_that_says_only_the_pid() -> None:
     assert event.oom.anon_rss_kib is None
 
 
+def test_secret_that_the_kernel_cut_is_not_told_in_part() -> None:
+    found = replace(record(), arguments=b"run\0a://user:S3cr", arguments_size=2000)
+    assert process_of(found, BOOT).command_line == ("run", "a://<redacted>")
+
+
 def test_command_line_is_bounded_whatever_was_passed() -> None:
     found = record()
     long = process_of(found, BOOT).model_copy(update={"command_line": ("\\xff" * 4096,) * 64})
