@@ -4,9 +4,12 @@ It runs in a thread of its own, so that it can tell when the event loop is stuck
 """
 
 import json
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -16,6 +19,9 @@ from prometheus_client import make_wsgi_app
 from services.common.metrics import HEALTHY
 
 LOOP_STUCK_AFTER = 15.0  # seconds without a beat; the loop beats every second
+MOST_REQUESTS = 8  # at once: a probe, some who scrape metrics, a person
+ANSWER_WITHIN = 10.0  # seconds for a whole request and its answer
+FREE_WITHIN = 1.0  # seconds for a request that was hung up on to be gone
 
 
 class Health:
@@ -65,12 +71,56 @@ class Health:
 
 
 class _Server(ThreadingMixIn, WSGIServer):
+    """Answers a few requests at once: whoever reaches the port gets no more threads than these.
+
+    When all are taken, the oldest request is hung up on, for one of a probe takes milliseconds: who
+    keeps a thread keeps nobody out.
+    """
+
     daemon_threads = True
+
+    def __init__(self, *given: Any) -> None:
+        self._free = threading.Semaphore(MOST_REQUESTS)
+        self._open: dict[Any, float] = {}  # connection to when it came, oldest first
+        self._lock = threading.Lock()
+        super().__init__(*given)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._free.acquire(blocking=False):
+            self._hang_up(next(iter([*self._open.values()]), 0.0))
+            if not self._free.acquire(timeout=FREE_WITHIN):
+                self.shutdown_request(request)
+                return
+        with self._lock:
+            self._open[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection; each ends here, however it went."""
+        with self._lock:
+            was_open = self._open.pop(request, None) is not None
+            super().shutdown_request(request)
+        if was_open:
+            self._free.release()
+
+    def service_actions(self) -> None:
+        """Hang up on who takes too long; called twice a second."""
+        self._hang_up(time.monotonic() - ANSWER_WITHIN)
+
+    def _hang_up(self, came_before: float) -> None:
+        with self._lock:
+            for request, came in self._open.items():
+                if came <= came_before:
+                    with suppress(OSError):  # it was hung up on before
+                        request.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of who hung up, or was hung up on: it is no fault of ours."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
 
 class _Quiet(WSGIRequestHandler):
-    timeout = 10  # seconds; a client that says nothing does not keep its thread
-
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Say nothing: a probe every few seconds is no news."""
 

@@ -1,0 +1,54 @@
+"""Health is told to whoever asks, whatever others do at its port."""
+
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from services.common import health
+from services.common.health import Health, serve
+from tests.support.nats import free_port
+
+REQUEST = b"GET /healthz HTTP/1.0\r\n"
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    port = free_port()
+    stop = serve(Health(), f"127.0.0.1:{port}")
+    yield port
+    stop()
+
+
+def test_those_who_never_finish_a_request_take_few_threads_and_keep_nobody_out(port: int) -> None:
+    before = threading.active_count()
+    with ExitStack() as stack:
+        for _ in range(3 * health.MOST_REQUESTS):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", port), 30))
+            one.sendall(REQUEST)
+
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=30) as answer:
+            assert answer.status == 200
+        assert threading.active_count() <= before + health.MOST_REQUESTS
+
+
+def test_who_says_a_byte_now_and_then_is_hung_up_on(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "ANSWER_WITHIN", 0.1)
+    end = time.monotonic() + 20
+    with socket.create_connection(("127.0.0.1", port)) as slow:
+        slow.settimeout(0.05)
+        slow.sendall(REQUEST)
+        with pytest.raises((ConnectionResetError, BrokenPipeError, EOFError)):
+            while time.monotonic() < end:
+                slow.sendall(b"X")
+                try:
+                    if not slow.recv(1):
+                        raise EOFError
+                except TimeoutError:
+                    continue
