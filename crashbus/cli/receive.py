@@ -1,26 +1,24 @@
 """``crashbus receive``: take what shippers send over TCP or TLS, and store it as files."""
 
-import asyncio
 import os
 import signal
 import socket
 import ssl
-import struct
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from crashbus import frames
 from crashbus.cli.errors import Trouble
-from crashbus.cli.receiver import MAX_LINE, Limits, Receiving, Refused
+from crashbus.cli.receiver import Limits, Receiving
+from crashbus.cli.sender import Sender, reset
 from crashbus.cli.terminal import console, plain
-from crashbus.frames import BadFrame
 
-_RESET = struct.pack("ii", 1, 0)  # socket(7): SO_LINGER with no time, so that close sends a reset
-_SILENCE = 3600.0  # seconds; a kept connection waits for the next crash
-_PAUSE = 1.0  # seconds without a word after which small files are taken to be all of their crash
+_ROOM_WITHIN = 1.0  # seconds for a sender that is hung up on to be gone
+_STOP_WITHIN = 5.0  # seconds for all to be gone: a write may be under way
 _MIB = 1024 * 1024
 
 
@@ -49,13 +47,13 @@ def receive(
     AppScope's daemon sends them, without a hash: JSON as the same value, text as the same lines.
     """
     host, _, port = listen.rpartition(":")
-    if not port.isdigit():
+    if not port.isdecimal() or int(port) > 65535:
         raise Trouble(f"{listen!r} names no port", "give --listen host:port")
     limits = Limits(max_file * _MIB, keep_free * _MIB)
     context = _tls(tls_cert, tls_key, client_ca)
     try:
         into.mkdir(0o750, parents=True, exist_ok=True)
-        asyncio.run(_serve(host.strip("[]"), int(port), into, limits, context, connections))
+        _Receiver(into, limits, context, connections).run(host.strip("[]"), int(port))
     except OSError as error:
         raise Trouble(f"cannot receive: {error}", "choose another address or directory") from error
 
@@ -76,98 +74,98 @@ def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> ssl.SSL
     return context
 
 
-async def _serve(
-    host: str,
-    port: int,
-    into: Path,
-    limits: Limits,
-    context: ssl.SSLContext | None,
-    connections: int,
-) -> None:
-    senders = 0
-    parsing = asyncio.Lock()  # a line of JSON may take many times its size
+class _Receiver:
+    """Listens, and reads each sender in a thread of its own.
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal senders
-        if senders >= connections:
-            _close(writer, whole=False)
-            return
-        senders += 1
+    Args:
+        most: senders at a time.
+    """
+
+    def __init__(
+        self, into: Path, limits: Limits, context: ssl.SSLContext | None, most: int
+    ) -> None:
+        self._into = into
+        self._limits = limits
+        self._context = context
+        self._free = threading.Semaphore(most)
+        self._senders: dict[Sender, threading.Thread] = {}
+        self._ended = threading.Event()
+
+    def run(self, host: str, port: int) -> None:
+        """Receive until SIGINT or SIGTERM."""
+        ends = {signal.SIGINT, signal.SIGTERM}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # of all threads from here on
+        sockets = _listening(host, port)
         try:
-            await _serve_one(reader, writer, Receiving(into, _peer(writer), limits, _tell), parsing)
+            place = sockets[0].getsockname()
+            where = f"receiving on {place[0]}:{place[1]}, storing below {plain(str(self._into))}"
+            console(stderr=True).print(where, soft_wrap=True)
+            for one in sockets:
+                threading.Thread(target=self._accept, args=(one,), daemon=True).start()
+            signal.sigwait(ends)
         finally:
-            senders -= 1
+            self._end(sockets)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    server = await asyncio.start_server(serve, host, port, limit=MAX_LINE, ssl=context)
-    place = server.sockets[0].getsockname()
-    where = f"receiving on {place[0]}:{place[1]}, storing below {plain(str(into))}"
-    console(stderr=True).print(where, soft_wrap=True)
-    ended = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    async with server:
-        await ended.wait()
+    def _accept(self, listening: socket.socket) -> None:
+        while not self._ended.is_set():
+            try:
+                connection, peer = listening.accept()
+            except OSError:  # it was closed, the peer has gone, or there are too many files
+                self._ended.wait(0.1)
+                continue
+            if self._has_room():
+                self._serve(connection, str(peer[0]))
+            else:
+                reset(connection)
+
+    def _has_room(self) -> bool:
+        """Take a place for a sender: where there is none, of who has had nothing to say for the
+        longest, which takes nothing from a shipper that kept the connection."""
+        if self._free.acquire(blocking=False):
+            return True
+        idle = [(since, one) for one in [*self._senders] if (since := one.idle_since) is not None]
+        if not idle:
+            return False
+        min(idle, key=lambda found: found[0])[1].hang_up()
+        return self._free.acquire(timeout=_ROOM_WITHIN)
+
+    def _serve(self, connection: socket.socket, peer: str) -> None:
+        sender = Sender(connection, self._context, Receiving(self._into, peer, self._limits, _tell))
+
+        def serve() -> None:
+            try:
+                sender.serve()
+            finally:
+                del self._senders[sender]
+                self._free.release()
+
+        self._senders[sender] = thread = threading.Thread(target=serve, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # this process may have no more threads
+            del self._senders[sender]
+            self._free.release()
+            reset(connection)
+
+    def _end(self, sockets: list[socket.socket]) -> None:
+        self._ended.set()
+        for listening in sockets:
+            with suppress(OSError):
+                listening.shutdown(socket.SHUT_RDWR)  # wakes who waits in accept
+            listening.close()
+        end, left = time.monotonic() + _STOP_WITHIN, [*self._senders.items()]
+        for sender, _ in left:
+            sender.hang_up()
+        for _, thread in left:
+            thread.join(max(0.0, end - time.monotonic()))
 
 
-def _peer(writer: asyncio.StreamWriter) -> str:
-    name = writer.get_extra_info("peername")
-    return str(name[0]) if name else "unknown"
-
-
-async def _serve_one(
-    reader: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-    receiving: Receiving,
-    parsing: asyncio.Lock,
-) -> None:
-    whole = False
-    try:
-        while await _take_one(reader, receiving, parsing):
-            pass
-        await asyncio.to_thread(receiving.end)
-        whole = True
-    except (Refused, BadFrame, OSError, EOFError, TimeoutError, asyncio.LimitOverrunError) as error:
-        text = plain(str(error) or type(error).__name__)
-        told = f"{receiving.peer}: {text}; connection reset, the sender tries again"
-        console(stderr=True).print(told, soft_wrap=True)
-    finally:
-        await asyncio.shield(asyncio.to_thread(receiving.give_up))
-        _close(writer, whole)
-
-
-def _close(writer: asyncio.StreamWriter, whole: bool) -> None:
-    """End a connection in order, or so that the sender knows that not all was taken."""
-    if whole:
-        writer.close()
-        return
-    connection = writer.get_extra_info("socket")
-    with suppress(OSError, AttributeError):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-    writer.transport.abort()
-
-
-async def _take_one(
-    reader: asyncio.StreamReader, receiving: Receiving, parsing: asyncio.Lock
-) -> bool:
-    """Take one line or frame; return whether there was one."""
-    try:
-        first = await asyncio.wait_for(reader.read(1), _PAUSE)
-    except TimeoutError:
-        await asyncio.to_thread(receiving.store_small)
-        first = await asyncio.wait_for(reader.read(1), _SILENCE)
-    if not first:
-        return False
-    if first == frames.MAGIC[:1]:
-        head = first + await reader.readexactly(frames.HEAD.size - 1)
-        text, body = frames.lengths(head)
-        told = await reader.readexactly(text)
-        frame = frames.read(told, await reader.readexactly(body))
-        await asyncio.to_thread(receiving.frame, frame)
-        return True
-    line = first + await reader.readuntil(b"\n")
-    async with parsing:
-        await asyncio.to_thread(receiving.line, line)
-    return True
+def _listening(host: str, port: int) -> list[socket.socket]:
+    """Return a socket for each address of the host; all of this host's without a name."""
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    addresses = dict.fromkeys((family, place) for family, _, _, _, place in found)
+    return [socket.create_server(place[:2], family=family) for family, place in addresses]
 
 
 def _tell(path: Path) -> None:

@@ -76,6 +76,11 @@ class Receiving:
     _small: dict[str, bytes] = field(default_factory=dict)
     _core: "_Core | None" = None
 
+    @property
+    def is_in_core(self) -> bool:
+        """Whether a core has begun and not ended."""
+        return self._core is not None
+
     def line(self, text: bytes) -> None:
         """Take a line.
 

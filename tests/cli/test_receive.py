@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import socket
+import ssl
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crashbus import Bus, frames
-from crashbus.cli import receiver
+from crashbus.cli import receiver, sender
 from crashbus.cli.receiver import Limits, Receiving, Refused
+from crashbus.cli.sender import Sender
 from crashbus.frames import BadFrame
 from tests.cli.support import Command
 from tests.shipper.conftest import (
@@ -273,6 +275,50 @@ async def test_more_senders_than_are_wanted_are_sent_away(tmp_path: Path) -> Non
             idle.sendall(b"{")
             assert not await asyncio.to_thread(say, port, GOOD)
         await until(lambda: asyncio.to_thread(say, port, GOOD))
+
+
+async def test_who_has_nothing_to_say_makes_room_for_others(tmp_path: Path) -> None:
+    async with receiving(tmp_path, "--connections", "1") as port:
+        with socket.create_connection(("127.0.0.1", port), 30) as silent:
+            await until(lambda: asyncio.to_thread(say, port, GOOD), within=30)
+            assert await asyncio.to_thread(silent.recv, 1) == b""
+
+
+@pytest.mark.parametrize("sent", [b"{", frames.MAGIC, GOOD[: frames.HEAD.size + 1]])
+def test_frame_that_never_comes_whole_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(sender, "_WHOLE", 0.05)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.sendall(sent)
+        Sender(ours, None, Receiving(tmp_path, "peer", Limits(), lambda _: None)).serve()
+        assert ours.fileno() == -1
+    assert files_in(tmp_path) == {}
+
+
+async def test_tls_is_not_ended_before_all_is_stored(
+    tmp_path: Path, certificates: Certificates
+) -> None:
+    """Here it cannot be, for the disk is to keep more free than it has."""
+    context = ssl.create_default_context(cafile=certificates.ca)
+
+    def ends_in_order(port: int) -> bool:
+        with (
+            socket.create_connection(("127.0.0.1", port), 30) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
+        ):
+            connection.sendall(b'{"info_1":["a"]}\n')
+            try:
+                connection.unwrap()
+            except OSError:
+                return False
+            return True
+
+    server = ("--tls-cert", str(certificates.certificate), "--tls-key", str(certificates.key))
+    for room, ended in (("0", True), (str(2**40), False)):
+        async with receiving(tmp_path / room, *server, "--keep-free", room) as port:
+            assert await asyncio.to_thread(ends_in_order, port) is ended
 
 
 async def test_small_files_that_say_not_whose_they_are_get_a_folder_by_set(tmp_path: Path) -> None:
