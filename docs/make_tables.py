@@ -239,9 +239,9 @@ def metrics_table(service: str) -> str:
 
 def _metric(metric: MetricWrapperBase) -> tuple[str, str, str, str]:
     (family,) = metric.describe()
-    name = f"{family.name}_total" if family.type == "counter" else family.name
+    ending = {"counter": "_total", "info": "_info"}.get(family.type, "")
     labels = ", ".join(f"`{label}`" for label in metric._labelnames)
-    return f"`{name}`", family.type, labels, family.documentation
+    return f"`{family.name}{ending}`", family.type, labels, family.documentation
 
 
 def failure_table(_: str) -> str:

@@ -1,6 +1,7 @@
 """The commands of ``crashbus``, all registered here."""
 
 import os
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from crashbus.cli.snapshot import snapshot
 from crashbus.cli.tail import tail
 from crashbus.cli.terminal import plain, show_warnings
 from crashbus.errors import CrashbusError
+from crashbus.message_base import VERSION as WIRE_VERSION
 from services.common.settings import SettingsError
 
 
@@ -50,6 +52,12 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"crashbus {version('crashbus')}, wire contract {WIRE_VERSION}")
+        raise typer.Exit
+
+
 @app.callback()
 def crashbus(
     nats_url: Annotated[
@@ -60,6 +68,12 @@ def crashbus(
             show_default=False,
         ),
     ] = None,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Say which version this is.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
 ) -> None:
     """Every crash on a Linux host, captured whole and delivered.
 

@@ -18,6 +18,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import structlog
@@ -32,6 +33,7 @@ from services.common import redact
 from services.common.bus_settings import BusSettings
 from services.common.health import Health, serve
 from services.common.memory import keep_little
+from services.common.metrics import BUILD
 from services.common.settings import Settings, SettingsError, variable_of
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -44,6 +46,8 @@ CONNECT_AGAIN = 1.0  # seconds between tries to reach the bus at the start
 
 EXIT_FAILED = 1
 EXIT_SETTINGS = 2  # a restart will not help
+
+VERSION = version("crashbus")
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ def run(name: str, settings_class: type[S], work: Work[S], http: Callable[[S], s
     logs.configure(bus_settings.log_level, bus_settings.log_format, name)
     runtime = Runtime(name, bus_settings, Health())
     runtime.health.failing("start", "not ready yet")
+    BUILD.info({"version": VERSION, "host": runtime.host})
     try:
         stop_serving = serve(runtime.health, http(settings))
     except (OSError, ValueError, OverflowError) as error:
@@ -156,7 +161,7 @@ async def _until_signal(runtime: Runtime, work: Coroutine[Any, Any, None]) -> in
     working = asyncio.create_task(work, name=runtime.name)
     stopping = asyncio.create_task(stop.wait(), name="stop")
     beating = asyncio.create_task(_beat(runtime.health), name="beat")
-    log.info("started", host=runtime.host)
+    log.info("started", version=VERSION, host=runtime.host)
     await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
     for task in (working, stopping, beating):
         task.cancel()
@@ -203,13 +208,14 @@ async def finish(coroutine: Awaitable[Any], within: float) -> None:
 
 
 def _help(name: str, settings_class: type[Settings]) -> None:
-    """Handle ``--help``; a service takes no other arguments."""
+    """Handle ``--help`` and ``--version``; a service takes no other arguments."""
     parser = argparse.ArgumentParser(
         prog=f"crashbus {name}",
         description=settings_class.__doc__,
         epilog=_settings_text(settings_class),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"crashbus {VERSION}")
     parser.parse_args()
 
 

@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 import pytest
 
 from crashbus import messages, own_cores
 from crashbus.cli.services import SERVICES
-from crashbus.message_base import Message
+from crashbus.message_base import VERSION, Message
 from tests.cli.support import crashbus
 
 
@@ -34,6 +35,13 @@ async def test_help_lists_all_commands() -> None:
     commands = ["run", "demo", "tail", "ls", "show", "get", "debug", "doctor", "schema"]
     for command in [*commands, *SERVICES]:
         assert f" {command} " in result.out
+
+
+async def test_the_command_and_its_services_say_which_version_they_are() -> None:
+    whole = await crashbus("--version")
+    assert whole.out == f"crashbus {version('crashbus')}, wire contract {VERSION}\n"
+    service = await crashbus("shipper", "--version")
+    assert service.out == f"crashbus {version('crashbus')}\n"
 
 
 async def test_a_wrong_setting_is_said_in_a_line() -> None:
