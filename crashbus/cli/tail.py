@@ -7,10 +7,21 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from crashbus import Bus, DeadLetter, Manifest, Message, Receipt, SignalCount, SignalEvent
+from crashbus import (
+    Bus,
+    DeadLetter,
+    Manifest,
+    Message,
+    Postponed,
+    Receipt,
+    Replay,
+    SignalCount,
+    SignalEvent,
+)
 from crashbus.cli.bus import connected
 from crashbus.cli.errors import Trouble
 from crashbus.cli.terminal import console, moment, plain, print_json, size
+from crashbus.errors import NoStreams
 from crashbus.messages import EventsLost
 
 
@@ -21,6 +32,8 @@ class Kinds(StrEnum):
     REPORTS = "reports"
     RECEIPTS = "receipts"
     FAILURES = "failures"
+    POSTPONED = "postponed"
+    RETRIES = "retries"
     ALL = "all"
 
 
@@ -29,8 +42,13 @@ _FOLLOWED: dict[Kinds, tuple[type[Message], ...]] = {
     Kinds.REPORTS: (Manifest,),
     Kinds.RECEIPTS: (Receipt,),
     Kinds.FAILURES: (DeadLetter,),
+    Kinds.POSTPONED: (Postponed,),
+    Kinds.RETRIES: (Replay,),
 }
 _FOLLOWED[Kinds.ALL] = tuple(kind for kinds in _FOLLOWED.values() for kind in kinds)
+
+
+_LATELY = (Postponed, Replay)  # services of an older version make no stream for them
 
 
 def tail(
@@ -40,7 +58,7 @@ def tail(
     kind: Annotated[Kinds, typer.Option("--kind", "-k", help="What to follow.")] = Kinds.ALL,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
-    """Follow crashes as they happen: signals, reports, receipts, failures."""
+    """Follow crashes as they happen, and what becomes of their files."""
     asyncio.run(_tail(subscriptions(kind, subject), as_json))
 
 
@@ -64,22 +82,34 @@ def subscriptions(kind: Kinds, subject: str | None) -> list[tuple[type[Message],
     if not found:
         raise Trouble(
             f"no {'messages' if kind is Kinds.ALL else kind} to follow on {plain(subject)!r}",
-            "the subjects are crash.signal.>, count, lost, report, shipped and failed",
+            "they are crash.signal.>, count, lost, report, shipped, failed, postponed and retry",
         )
     return found
 
 
 async def _tail(wanted: list[tuple[type[Message], str]], as_json: bool) -> None:
     async with connected() as bus:
-        await asyncio.gather(*(_follow(bus, kind, subject, as_json) for kind, subject in wanted))
+        alone = len(wanted) == 1
+        await asyncio.gather(
+            *(
+                _follow(bus, kind, subject, as_json, may_lack=kind in _LATELY and not alone)
+                for kind, subject in wanted
+            )
+        )
 
 
-async def _follow(bus: Bus, kind: type[Message], subject: str, as_json: bool) -> None:
-    async for message in bus.subscribe(kind, subject):
-        if as_json:
-            print_json({"message": kind.__name__, **message.model_dump(mode="json")})
-        else:
-            console().print(line(message), soft_wrap=True)
+async def _follow(
+    bus: Bus, kind: type[Message], subject: str, as_json: bool, *, may_lack: bool
+) -> None:
+    try:
+        async for message in bus.subscribe(kind, subject):
+            if as_json:
+                print_json({"message": kind.__name__, **message.model_dump(mode="json")})
+            else:
+                console().print(line(message), soft_wrap=True)
+    except NoStreams:
+        if not may_lack:
+            raise
 
 
 def line(message: Message) -> Text:
@@ -105,6 +135,13 @@ def line(message: Message) -> Text:
         case DeadLetter():
             text.append(f"failed {plain(message.service)} {message.reason}: ", "bold red")
             text.append(f"{plain(message.error)}; {plain(message.mend)}")
+        case Postponed():
+            text.append(f"postponed {message.reason}: ", "yellow")
+            text.append(plain(f"{' '.join(message.files)} to {message.destination}: "))
+            text.append(f"{plain(message.error)}; next try {moment(message.next_try)[11:]}")
+        case Replay():
+            text.append("asked for again ", "cyan")
+            text.append(plain(f"{' '.join(message.files)} to {message.destination}"))
     if crash_id := getattr(message, "crash_id", None):
         text.append(f"  {crash_id}", "dim")
     return text

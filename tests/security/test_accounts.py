@@ -88,7 +88,7 @@ ALLOWED = {
     ),
     "consumer": (
         rf"\$JS\.API\.STREAM\.(INFO|MSG\.GET)\.({'|'.join(TOLD)})",
-        r"crash\.(signal|count|lost|report|shipped|failed|postponed)\.>",
+        r"crash\.(signal|count|lost|report|shipped|failed|postponed|retry)\.>",
     ),
     "operator": (r"crash\..*|\$JS\..*", r"crash\..*|\$JS\.EVENT\.>"),
 }
