@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from crashbus.cli import store
-from crashbus.cli.bus import stored_crashes
+from crashbus.cli.bus import stored_crash
 from crashbus.cli.crashes import Crash, choose
 from crashbus.cli.errors import Trouble
 from crashbus.layout import SHARED, binary_folder
@@ -33,16 +33,17 @@ class Found:
     copies: tuple[Copy, ...]
 
 
-def find(given: str, from_url: str | None) -> Found:
+def find(given: str, from_url: str | None, *, with_events: bool = False) -> Found:
     """Find a crash on the bus, or at a destination if one is given.
 
     Args:
         given: a crash ID or the beginning of one.
+        with_events: and the signals that it took, which the bus alone knows.
 
     Raises:
         Trouble: no such crash, more than one, or the bus or destination cannot be read.
     """
-    return _at_destination(given, from_url) if from_url else _on_bus(given)
+    return _at_destination(given, from_url) if from_url else _on_bus(given, with_events)
 
 
 def _at_destination(given: str, url: str) -> Found:
@@ -65,9 +66,8 @@ def _at_destination(given: str, url: str) -> Found:
     return Found(Crash(crash_id, manifest), (Copy(source, place.folder),))
 
 
-def _on_bus(given: str) -> Found:
-    crashes = {crash.crash_id: crash for crash in stored_crashes()}
-    crash = crashes[choose(crashes, given, "on the bus")]
+def _on_bus(given: str, with_events: bool) -> Found:
+    crash = stored_crash(given, with_events=with_events)
     if crash.manifest is None:
         return Found(crash, ())
     readable = [url for url in crash.manifest.destinations if store.can_read(url)]

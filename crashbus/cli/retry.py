@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from crashbus import DeadLetter, Replay
-from crashbus.cli.bus import connected, read_crashes
-from crashbus.cli.crashes import Crash, choose
+from crashbus.cli.bus import connected, read_crashes, read_named
+from crashbus.cli.crashes import Crash
 from crashbus.cli.errors import Trouble
-from crashbus.cli.terminal import console, plain
+from crashbus.cli.terminal import console, plain, print_json
 
 _FILES_AT_ONCE = 64  # as the wire contract has it
 _NOTHING = "crashbus ls --failed shows what has failed"
@@ -39,6 +39,7 @@ def retry(
     reason: Annotated[str | None, typer.Option(help="Only what failed for this reason.")] = None,
     dest: Annotated[str | None, typer.Option(help="Only what was for this destination.")] = None,
     host: Annotated[str | None, typer.Option(help="Only crashes of this host.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Deliver again what failed for good, once you have mended the cause.
 
@@ -51,6 +52,9 @@ def retry(
     if not asked:
         raise Trouble("nothing that a retry could deliver has failed so", _NOTHING)
     for one in asked:
+        if as_json:
+            print_json(one)
+            continue
         console().print(
             plain(f"{one.crash_id}: {len(one.files)} file(s) again to {one.destination}"),
             soft_wrap=True,
@@ -59,9 +63,10 @@ def retry(
 
 async def _retry(given: list[str], wanted: Wanted) -> list[Replay]:
     async with connected() as bus:
-        crashes = {crash.crash_id: crash for crash in await read_crashes(bus, wanted.host)}
-        chosen = [choose(crashes, one, "on the bus") for one in given] if given else [*crashes]
-        asked = [one for name in dict.fromkeys(chosen) for one in replays(crashes[name], wanted)]
+        crashes = await (
+            read_named(bus, given, wanted.host) if given else read_crashes(bus, wanted.host)
+        )
+        asked = [one for crash in crashes for one in replays(crash, wanted)]
         for replay in asked:
             await bus.publish(replay)
     return asked

@@ -27,7 +27,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Show one crash: its event, process, files, backtrace, and where it was shipped."""
-    found = find(crash, from_url)
+    found = find(crash, from_url, with_events=True)
     state = State.DELIVERED if from_url else found.crash.state(time.time())
     backtraces = dict(_backtraces(found))
     if as_json:

@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crashbus import Bus, DeadLetter, Manifest, Receipt, SignalEvent, crash_id
+from crashbus import (
+    Bus,
+    DeadLetter,
+    Manifest,
+    Postponed,
+    Receipt,
+    Replay,
+    SignalEvent,
+    crash_id,
+)
 from crashbus.chunks import Encoder
 from crashbus.layout import Kind, crash_file_name
 from crashbus.messages import WorkItem
@@ -90,6 +99,31 @@ class MadeCrash:
                 destination=manifest.destinations[0],
                 files=manifest.files[:1],
             ),
+        )
+
+    def postponed(self) -> Postponed:
+        manifest = self.manifest
+        return Postponed(
+            host=manifest.host,
+            crash_id=manifest.crash_id,
+            destination=manifest.destinations[0],
+            files=(manifest.files[0].name,),
+            reason="refused",
+            error="nobody listens",
+            mend="start the receiver",
+            attempts=3,
+            next_try=EPOCH + 60,
+            given_up=EPOCH + 86400,
+        )
+
+    def replay(self) -> Replay:
+        manifest = self.manifest
+        return Replay(
+            host=manifest.host,
+            crash_id=manifest.crash_id,
+            destination=manifest.destinations[0],
+            files=(manifest.files[0].name,),
+            failed_at=EPOCH,
         )
 
     def deliver(self, directory: Path) -> Path:

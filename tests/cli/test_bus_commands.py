@@ -2,10 +2,14 @@
 
 import asyncio
 import json
+import time
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from crashbus import Bus, SignalCount
+from crashbus.cli.ls import moment_given
 from crashbus.errors import BusUnreachable
 from crashbus.layout import Kind
 from tests.cli.support import Command, MadeCrash, crashbus, make
@@ -45,14 +49,17 @@ async def test_tail_shows_every_kind_as_it_happens(nats_server: NatsServer, bus:
             count=7,
             period=1,
         )
-        for message in (count, made.manifest, made.receipts()[0], made.failure()):
+        others = (made.postponed(), made.replay(), made.failure())
+        for message in (count, made.manifest, made.receipts()[0], *others):
             await bus.publish(message)
-        await until(lambda: b"make the bucket" in tail.out)
+        last = (b"make the bucket", b"postponed refused: ", b"asked for again ")
+        await until(lambda: all(one in tail.out for one in last))
         out = tail.out.decode()
         assert "handled 7 more times by nginx[4711]" in out
         assert "reported nginx[4711] SIGSEGV, 3 files, 2.9 MiB" in out
         assert f"file:///somewhere/{made.manifest.folder}/info_" in out
         assert made.id in out
+        assert "nobody listens; next try 23:08:19Z" in out
         tail.interrupt()
         result = await tail.result()
     assert result.status == 130
@@ -120,6 +127,55 @@ async def test_ls_lists_crashes_with_their_states(nats_server: NatsServer, bus: 
     assert [json.loads(line)["crash_id"] for line in only_failed.out.splitlines()] == [failed.id]
     of_host = await crashbus("ls", "--host", "web.1", "-n", "1", env=settings(nats_server))
     assert [line.split()[2] for line in of_host.out.splitlines()[1:]] == [lost.id]
+
+
+async def test_ls_lists_the_crashes_of_a_bug_or_since_a_time(
+    nats_server: NatsServer, bus: Bus
+) -> None:
+    now = time.time()
+    for pid, age, fingerprint in ((1, 7300, "a"), (2, 7100, "a"), (3, 60, "b")):
+        made = make(pid, crashed_at=now - age).manifest
+        await bus.publish(made.model_copy(update={"fingerprint": fingerprint * 16}))
+
+    async def listed(*arguments: str) -> list[tuple[str, str]]:
+        result = await crashbus("ls", "--json", *arguments, env=settings(nats_server))
+        assert result.status == 0, result.err
+        rows = [json.loads(line) for line in result.out.splitlines()]
+        return [(row["process"], row["fingerprint"]) for row in rows]
+
+    first, second, third = (("nginx[1]", "a" * 16), ("nginx[2]", "a" * 16), ("nginx[3]", "b" * 16))
+    assert await listed() == [third, second, first]
+    assert await listed("--since", "2h") == [third, second]
+    assert await listed("--fingerprint", "AAAA") == [second, first]
+    wrong = await crashbus("ls", "--since", "lately", env=settings(nats_server))
+    assert (wrong.status, "'lately' is no time; give 2h" in wrong.err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [("90s", 910), ("2m", 880), ("1970-01-01T00:10:00Z", 600), ("1970-01-02", 86400)],
+)
+def test_a_time_is_an_age_or_a_moment_of_utc(text: str, moment: float) -> None:
+    assert moment_given(text, now=1000) == moment
+
+
+async def test_a_whole_id_is_found_without_a_look_at_other_crashes(
+    nats_server: NatsServer, bus: Bus
+) -> None:
+    """What is malformed is complained of by whoever reads it."""
+    made = make(1, destinations=("file:///is/not/here",))
+    await made.publish(bus, receipts=False)
+    await bus.publish(made.failure())
+    for subject in ("report.web%2E1", "shipped.web%2E1", "failed.web%2E1", "signal.other"):
+        await bus.publish_raw(f"crash.{subject}.{make(2).id}", b"\xc1")
+
+    show = await crashbus("show", made.id, env=settings(nats_server))
+    assert "SIGSEGV nginx[1] dies" in show.out
+    retry = await crashbus("retry", made.id, "--json", env=settings(nats_server))
+    assert json.loads(retry.out)["crash_id"] == made.id
+    assert (show.err, retry.err) == ("", "")
+    beginning = await crashbus("show", made.id[:15], env=settings(nats_server))
+    assert beginning.err.count("malformed message") == 4
 
 
 async def test_ls_survives_a_malformed_message_and_says_so(

@@ -142,7 +142,7 @@ async def test_hostile_manifests_harm_nothing(delivered: Path, tmp_path: Path) -
     got = await get(delivered, made.id, cwd=tmp_path)
     assert got.status == 1
     assert "is no manifest (1 faults)" in got.err
-    listed = await crashbus("ls", "--dest", delivered.as_uri(), env=NO_BUS)
+    listed = await crashbus("ls", "--from", delivered.as_uri(), env=NO_BUS)
     assert listed.status == 0
     assert "passed over: " in listed.err
 

@@ -58,12 +58,14 @@ async def test_ls_reads_the_destination_newest_first(place: Place) -> None:
     ]
     for made in crashes:
         place.deliver(made)
-    listed = await place.run("ls", "--dest", place.url, "--json")
+    listed = await place.run("ls", "--from", place.url, "--json")
     rows = [json.loads(line) for line in listed.out.splitlines()]
     assert [row["crash_id"] for row in rows] == [made.id for made in reversed(crashes)]
     assert {row["state"] for row in rows} == {"delivered"}
     assert rows[1]["process"] == "a-b/c[2]"
-    of_host = await place.run("ls", "--dest", place.url, "--host", "a%b", "-n", "5")
+    since = await place.run("ls", "--from", place.url, "--since", "2026-11-24", "--json")
+    assert [json.loads(line)["crash_id"] for line in since.out.splitlines()] == [crashes[2].id]
+    of_host = await place.run("ls", "--from", place.url, "--host", "a%b", "-n", "5")
     assert of_host.out.split("\n")[1].split()[2:5] == [crashes[0].id, "a%b", "nginx[1]"]
 
 
@@ -100,16 +102,16 @@ async def test_an_id_that_is_not_there(place: Place) -> None:
 async def test_wrong_keys_and_missing_bucket_are_named(s3: S3Server) -> None:
     bucket = s3.make_bucket()
     wrong = {**s3.settings(), "CRASHBUS_SHIPPER_S3_SECRET_KEY": "not-this-one"}
-    refused = await crashbus("ls", "--dest", f"s3://{bucket}", env=wrong)
+    refused = await crashbus("ls", "--from", f"s3://{bucket}", env=wrong)
     assert refused.status == 1
     assert "SignatureDoesNotMatch" in refused.err
     assert "check CRASHBUS_SHIPPER_S3_ACCESS_KEY" in refused.err
     assert "not-this-one" not in refused.err
-    missing = await crashbus("ls", "--dest", "s3://no-such-bucket", env=s3.settings())
+    missing = await crashbus("ls", "--from", "s3://no-such-bucket", env=s3.settings())
     assert missing.status == 1
     assert "NoSuchBucket" in missing.err
     gone = {**s3.settings(), "CRASHBUS_SHIPPER_S3_ENDPOINT": "http://127.0.0.1:1"}
-    silent = await crashbus("ls", "--dest", f"s3://{bucket}", env=gone)
+    silent = await crashbus("ls", "--from", f"s3://{bucket}", env=gone)
     assert silent.status == 1
     assert "http://127.0.0.1:1 does not answer" in silent.err
     assert silent.err.count("\n") == 1
@@ -166,7 +168,7 @@ async def test_a_crash_on_its_way_is_listed_and_not_fetched(
     (made.deliver(delivered) / "manifest.json").unlink()
     (delivered / "web.1" / "not-a-day" / "x").mkdir(parents=True)
     (delivered / "lost+found").mkdir()
-    listed = await crashbus("ls", "--dest", delivered.as_uri(), "--json", env=NO_BUS)
+    listed = await crashbus("ls", "--from", delivered.as_uri(), "--json", env=NO_BUS)
     row = json.loads(listed.out)
     assert (row["crash_id"], row["state"], row["host"], row["process"]) == (
         *(made.id, "delivering"),
@@ -179,7 +181,7 @@ async def test_a_crash_on_its_way_is_listed_and_not_fetched(
 
 @pytest.mark.parametrize("url", ["tcp://127.0.0.1:9", "ftp://x/y", "file:///no/such/place"])
 async def test_urls_that_cannot_be_read(url: str) -> None:
-    listed = await crashbus("ls", "--dest", url, env=NO_BUS)
+    listed = await crashbus("ls", "--from", url, env=NO_BUS)
     assert listed.status == 1
     assert listed.err.startswith("crashbus: ")
     assert listed.err.count("\n") == 1
@@ -208,7 +210,7 @@ async def test_binaries_are_counted_apart_from_a_crash_s_own_files(delivered: Pa
     (folder / "manifest.json").write_text(manifest.model_dump_json())
     (delivered / BINARIES / "ab" / ("ab" * 19)).mkdir(parents=True)
 
-    listed = await crashbus("ls", "--dest", delivered.as_uri(), "--json", env=NO_BUS)
+    listed = await crashbus("ls", "--from", delivered.as_uri(), "--json", env=NO_BUS)
     shown = await crashbus("show", made.id, "--from", delivered.as_uri(), env=NO_BUS)
     got = await crashbus(
         "get", made.id, "--from", delivered.as_uri(), "-o", str(delivered / "got"), env=NO_BUS
