@@ -25,7 +25,7 @@ def debug(
         list[str] | None, typer.Argument(metavar="[-- GDB ARGUMENTS]", help="Such as -- -batch.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", metavar="DIR", help="Keep the core dump here.")
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Keep the core dump here.")
     ] = None,
     from_url: FromUrl = None,
 ) -> None:

@@ -17,7 +17,7 @@ from rich.progress import (
 from crashbus.cli.download import refuse_to_overwrite, save
 from crashbus.cli.errors import Trouble
 from crashbus.cli.lookup import Found, files_of, find
-from crashbus.cli.terminal import console, plain, size
+from crashbus.cli.terminal import console, plain, print_json, size
 from crashbus.parts import CrashFile
 
 FromUrl = Annotated[
@@ -33,10 +33,11 @@ def get(
         list[str] | None, typer.Argument(metavar="FILE", help="Names or kinds, such as core.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", metavar="DIR", help="Where to; default: ./ID.")
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to; default: ./ID.")
     ] = None,
     from_url: FromUrl = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Fetch the files of a crash, verified and decompressed."""
     found = find(crash, from_url)
@@ -44,8 +45,11 @@ def get(
     directory = make_directory(output or Path(found.crash.crash_id))
     if not force:
         refuse_to_overwrite(directory, wanted)
-    for path in download(found, wanted, directory):
-        console().print(plain(str(path)), soft_wrap=True)
+    for file, path in zip(wanted, download(found, wanted, directory), strict=True):
+        if as_json:
+            print_json({"path": str(path), **file.model_dump(include={"kind", "size", "sha256"})})
+        else:
+            console().print(plain(str(path)), soft_wrap=True)
 
 
 def make_directory(path: Path) -> Path:

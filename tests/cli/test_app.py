@@ -5,11 +5,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 from crashbus import messages, own_cores
 from crashbus.cli.services import SERVICES
+from crashbus.keys import USERS
 from crashbus.message_base import VERSION, Message
 from tests.cli.support import crashbus
 
@@ -42,6 +44,21 @@ async def test_the_command_and_its_services_say_which_version_they_are() -> None
     assert whole.out == f"crashbus {version('crashbus')}, wire contract {VERSION}\n"
     service = await crashbus("shipper", "--version")
     assert service.out == f"crashbus {version('crashbus')}\n"
+
+
+async def test_a_shell_completes_commands() -> None:
+    asked = {"_CRASHBUS_COMPLETE": "complete_bash", "COMP_WORDS": "crashbus re", "COMP_CWORD": "1"}
+    result = await crashbus(env=asked)
+    assert {"retry", "receive", "recorder"} == set(result.out.split())
+
+
+async def test_keys_are_told_to_programs_too(tmp_path: Path) -> None:
+    result = await crashbus("keys", str(tmp_path), "--json")
+    told = [json.loads(line) for line in result.out.splitlines()]
+    assert {one["user"] for one in told} == set(USERS)
+    assert all(Path(one["file"]).read_text().startswith("SU") for one in told)
+    users = (tmp_path / "server" / "users.conf").read_text()
+    assert all(one["public_key"] in users for one in told)
 
 
 async def test_a_wrong_setting_is_said_in_a_line() -> None:

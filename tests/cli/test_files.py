@@ -72,8 +72,12 @@ async def test_ls_reads_the_destination_newest_first(place: Place) -> None:
 async def test_get_writes_what_crashed_byte_for_byte(place: Place, tmp_path: Path) -> None:
     made = make()
     place.deliver(made)
-    got = await place.run("get", made.id[:5], "--from", place.url, cwd=tmp_path)
+    got = await place.run("get", made.id[:5], "--from", place.url, "--json", cwd=tmp_path)
     assert got.status == 0, got.err
+    told = [json.loads(line) for line in got.out.splitlines()]
+    assert {(Path(one["path"]).name, one["sha256"]) for one in told} == {
+        (file.name, file.sha256) for file in made.manifest.files
+    }
     for name, data in made.contents.items():
         assert (tmp_path / made.id / name).read_bytes() == data
     assert names(tmp_path / made.id) == sorted(made.contents)
