@@ -11,6 +11,7 @@ from crashbus.cli import services
 from crashbus.cli.debug import debug
 from crashbus.cli.demo import demo
 from crashbus.cli.doctor import doctor
+from crashbus.cli.errors import EXIT_SETTINGS, Trouble
 from crashbus.cli.get import get
 from crashbus.cli.keys import keys
 from crashbus.cli.ls import ls
@@ -28,16 +29,16 @@ from services.common.settings import SettingsError
 
 
 class _Commands(TyperGroup):
-    """Turns what can be foreseen to go wrong into one line and exit status 1."""
+    """Turns what can be foreseen to go wrong into one line and an exit status."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except CrashbusError as error:
-            # Wrong settings are told one a line.
-            message = plain(str(error), lines=isinstance(error, SettingsError))
-            typer.echo(f"crashbus: {message}", err=True)
-            raise typer.Exit(1) from error
+            wrong_settings = isinstance(error, SettingsError)  # told one a line
+            typer.echo(f"crashbus: {plain(str(error), lines=wrong_settings)}", err=True)
+            status = EXIT_SETTINGS if wrong_settings else getattr(error, "STATUS", Trouble.STATUS)
+            raise typer.Exit(status) from error
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from crashbus.cli import supervisor
-from crashbus.cli.errors import Trouble
+from crashbus.cli.errors import WrongSetup
 from crashbus.cli.supervisor import SERVICES, Supervisor
 from services.common import log as logs
 from services.common.bus_settings import BusSettings
@@ -54,17 +54,7 @@ def run(
         environment["CRASHBUS_NATS_URL"] = f"nats://127.0.0.1:{port}"
     os.environ.update(environment)
     settings, socket = BusSettings.load(), RecorderSettings.load().socket
-    if not settings.destinations:
-        raise Trouble("no destination is set", "give --dest file:///var/crashes or s3://bucket")
-    if os.geteuid() != 0:
-        raise Trouble("eBPF and core_pattern need root", "run it with sudo")
-    if nats and shutil.which("nats-server") is None:
-        raise Trouble("nats-server is not installed", "apt-get install nats-server, or --no-nats")
-    if nats and not supervisor.is_free(port):
-        raise Trouble(
-            f"port {port} of 127.0.0.1 is taken, perhaps by another nats-server",
-            "give --port another, or --no-nats to use the server that CRASHBUS_NATS_URL names",
-        )
+    _check(settings, port if nats else None, logs_to)
     for handler in logging.getLogger("crashbus").handlers[:]:
         logging.getLogger("crashbus").removeHandler(handler)  # the services' form from here on
     logging.getLogger("crashbus").propagate = True
@@ -80,6 +70,32 @@ def run(
     finally:
         # The recorder has done so itself, unless it was killed and was not back yet.
         guard.put_back(settings.state, last=socket)
+
+
+def _check(settings: BusSettings, port: int | None, logs_to: Path | None) -> None:
+    """See that this host has what it takes.
+
+    Args:
+        port: of the nats-server to be started, if one is.
+    """
+    if not settings.destinations:
+        raise WrongSetup("no destination is set", "give --dest file:///var/crashes or s3://bucket")
+    if os.geteuid() != 0:
+        raise WrongSetup("eBPF and core_pattern need root", "run it with sudo")
+    if port is not None and shutil.which("nats-server") is None:
+        mend = "apt-get install nats-server, or --no-nats"
+        raise WrongSetup("nats-server is not installed", mend)
+    if port is not None and not supervisor.is_free(port):
+        raise WrongSetup(
+            f"port {port} of 127.0.0.1 is taken, perhaps by another nats-server",
+            "give --port another, or --no-nats to use the server that CRASHBUS_NATS_URL names",
+        )
+    if logs_to is not None:
+        try:
+            logs_to.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"cannot make {logs_to}: {error.strerror}"
+            raise WrongSetup(what, "give --logs another directory") from error
 
 
 async def _supervise(start: Callable[[Supervisor], Coroutine[Any, Any, None]]) -> None:
@@ -102,7 +118,7 @@ async def _supervise(start: Callable[[Supervisor], Coroutine[Any, Any, None]]) -
             starting.result()
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if together.given_up.done():
-            raise Trouble(together.given_up.result(), "its log says which setting is wrong")
+            raise WrongSetup(together.given_up.result(), "its log says which setting is wrong")
     finally:
         starting.cancel()
         await asyncio.wait({starting})
@@ -129,7 +145,4 @@ async def _start_services(
 
 
 def _log_file(directory: Path | None, name: str) -> Path | None:
-    if directory is None:
-        return None
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory / f"{name}.log"
+    return directory / f"{name}.log" if directory else None

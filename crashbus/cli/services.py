@@ -30,7 +30,7 @@ def need(service: str) -> None:
             f"crashbus {service}: not installed here: {', '.join(lacking)}; "
             f"pip install 'crashbus[{service}]'\n"
         )
-        sys.exit(1)
+        sys.exit(2)  # as for a wrong setting: a restart does not help
 
 
 def become(service: str, arguments: Sequence[str]) -> NoReturn:

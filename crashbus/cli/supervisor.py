@@ -16,7 +16,7 @@ from pathlib import Path
 
 import structlog
 
-from crashbus.cli.errors import Trouble
+from crashbus.cli.errors import EXIT_SETTINGS, Trouble
 from crashbus.connecting import connect
 from crashbus.errors import BusUnreachable
 
@@ -30,7 +30,6 @@ _STEADY_AFTER = 60.0  # seconds; after that, the next failure counts as the firs
 # Seconds for nats-server to answer. After a kill it reads its whole store first, which may be
 # many GiB on a slow disk; while it lives, there is nothing better to do than to wait.
 _READY_WITHIN = 600.0
-_EXIT_SETTINGS = 2
 # Should the supervisor be killed, the kernel sends SIGTERM to what it started, prctl(2).
 _ENDS_WITH_US = ("setpriv", "--pdeathsig", "TERM", "--")
 
@@ -64,7 +63,7 @@ class Supervisor:
         while True:
             began = time.monotonic()
             status = await process.wait()
-            if status == _EXIT_SETTINGS:
+            if status == EXIT_SETTINGS:
                 if not self.given_up.done():
                     self.given_up.set_result(f"{command.name} cannot work as it is set up")
                 return
@@ -176,16 +175,26 @@ def is_free(port: int) -> bool:
 
 
 def nats_command(directory: Path, port: int, output: Path | None) -> Command:
-    """Return the command of a private nats-server, loopback only, with its store on disk."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Return the command of a private nats-server, loopback only, with its store on disk.
+
+    Raises:
+        Trouble: its configuration cannot be written.
+    """
     config = directory / "nats.conf"
-    config.write_text(
-        f"listen: 127.0.0.1:{port}\n"
-        "server_name: crashbus\n"
-        "jetstream {\n"
-        f'  store_dir: "{directory}"\n'
-        "}\n"
-    )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        config.write_text(
+            f"listen: 127.0.0.1:{port}\n"
+            "server_name: crashbus\n"
+            "jetstream {\n"
+            f'  store_dir: "{directory}"\n'
+            "}\n"
+        )
+    except OSError as error:
+        raise Trouble(
+            f"cannot write {config}: {error.strerror}",
+            "make room or let it be written to, or set CRASHBUS_STATE to another directory",
+        ) from error
     return Command("nats-server", ("nats-server", "-c", str(config)), os.environ, output)
 
 

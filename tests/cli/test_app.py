@@ -63,7 +63,7 @@ async def test_keys_are_told_to_programs_too(tmp_path: Path) -> None:
 
 async def test_a_wrong_setting_is_said_in_a_line() -> None:
     result = await crashbus("ls", env={"CRASHBUS_LOG_LEVEL": "loud"})
-    assert result.status == 1
+    assert result.status == 2
     assert result.err.startswith("crashbus: CRASHBUS_LOG_LEVEL: ")
     assert result.err.count("\n") == 1
 
@@ -133,7 +133,7 @@ def test_a_service_runs_where_the_command_line_is_not_installed() -> None:
 
 def test_a_service_names_what_is_not_installed() -> None:
     result = without(["asyncinotify"], "collector")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr == (
         "crashbus collector: not installed here: asyncinotify; pip install 'crashbus[collector]'\n"
     )

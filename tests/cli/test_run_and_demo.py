@@ -197,8 +197,27 @@ async def test_killed_run_takes_all_it_started_with_it(running: Running) -> None
 async def test_run_without_a_destination_says_what_to_give() -> None:
     run = await started("run", CRASHBUS_DESTINATIONS="")
     output, _ = await asyncio.wait_for(run.communicate(), 60)
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert b"--dest file:///var/crashes" in output
+
+
+async def test_run_whose_logs_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    arguments = ("--dest", tmp_path.as_uri(), "--port", str(free_port()))
+    run = await started("run", *arguments, "--logs", tmp_path / "file" / "logs")
+    output, _ = await asyncio.wait_for(run.communicate(), 60)
+    assert run.returncode == 2
+    assert output.endswith(b"/file/logs: Not a directory; give --logs another directory\n"), output
+
+
+async def test_run_whose_state_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    arguments = ("--dest", tmp_path.as_uri(), "--port", str(free_port()))
+    run = await started("run", *arguments, CRASHBUS_STATE=str(tmp_path / "file"))
+    output, _ = await asyncio.wait_for(run.communicate(), 60)
+    assert run.returncode == 1
+    assert b"/nats/nats.conf: Not a directory; make room" in output
+    assert b"Traceback" not in output
 
 
 async def test_run_on_a_taken_port_says_so(tmp_path: Path) -> None:
@@ -206,7 +225,7 @@ async def test_run_on_a_taken_port_says_so(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         run = await started("run", "--dest", tmp_path.as_uri(), "--port", port)
         output, _ = await asyncio.wait_for(run.communicate(), 60)
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert f"port {port}".encode() in output and b"--no-nats" in output
 
 
@@ -245,6 +264,6 @@ async def test_run_with_a_wrong_setting_ends_with_its_name(tmp_path: Path) -> No
         "run", "--dest", tmp_path.as_uri(), "--port", str(free_port()), **environment
     )
     output, _ = await asyncio.wait_for(run.communicate(), 60)
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert b"CRASHBUS_COLLECTOR_COMPRESSION" in output
     assert b"Traceback" not in output
