@@ -124,13 +124,8 @@ async def running(
         stack.callback(way.close)
         bus = await stack.enter_async_context(connect(server.url))
         bucket = s3.make_bucket()
-        environment = {
-            "CRASHBUS_NATS_URL": server.url,
-            **_environment(scratch, bucket),
-            **s3.settings(),
-            **({"CRASHBUS_SHIPPER_S3_ENDPOINT": f"http://127.0.0.1:{s3_port}"} if s3_port else {}),
-            **{f"CRASHBUS_{name.upper()}": value for name, value in settings.items()},
-        }
+        environment = _environment(scratch, server, bucket, s3, s3_port)
+        environment |= {f"CRASHBUS_{name.upper()}": value for name, value in settings.items()}
         through = {"CRASHBUS_NATS_URL": f"nats://127.0.0.1:{way.port}"} if proxied else {}
         made = Pipeline(
             bus=bus,
@@ -154,14 +149,19 @@ async def running(
             yield made
 
 
-def _environment(scratch: Path, bucket: str) -> dict[str, str]:
+def _environment(
+    scratch: Path, server: NatsServer, bucket: str, s3: S3Server, s3_port: int
+) -> dict[str, str]:
     return {
+        "CRASHBUS_NATS_URL": server.url,
         "CRASHBUS_HOST": HOST,
         "CRASHBUS_LOG_LEVEL": "info",
         "CRASHBUS_SPOOL": str(scratch / "appscope"),
         "CRASHBUS_STATE": str(scratch / "state"),
         "CRASHBUS_DESTINATIONS": f"s3://{bucket}/crashes",
         "CRASHBUS_RECORDER_SOCKET": str(scratch / "run" / "s"),
+        **s3.settings(),
+        **({"CRASHBUS_SHIPPER_S3_ENDPOINT": f"http://127.0.0.1:{s3_port}"} if s3_port else {}),
     }
 
 

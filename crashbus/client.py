@@ -46,12 +46,8 @@ class Client(NatsClient):
     @property
     def is_encrypted(self) -> bool:
         """Whether nothing can be read or changed on the way to the server."""
-        if self._transport is None:
-            return False
         writer = getattr(self._transport, "_io_writer", None)
-        if writer is None:  # a WebSocket
-            return self._scheme == "wss"
-        return writer.get_extra_info("ssl_object") is not None
+        return writer is not None and writer.get_extra_info("ssl_object") is not None
 
     def _setup_nkeys_seed_connect(self) -> None:
         """Keep answers to ourselves: each key may listen below its own inbox alone.
@@ -68,16 +64,13 @@ class Client(NatsClient):
         The server's first line, which tells whether it wants TLS, is in the clear: whoever is
         on the way could leave it out, and nats-py would go on without.
         """
-        wanted = "tls" in self.options or self._scheme in ("tls", "wss")
+        server = self._current_server
+        wanted = "tls" in self.options or (server is not None and server.uri.scheme == "tls")
         is_tls = self._server_info.get("tls_required") or self.options["tls_handshake_first"]
-        if wanted and not is_tls and self._scheme != "wss":  # which begins with TLS
+        if wanted and not is_tls:
             raise nats.errors.Error("nats: TLS is asked for, and the server offers none")
         command: bytes = super()._connect_command()
         return command
-
-    @property
-    def _scheme(self) -> str:
-        return self._current_server.uri.scheme if self._current_server else ""
 
     async def _process_err(self, err_msg: str) -> None:
         """Come back after any error of the server's but a refusal of one subject.

@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import nats.errors
@@ -12,13 +14,14 @@ import nats.errors
 from crashbus import removing
 from crashbus.bus import Bus
 from crashbus.client import Client
-from crashbus.errors import BusUnreachable
+from crashbus.errors import BusUnreachable, CrashbusError
 
 log = logging.getLogger("crashbus.bus")
 
 CONNECT_TIMEOUT = 2.0  # seconds for one try; a server on the next host answers in milliseconds
 RECONNECT_WAIT = 0.5  # seconds between tries: short, so that little piles up meanwhile
 MOST_REFUSALS = 100  # told for one connection
+_KEYS = ("nkeys_seed", "nkeys_seed_str", "user_credentials")
 _MEND_PERMISSIONS = "see its account's permissions"
 
 
@@ -37,7 +40,9 @@ async def connect(
     Raises:
         BusUnreachable: no server answers within some seconds, or it refuses us; later losses
             are mended silently.
+        CrashbusError: an address or a key cannot be used.
     """
+    _check(url, options)
     client, shown = Client(), without_secrets(url)
     watch = _Watch(client, shown)
     settings: dict[str, Any] = {
@@ -61,6 +66,18 @@ async def connect(
     finally:
         watch.is_over = True
         await bus.close()
+
+
+def _check(url: str, options: Mapping[str, Any]) -> None:
+    if re.search(r"(?:^|,)\s*wss?://", url, re.IGNORECASE):
+        raise CrashbusError(f"{without_secrets(url)}: no WebSockets; give nats:// or tls://")
+    if any(options.get(one) for one in _KEYS) and find_spec("nkeys") is None:
+        raise CrashbusError("keys need the package nkeys; pip install 'crashbus[nkeys]'")
+    if path := options.get("nkeys_seed"):
+        try:
+            Path(path).read_bytes()
+        except OSError as error:
+            raise CrashbusError(f"cannot read the key {path}: {error.strerror}") from error
 
 
 class _Watch:

@@ -1,6 +1,10 @@
-"""Prints crashes as they happen and where their files went: python consumer.py [NATS_URL]"""
+"""Prints crashes as they happen and where their files went: python consumer.py [NATS_URL]
+
+On a secured bus, such as that of compose.yaml, CRASHBUS_NATS_NKEY_FILE names the key.
+"""
 
 import asyncio
+import os
 import sys
 
 import crashbus
@@ -18,8 +22,11 @@ async def receipts(bus: crashbus.Bus) -> None:
 
 
 async def main(url: str = "nats://127.0.0.1:4222") -> None:
-    async with crashbus.connect(url) as bus:
+    async with crashbus.connect(url, nkeys_seed=os.environ.get("CRASHBUS_NATS_NKEY_FILE")) as bus:
         await asyncio.gather(signals(bus), receipts(bus))
 
 
-asyncio.run(main(*sys.argv[1:]))
+try:
+    asyncio.run(main(*sys.argv[1:]))
+except crashbus.CrashbusError as error:
+    sys.exit(f"consumer: {error}")

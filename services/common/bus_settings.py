@@ -96,7 +96,7 @@ class BusSettings(Settings):
     def _servers(cls, given: str) -> str:
         for one in given.split(","):
             parts = urlsplit(one.strip() if "://" in one else f"nats://{one.strip()}")
-            if parts.scheme not in ("nats", "tls", "ws", "wss") or not parts.hostname:
+            if parts.scheme not in ("nats", "tls") or not parts.hostname:
                 raise ValueError("a server is given as nats://host:4222 or tls://host:4222")
             _need_port(parts)
         return given
@@ -166,7 +166,7 @@ def _need_port(parts: SplitResult) -> None:
 def _need_nkeys(field: str) -> None:
     if find_spec("nkeys") is None:
         variable = variable_of(BusSettings, field)
-        raise SettingsError(f"{variable} needs the package nkeys: pip install nkeys")
+        raise SettingsError(f"{variable} needs the package nkeys: pip install 'crashbus[nkeys]'")
 
 
 def _checked_seed(seed: str) -> str:

@@ -238,6 +238,7 @@ def test_an_empty_secret_file_is_no_secret(tmp_path: Path, monkeypatch: pytest.M
     ("cls", "variable", "value"),
     [
         (BusSettings, "CRASHBUS_NATS_URL", "http://me:s3cret@host"),
+        (BusSettings, "CRASHBUS_NATS_URL", "wss://me:s3cret@host"),
         (BusSettings, "CRASHBUS_DESTINATIONS", "s3://me:s3cret@bucket"),
         (BusSettings, "CRASHBUS_DESTINATIONS", "tcp://me:s3cret@host:1?x"),
         (ShipperSettings, "CRASHBUS_SHIPPER_S3_ENDPOINT", "https://me:s3cret@host"),
