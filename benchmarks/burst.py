@@ -1,6 +1,7 @@
 """Many small crashes at once: is one lost, how long until all are delivered, and with what memory?
 
-Each is a real process; eight die at a time, as fast as they are let go::
+Each is a real process; eight die at a time, as fast as they are let go. What else crashes on the
+host meanwhile is delivered, too, and not counted::
 
     .venv/bin/python -m benchmarks.burst [crashes]
 """
@@ -13,7 +14,7 @@ from contextlib import suppress
 
 from benchmarks import pipeline
 from benchmarks.pipeline import MIB, WITHIN, Pipeline, peak_of, seconds, table
-from crashbus import DeadLetter, Receipt
+from crashbus import DeadLetter, Manifest, Receipt
 from tests.support.crashers import crasher
 from tests.support.s3 import S3Server
 from tests.support.wait import until
@@ -32,13 +33,16 @@ async def measure(s3: S3Server, crashes: int) -> None:
     async with pipeline.running(s3, shippers=2, real=True) as running:
         started = time.monotonic()
         left = iter(range(crashes))
-        await asyncio.gather(*(die(program, left) for _ in range(AT_ONCE)))
+        pids: set[int] = set().union(
+            *await asyncio.gather(*(die(program, left) for _ in range(AT_ONCE)))
+        )
         died = seconds(started)
         with suppress(TimeoutError):
-            await until(lambda: are_delivered(running, crashes), WITHIN, every=3)
+            await until(lambda: are_delivered(running, pids, crashes), WITHIN, every=3)
         drained = seconds(started)
-        lost = crashes - await delivered(running)
-        letters = await running.bus.stored(DeadLetter)
+        ours = await crashes_of(running, pids)
+        lost = crashes - len(await delivered(running, ours))
+        letters = [one for one in await running.bus.stored(DeadLetter) if one.crash_id in ours]
         services = [running.collector, *running.shippers, *running.capture]
         peaks = [(one.name, peak_of(one) / MIB) for one in services]
     table(
@@ -48,20 +52,30 @@ async def measure(s3: S3Server, crashes: int) -> None:
     table(("service", "peak, MiB"), [(name, f"{peak:.0f}") for name, peak in peaks])
 
 
-async def die(program: str, left: Iterator[int]) -> None:
+async def die(program: str, left: Iterator[int]) -> set[int]:
+    """Return the PIDs of those who died."""
+    pids = set()
     for _ in left:
         process = await asyncio.create_subprocess_exec(program, cwd="/tmp")
         await process.wait()
+        pids.add(process.pid)
+    return pids
 
 
-async def are_delivered(running: Pipeline, crashes: int) -> bool:
-    return await delivered(running) >= crashes
+async def are_delivered(running: Pipeline, pids: set[int], crashes: int) -> bool:
+    return len(await delivered(running, await crashes_of(running, pids))) >= crashes
 
 
-async def delivered(running: Pipeline) -> int:
-    """Return how many crashes are at the server, manifest and all."""
+async def crashes_of(running: Pipeline, pids: set[int]) -> set[str]:
+    """Return the IDs of the crashes of these processes; a PID may have been given twice."""
+    return {one.crash_id for one in await running.bus.stored(Manifest) if one.process.pid in pids}
+
+
+async def delivered(running: Pipeline, crash_ids: set[str]) -> set[str]:
+    """Return which of these crashes are at the server, manifest and all."""
     receipts = await running.bus.stored(Receipt)
-    return sum(one.file.kind == "manifest" for one in receipts)
+    done = {one.crash_id for one in receipts if one.file.kind == "manifest"}
+    return done & crash_ids
 
 
 if __name__ == "__main__":
