@@ -16,9 +16,8 @@ from pathlib import Path
 
 import structlog
 
-from crashbus import capture, layout
+from crashbus import layout
 from crashbus.bus import Bus
-from crashbus.capture import UnreadableRecord
 from crashbus.errors import BusFull, BusUnreachable
 from crashbus.layout import Kind
 from crashbus.parts import CrashFile
@@ -27,7 +26,8 @@ from services.collector.core_frames import Broken, CoreFrames
 from services.collector.ledger import Ledger, Source
 from services.collector.publish import Publisher, SourceLost
 from services.collector.spool import Refused
-from services.common import core_stream
+from services.common import capture, core_stream
+from services.common.capture import UnreadableRecord
 from services.common.core_stream import Announced, Answer
 from services.common.crash_directory import SpoolUnusable
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import structlog
 
 from crashbus import layout, signals
-from crashbus.capture import CaptureRecord
 from crashbus.identity import crash_id, unknown_crash_id
 from crashbus.layout import BINARIES, Kind
 from crashbus.parts import Module, Process
@@ -17,6 +16,7 @@ from services.collector.found import FoundSet, sent_sources, source_of
 from services.collector.judge import Verdict
 from services.collector.ledger import Crash, Ledger, Source
 from services.collector.spool import Entry, Refused
+from services.common.capture import CaptureRecord
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 

@@ -5,14 +5,15 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from functools import partial
 
-from crashbus import capture, layout
-from crashbus.capture import CapturedFile, UnreadableRecord
+from crashbus import layout
 from crashbus.layout import Kind
 from crashbus.parts import Process
 from services.collector import judge, processes, spool
 from services.collector.judge import RecordState, Verdict
 from services.collector.ledger import Source
 from services.collector.spool import Entry, Refused
+from services.common import capture
+from services.common.capture import CapturedFile, UnreadableRecord
 
 IsAwaited = Callable[[int, int, Callable[[], bool]], bool]
 

@@ -4,8 +4,8 @@ import asyncio
 import os
 import time
 
-from crashbus import unfinished
 from crashbus.errors import CrashbusError
+from services.common import unfinished
 
 LOOK_EVERY = 0.02  # seconds
 STANDS_STILL = 30.0  # seconds without a byte after which the core is sent when it is whole

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from crashbus.capture import CaptureRecord
 from crashbus.layout import Kind
+from services.common.capture import CaptureRecord
 
 _APPSCOPE_ORDER = (Kind.INFO, Kind.CFG, Kind.BACKTRACE, Kind.CORE)
 
@@ -40,7 +40,7 @@ class RecordState:
 
 
 def judge_recorded(state: RecordState) -> Verdict:
-    """Judge a set that the recorder made; see `crashbus.capture`."""
+    """Judge a set that the recorder made; see `services.common.capture`."""
     if state.being_written:
         return Verdict.WAIT
     if state.record is not None and state.record.state == "complete":

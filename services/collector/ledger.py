@@ -35,7 +35,7 @@ class Source(BaseModel):
         owner: the UID that it belonged to; None in what an earlier version entered.
         note: why it is incomplete, if it is.
         expected: bytes that it would have whole, where it is known to be incomplete.
-        in_order: it may have been sent while it was being written, see `crashbus.unfinished`.
+        in_order: it may have been sent while it was being written, `services.common.unfinished`.
         file: size, hash and form; None until it was read for the first time.
         delivered: the destinations that confirmed it.
         failed: the destinations that gave it up, each with its reason.

@@ -13,14 +13,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from crashbus import capture, layout, names
-from crashbus.capture import CapturedFile, CaptureRecord
+from crashbus import layout, names
 from crashbus.layout import Kind
 from crashbus.messages import SignalEvent
 from crashbus.parts import Oom
 from services.collector import processes
 from services.collector.kernel_log import lines
-from services.common import crash_directory, redact, resources
+from services.common import capture, crash_directory, redact, resources
+from services.common.capture import CapturedFile, CaptureRecord
 from services.common.resources import Resources
 
 _LINES = 400  # of the kernel's log kept: it may list every process of the host

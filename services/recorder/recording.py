@@ -13,11 +13,11 @@ from pathlib import Path
 
 import structlog
 
-from crashbus import capture, signals
-from crashbus.capture import CapturedFile, CaptureRecord
+from crashbus import signals
 from crashbus.layout import Kind, crash_file_name
 from crashbus.parts import Process
-from services.common import crash_directory, drafts
+from services.common import capture, crash_directory, drafts
+from services.common.capture import CapturedFile, CaptureRecord
 from services.common.crash_directory import SpoolUnusable
 from services.recorder import containers, crash_files
 from services.recorder.conditions import Conditions

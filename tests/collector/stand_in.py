@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crashbus import Bus, DeadLetter, Receipt, SignalEvent, WorkItem, crash_id, identity
-from crashbus.capture import CapturedFile
 from crashbus.chunks import Verifier
 from crashbus.errors import DamagedFile
 from crashbus.layout import Kind, crash_file_name
 from crashbus.parts import Process
+from services.common.capture import CapturedFile
 from tests.support.records import EPOCH, Writing, process
 from tests.support.wait import until
 

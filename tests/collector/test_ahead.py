@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from crashbus import Manifest, streams, unfinished
-from crashbus.capture import CapturedFile
+from crashbus import Manifest, streams
 from services.collector import ahead, gather
+from services.common import unfinished
+from services.common.capture import CapturedFile
 from tests.collector.conftest import FILE, Setup
 from tests.collector.stand_in import signal_event
 from tests.support.records import EPOCH, Writing

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from crashbus import Bus
-from crashbus.capture import CaptureRecord
 from crashbus.layout import Kind
 from crashbus.messages import DeadLetter, SignalEvent
 from crashbus.parts import Container
@@ -24,6 +23,7 @@ from services.collector.appscope import copying, inside, sets, threads
 from services.collector.appscope.containers import Containers
 from services.collector.appscope.sets import Watched
 from services.collector.judge import Verdict
+from services.common.capture import CaptureRecord
 from tests.collector.stand_in import signal_event
 from tests.support.crashers import crasher
 from tests.support.disk import small_disk

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from crashbus import crash_id, layout
-from crashbus.capture import CapturedFile
 from crashbus.layout import Kind
 from crashbus.parts import CrashFile
 from services.collector import core_frames, core_streams
 from services.collector.core_streams import AT_ONCE
 from services.common import core_stream
+from services.common.capture import CapturedFile
 from services.common.core_stream import ANNOUNCED, DATA, END, FRAME, ZEROS, Announced, Answer
 from tests.collector.conftest import FILE, Setup, reports
 from tests.collector.stand_in import write_set

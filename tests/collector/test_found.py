@@ -1,12 +1,12 @@
 """What is said of the files of a set whose recorder was killed before it was done."""
 
-from crashbus.capture import CapturedFile, CaptureRecord
 from crashbus.identity import crash_id
 from crashbus.layout import Kind, crash_file_name
 from crashbus.parts import Process
 from services.collector.found import FoundSet, source_of
 from services.collector.judge import RecordState, Verdict
 from services.collector.spool import Entry
+from services.common.capture import CapturedFile, CaptureRecord
 
 EPOCH, SIZE = 1795388839, 5000
 

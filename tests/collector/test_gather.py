@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from asyncinotify import Inotify
 
-from crashbus import Bus, capture, identity
-from crashbus.capture import CaptureRecord
+from crashbus import Bus, identity
 from crashbus.messages import SignalEvent
 from services.collector import gather, spool
 from services.collector.entering import Entering
 from services.collector.gather import Gatherer
 from services.collector.ledger import Ledger
+from services.common import capture
+from services.common.capture import CaptureRecord
 from tests.collector.stand_in import signal_event
 from tests.support.nats import NatsServer
 from tests.support.requirements import need_root

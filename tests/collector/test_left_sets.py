@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from crashbus import Manifest, capture, crash_id, layout
-from crashbus.capture import CapturedFile
+from crashbus import Manifest, crash_id, layout
 from crashbus.layout import Kind, crash_file_name
 from services.collector import spool
 from services.collector.found import look_at
 from services.collector.judge import Verdict
-from services.common import drafts
+from services.common import capture, drafts
+from services.common.capture import CapturedFile
 from tests.collector.conftest import Setup
 from tests.support.records import EPOCH, Writing, process
 from tests.support.requirements import need_root

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from crashbus.capture import read
 from crashbus.parts import Oom
 from services.collector import kernel_log, oom
+from services.common.capture import read
 from services.common.resources import Resources
 from tests.collector.stand_in import signal_event
 from tests.support.cgroup import cgroup_path, limit, memory_cgroup

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from crashbus import capture
-from crashbus.capture import CapturedFile, CaptureRecord
 from crashbus.parts import Process
+from services.common import capture
+from services.common.capture import CapturedFile, CaptureRecord
 from tests.support.disk import tmpfs
 
 EPOCH = 1795388839

@@ -14,8 +14,8 @@ from pathlib import Path
 from random import Random
 
 from crashbus import crash_id, identity, layout
-from crashbus.capture import CapturedFile
 from crashbus.layout import Kind
+from services.common.capture import CapturedFile
 from tests.support.crashers import crasher
 from tests.support.records import Writing, process
 

@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 from nats.js.api import ConsumerInfo
 
 from crashbus import Bus, streams
-from crashbus.capture import is_being_written
+from services.common.capture import is_being_written
 from services.common.unrecorded import is_unrecorded
 from tests.faults.bucket import Bucket
 from tests.faults.crashes import RealCrash, crash, victim

@@ -16,10 +16,11 @@ import pytest
 import yaml
 import zstandard
 
-from crashbus import DeadLetter, capture, identity, layout
-from crashbus.capture import UnreadableRecord
+from crashbus import DeadLetter, identity, layout
 from crashbus.layout import BINARIES, LARGE, SHARED, Kind
 from crashbus.messages import Manifest
+from services.common import capture
+from services.common.capture import UnreadableRecord
 from tests.pipeline.conftest import HOST, Pipeline, top_frames
 from tests.support.cgroup import limit, memory_cgroup
 from tests.support.crashers import FATAL, SOURCES, crasher

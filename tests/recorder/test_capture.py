@@ -13,8 +13,8 @@ import pytest
 import pytest_asyncio
 
 from crashbus import identity, signals
-from crashbus.capture import CaptureRecord
 from crashbus.layout import Kind, crash_file_name
+from services.common.capture import CaptureRecord
 from services.recorder.handover.mechanism import kernel_version
 from tests.support.core_pattern import core_pattern_kept
 from tests.support.crashers import FATAL, crasher

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from crashbus.capture import CaptureRecord
 from crashbus.cli import engine as cli_engine
 from crashbus.parts import Container
+from services.common.capture import CaptureRecord
 from services.common.redact import REDACTED
 from services.recorder import containers
 from tests.support.core_pattern import core_pattern_kept

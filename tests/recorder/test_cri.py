@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from crashbus.capture import CaptureRecord
 from crashbus.parts import Container
+from services.common.capture import CaptureRecord
 from services.common.redact import REDACTED
 from services.recorder import containers, cri
 from tests.recorder.test_storm import memory_of

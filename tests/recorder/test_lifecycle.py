@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from crashbus import Bus, DeadLetter, capture, identity
+from crashbus import Bus, DeadLetter, identity
+from services.common import capture
 from tests.recorder.conftest import MakeRecorder
 from tests.support import core_pattern
 from tests.support.crashers import HOG, crasher

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from crashbus import identity
-from crashbus.capture import CaptureRecord, read
+from services.common.capture import CaptureRecord, read
 from services.recorder.live import LiveHold
 from tests.recorder.test_capture import _compile, gdb
 from tests.support.requirements import lacking, need_program, need_root

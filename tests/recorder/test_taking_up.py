@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from crashbus import capture, layout
-from crashbus.capture import CaptureRecord
+from crashbus import layout
 from crashbus.identity import boot_id
-from services.common import drafts
+from services.common import capture, drafts
+from services.common.capture import CaptureRecord
 from services.recorder.kept import orphan, taking_up
 from services.recorder.kept.taking_up import TakingUp
 from tests.recorder.conftest import MakeRecorder

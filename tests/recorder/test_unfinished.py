@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from crashbus import unfinished
+from services.common import unfinished
 from services.recorder.core import core_pages
 from services.recorder.core.core_memory import LiveMemory, Piece
 from services.recorder.handover.hold import Hold

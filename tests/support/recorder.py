@@ -9,8 +9,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from crashbus import capture
-from crashbus.capture import CaptureRecord
+from services.common import capture
+from services.common.capture import CaptureRecord
 from tests.support.requirements import need_linux
 from tests.support.wait import until
 

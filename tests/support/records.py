@@ -3,9 +3,10 @@
 import os
 from pathlib import Path
 
-from crashbus import capture, crash_id
-from crashbus.capture import CapturedFile, CaptureRecord
+from crashbus import crash_id
 from crashbus.parts import Process
+from services.common import capture
+from services.common.capture import CapturedFile, CaptureRecord
 
 EPOCH = 1795388839
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import structlog
 
-from crashbus import capture, layout
-from crashbus.capture import CapturedFile, CaptureRecord
+from crashbus import layout
 from crashbus.layout import LARGE, Kind
 from crashbus.messages import SignalEvent
 from services.collector import judge
 from services.collector.appscope.copying import copy, size_on_disk
 from services.collector.publish import MAX_SMALL
-from services.common import crash_directory
+from services.common import capture, crash_directory
+from services.common.capture import CapturedFile, CaptureRecord
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 

@@ -47,7 +47,7 @@ class Copied:
         size: of the file in bytes.
         fault: why it is cut short; None when it is whole.
         disk_full: there was no room for more.
-        in_order: what was said to be final is so, `crashbus.unfinished`.
+        in_order: what was said to be final is so, `services.common.unfinished`.
         streamed: its memory is all that the kernel's stream has.
     """
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from crashbus import unfinished
+from services.common import unfinished
 from services.recorder.core import sparse, write_back
 from services.recorder.core.core_head import Head
 from services.recorder.core.core_memory import (

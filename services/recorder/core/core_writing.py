@@ -4,9 +4,9 @@ import os
 from dataclasses import replace
 from functools import partial
 
-from crashbus.capture import CapturedFile
 from crashbus.layout import Kind, crash_file_name
 from services.common import crash_directory
+from services.common.capture import CapturedFile
 from services.common.core_stream import Announced
 from services.recorder import facts, metrics
 from services.recorder.conditions import Conditions

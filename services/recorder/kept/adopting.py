@@ -3,10 +3,10 @@
 import os
 from contextlib import suppress
 
-from crashbus.capture import CapturedFile
 from crashbus.identity import crash_id
 from crashbus.layout import Kind, crash_file_name
 from services.common import crash_directory, drafts
+from services.common.capture import CapturedFile
 from services.recorder.conditions import Conditions
 from services.recorder.core.core_policy import Extent
 from services.recorder.kept.orphan import Orphan

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from crashbus.capture import CaptureRecord
+from services.common.capture import CaptureRecord
 from services.recorder import facts
 from services.recorder.facts import Facts
 from services.recorder.modules import Identity

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import structlog
 
-from crashbus import capture, layout
-from crashbus.capture import UnreadableRecord
-from services.common import crash_directory, unrecorded
+from crashbus import layout
+from services.common import capture, crash_directory, unrecorded
+from services.common.capture import UnreadableRecord
 from services.common.crash_directory import SpoolUnusable
 from services.recorder.kept import orphan
 

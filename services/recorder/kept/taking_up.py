@@ -16,10 +16,9 @@ from pathlib import Path
 
 import structlog
 
-from crashbus import capture
-from crashbus.capture import CapturedFile, CaptureRecord, UnreadableRecord
 from crashbus.layout import Kind, crash_file_name
-from services.common import crash_directory, drafts
+from services.common import capture, crash_directory, drafts
+from services.common.capture import CapturedFile, CaptureRecord, UnreadableRecord
 from services.common.drafts import Draft
 from services.recorder import modules
 from services.recorder.conditions import Conditions

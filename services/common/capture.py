@@ -34,7 +34,7 @@ class CapturedFile(Part):
 
     Attributes:
         expected: bytes that a truncated file would have whole, where that is known.
-        in_order: nothing changed that was final once, `crashbus.unfinished`.
+        in_order: nothing changed that was final once, `services.common.unfinished`.
         sent: what is on the bus already of a file that has no copy here.
     """
 
