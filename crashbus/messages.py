@@ -192,7 +192,7 @@ class DeadLetter(Message):
 
     crash_id: CrashId | None = Field(None, description="absent where no crash could be named")
     service: str = Field(description="who gave up: detector, recorder, collector or shipper")
-    reason: Reason = Field(description="short, for machines: access_denied, …")
+    reason: Reason = Field(description="short, for machines: see Reasons")
     error: str = Field(description="what happened, in words")
     mend: str = Field(description="what a human can do about it")
     attempts: Count = 0
@@ -225,7 +225,7 @@ class Postponed(CrashMessage):
 
     destination: Url
     files: tuple[FileName, ...] = Field(min_length=1, max_length=64)
-    reason: Reason = Field(description="short, for machines: refused, timeout, …")
+    reason: Reason = Field(description="short, for machines: see Reasons")
     error: str = Field(description="what happened, in words")
     mend: str = Field(description="what a human can do about it")
     attempts: Count = Field(description="tries so far, at least")

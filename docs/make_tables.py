@@ -21,7 +21,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from crashbus import layout, messages, parts, streams
+from crashbus import layout, messages, parts, reasons, streams
 from crashbus.message_base import Message
 from services.common.bus_settings import BusSettings
 from services.common.settings import Settings, variable_of
@@ -172,6 +172,11 @@ def _default(info: FieldInfo) -> str:
     )
 
 
+def reason_table(_: str) -> str:
+    """Return why something may be given up or postponed."""
+    return table(("reason", "meaning"), ((f"`{one}`", told) for one, told in reasons.ALL.items()))
+
+
 def stream_table(_: str) -> str:
     """Return the streams and what limits them."""
     rows = []
@@ -292,6 +297,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
     "failures": failure_table,
     "messages": message_tables,
     "parts": part_tables,
+    "reasons": reason_table,
     "streams": stream_table,
     "settings": settings_table,
     "metrics": metrics_table,

@@ -159,7 +159,7 @@ class CoreStreams:
             await asyncio.to_thread(self._mark, announced)
         except OSError as error:
             raise SourceLost(
-                "no_mark", f"CRASHBUS_STATE cannot be written to: {error.strerror}"
+                "state_unusable", f"CRASHBUS_STATE cannot be written to: {error.strerror}"
             ) from error
         await self._bus.purge_chunks(crash_id, name)
         source = Source(directory=announced.directory, name=name, kind=Kind.CORE)

@@ -129,7 +129,7 @@ class Publisher:
             data = await read(encoder.range_size)
             if encoder.size + len(data) > self.limit:
                 text = f"{source.name} is larger than {self.limit} bytes"
-                raise SourceLost("too_large", f"{text}, see CRASHBUS_COLLECTOR_MAX_FILE_BYTES")
+                raise SourceLost("file_too_large", f"{text}, see CRASHBUS_COLLECTOR_MAX_FILE_BYTES")
             if data:
                 await run(self._background, encoder.cut, data)
             return data

@@ -39,7 +39,7 @@ def gone(replay: Replay) -> DeadLetter:
         host=replay.host,
         crash_id=replay.crash_id,
         service="collector",
-        reason="source_gone",
+        reason="source_vanished",
         error=f"{', '.join(replay.files)[:1000]}: this host has no record of the crash any more",
         mend="nothing can bring the files back; see what other destinations have",
     )

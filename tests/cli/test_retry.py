@@ -242,7 +242,7 @@ async def test_crash_that_the_host_knows_no_more_is_told(host: Host) -> None:
 
     assert done.status == 0, done.err
     letters = await stored(host.bus, DeadLetter, 2)
-    assert letters[-1].reason == "source_gone"
+    assert letters[-1].reason == "source_vanished"
 
 
 @pytest.mark.parametrize(
