@@ -137,13 +137,7 @@ async def running(
             shippers=_shippers(shippers, scratch, environment | through),
             shipper_way=way,
             capture=[ServiceProcess(name, scratch, environment) for name in CAPTURE if real],
-            processes=lambda: {
-                "collector": [made.collector.pid],
-                "shipper": [shipper.pid for shipper in made.shippers],
-                "nats-server": [server.pid],
-                "S3 server": s3.pids,
-                "client": [os.getpid()],
-            },
+            processes=lambda: _processes(made, server, s3),
         )
         async with _started(made):
             yield made
@@ -162,6 +156,16 @@ def _environment(
         "CRASHBUS_RECORDER_SOCKET": str(scratch / "run" / "s"),
         **s3.settings(),
         **({"CRASHBUS_SHIPPER_S3_ENDPOINT": f"http://127.0.0.1:{s3_port}"} if s3_port else {}),
+    }
+
+
+def _processes(made: Pipeline, server: NatsServer, s3: S3Server) -> dict[str, list[int]]:
+    return {
+        "collector": [made.collector.pid],
+        "shipper": [shipper.pid for shipper in made.shippers],
+        "nats-server": [server.pid],
+        "S3 server": s3.pids,
+        "client": [os.getpid()],
     }
 
 
