@@ -17,7 +17,7 @@ from crashbus.cli.receiver import Limits, Receiving
 from crashbus.cli.sender import Sender, reset
 from crashbus.cli.terminal import console, plain
 
-_ROOM_WITHIN = 1.0  # seconds for a sender that is hung up on to be gone
+_ROOM_WITHIN = 1.0  # seconds for a sender that is hung up on, or was about to end, to be gone
 _STOP_WITHIN = 5.0  # seconds for all to be gone: a write may be under way
 _MIB = 1024 * 1024
 
@@ -114,7 +114,7 @@ class _Receiver:
             except OSError:  # it was closed, the peer has gone, or there are too many files
                 self._ended.wait(0.1)
                 continue
-            if self._has_room():
+            if not self._ended.is_set() and self._has_room():
                 self._serve(connection, str(peer[0]))
             else:
                 reset(connection)
@@ -125,9 +125,8 @@ class _Receiver:
         if self._free.acquire(blocking=False):
             return True
         idle = [(since, one) for one in [*self._senders] if (since := one.idle_since) is not None]
-        if not idle:
-            return False
-        min(idle, key=lambda found: found[0])[1].hang_up()
+        if idle:
+            min(idle, key=lambda found: found[0])[1].hang_up()
         return self._free.acquire(timeout=_ROOM_WITHIN)
 
     def _serve(self, connection: socket.socket, peer: str) -> None:
