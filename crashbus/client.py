@@ -7,6 +7,7 @@ method here closes one such gap of nats-py 2.15; all else is its own.
 import asyncio
 import logging
 import re
+import ssl
 from typing import Any
 
 import nats.errors
@@ -46,8 +47,17 @@ class Client(NatsClient):
     @property
     def is_encrypted(self) -> bool:
         """Whether nothing can be read or changed on the way to the server."""
+        return self._of_tls("ssl_object") is not None
+
+    @property
+    def certificate_end(self) -> float | None:
+        """Unix time at which the server's certificate ends; None: it showed none."""
+        certificate = self._of_tls("peercert")
+        return ssl.cert_time_to_seconds(certificate["notAfter"]) if certificate else None
+
+    def _of_tls(self, what: str) -> Any:
         writer = getattr(self._transport, "_io_writer", None)
-        return writer is not None and writer.get_extra_info("ssl_object") is not None
+        return writer.get_extra_info(what) if writer is not None else None
 
     def _setup_nkeys_seed_connect(self) -> None:
         """Keep answers to ourselves: each key may listen below its own inbox alone.

@@ -52,6 +52,11 @@ class Connection:
         """Whether nothing can be read or changed on the way to the server."""
         return self._client.is_encrypted
 
+    @property
+    def certificate_end(self) -> float | None:
+        """Unix time at which the server's certificate ends; None: it showed none."""
+        return self._client.certificate_end
+
     async def ensure_streams(
         self, chunk_store_bytes: int = DEFAULT_CHUNK_STORE, replicas: int = 1
     ) -> bool:

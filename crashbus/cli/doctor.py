@@ -5,6 +5,7 @@ import importlib
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.text import Text
 from crashbus import chunks, destination, streams
 from crashbus.cli import engine
 from crashbus.cli.bus import MEND_KEYS
-from crashbus.cli.terminal import console, plain, print_json, size
+from crashbus.cli.terminal import console, moment, plain, print_json, size
 from crashbus.client import Client
 from crashbus.destination import Destination, DestinationError
 from services.common.bus_settings import BusSettings
@@ -31,6 +32,8 @@ from services.shipper.settings import ShipperSettings
 _TIMEOUT = 3.0  # seconds for a server to answer; a person is waiting
 _MEND_SETTINGS = "set the variable as it says"
 _MEND_SHIPPER = "pip install 'crashbus[shipper]'"
+_MEND_TLS = "renew it where nats-server runs, deploy/nats/make-certificates.sh"
+_RENEW_BEFORE = 30 * 86400.0  # seconds, as the alert CertificateEnds
 _LEAST_FREE = 1024**3  # bytes; the bus's store may lie there, too
 
 
@@ -127,6 +130,7 @@ async def _nats(url: str, options: dict[str, Any]) -> list[Finding]:
         js = client.jetstream(timeout=_TIMEOUT)
         return [
             Finding("nats", True, f"connected, messages up to {size(client.max_payload)}"),
+            *_certificate(client.certificate_end),
             _payload(client.max_payload),
             await _jetstream(js, errors),
         ]
@@ -137,7 +141,16 @@ async def _nats(url: str, options: dict[str, Any]) -> list[Finding]:
 def _mend_nats(error: str) -> str:
     if "uthorization" in error:
         return MEND_KEYS
+    if "CERTIFICATE" in error:
+        return f"{_MEND_TLS}, or let CRASHBUS_NATS_CA_FILE name the CA of its certificate"
     return "start nats-server with JetStream, or set CRASHBUS_NATS_URL"
+
+
+def _certificate(end: float | None) -> list[Finding]:
+    if end is None:
+        return []
+    detail = f"the server's ends {moment(end)}"
+    return [Finding("nats certificate", end - time.time() > _RENEW_BEFORE, detail, _MEND_TLS)]
 
 
 def _payload(max_payload: int) -> Finding:

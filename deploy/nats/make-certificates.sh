@@ -8,14 +8,15 @@
 # NAME       by which clients call the server: host names or addresses; localhost always is one
 #
 # Environment: SEEN_AT, the path of DIRECTORY as nats-server will see it, if that is another, as in
-# a container; DAYS the certificates last (365).
+# a container; DAYS the certificate lasts (365), CA_DAYS a new CA does (3650); NEW_CA=yes makes another
+# CA and nothing else: ca.pem then holds both, and is to be handed out before the next certificate is made.
 #
-# Clients take DIRECTORY/ca.pem (CRASHBUS_NATS_CA_FILE). A CA that is there is kept: delete ca.key
-# when you need no further certificates from it.
+# Clients take DIRECTORY/ca.pem (CRASHBUS_NATS_CA_FILE). A CA that is there signs all further
+# certificates: keep ca.key, best not on a host that others use.
 set -eu
 umask 077
 [ $# -ge 1 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-directory=$1 days=${DAYS:-365}
+directory=$1 days=${DAYS:-365} ca_days=${CA_DAYS:-3650} new_ca=${NEW_CA:-}
 shift
 [ -d "$directory/server" ] || { echo "make-certificates: no $directory/server; run crashbus keys $directory first" >&2; exit 1; }
 seen_at=${SEEN_AT:-$(cd "$directory" && pwd)}
@@ -30,11 +31,26 @@ for name; do
 done
 
 cd "$directory"
-if [ ! -e ca.key ]; then
-  openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -sha256 -days "$days" \
-    -subj '/CN=Crashbus development CA' -addext keyUsage=critical,keyCertSign,cRLSign \
-    -keyout ca.key -out ca.pem 2>/dev/null
+fail() { echo "make-certificates: $1" >&2; exit 1; }
+if [ ! -e ca.pem ] || [ -n "$new_ca" ]; then
+  # A name of its own: clients find a certificate's CA by that, and may trust two for a while.
+  openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -sha256 -days "$ca_days" \
+    -subj "/CN=Crashbus CA $(openssl rand -hex 4)" -addext keyUsage=critical,keyCertSign,cRLSign \
+    -keyout ca.key.new -out ca.pem.new 2>/dev/null
+  # The new one first: it is the one that signs.
+  if [ -e ca.pem ]; then cat ca.pem >>ca.pem.new; fi
+  chmod 644 ca.pem.new
+  mv ca.key.new ca.key
+  mv ca.pem.new ca.pem
 fi
+if [ -n "$new_ca" ]; then
+  echo "$directory/ca.pem has a new CA beside what was there: hand it out and start those anew who take it;"
+  echo "after that make-certificates.sh without NEW_CA"
+  exit
+fi
+[ -e ca.key ] || fail "$directory/ca.pem is there, its ca.key is not: put it back, or make another CA with NEW_CA=yes"
+openssl x509 -in ca.pem -noout -checkend $((days * 86400)) >/dev/null ||
+  fail "the CA ends within the certificate's $days days, and all clients would refuse it: make another CA with NEW_CA=yes, or set DAYS"
 openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj '/CN=crashbus-nats' \
   -keyout server/tls.key.new -out server/request.pem 2>/dev/null
 extensions=$(mktemp)
@@ -54,6 +70,6 @@ END
 # The server may run as another user than whoever made the keys: what it reads belongs to the
 # owner of its directory.
 if [ "$(id -u)" = 0 ]; then chown "$(stat -c %u:%g server)" server/*; fi
-chmod 644 ca.pem server/tls.pem server/tls.conf
+chmod 644 server/tls.pem server/tls.conf
 echo "TLS is on at the next start of nats-server, for $names"
 echo "clients: CRASHBUS_NATS_URL=tls://…:4222 CRASHBUS_NATS_CA_FILE=$directory/ca.pem"

@@ -29,7 +29,7 @@ from crashbus.bus import Bus
 from crashbus.connecting import connect, without_secrets
 from crashbus.errors import BusFull, BusUnreachable
 from services.common import log as logs
-from services.common import redact
+from services.common import metrics, redact
 from services.common.bus_settings import BusSettings
 from services.common.health import Health, serve
 from services.common.memory import keep_little
@@ -80,6 +80,7 @@ class Runtime:
         health = self.health if needed else Health()
         async with AsyncExitStack() as stack:
             bus = await self._connected(stack, health, makes_streams)
+            metrics.CERTIFICATE_END.set_function(lambda: bus.certificate_end or 0)
             health.watch(
                 "bus_connection", lambda: None if bus.is_connected else "lost, reconnecting"
             )

@@ -68,12 +68,15 @@ FIRING = {
     "CrashStorm": [
         series(f'crashbus_recorder_captures_total{{{H1}, result="complete"}}', "0+100x80")
     ],
+    "CertificateEnds": [series(f"crashbus_bus_certificate_end_seconds{{{H1}}}", "864000x80")],
     "CrashbusFault": [series(f'crashbus_collector_faults_total{{{H1}, task="gather"}}', LONG)],
 }
 # All is well: services up, crashes captured and delivered.
 CALM = [
     series(f"up{{{H1}}}", "1x80"),
     series(f"crashbus_healthy{{{H1}}}", "1x80"),
+    series(f"crashbus_bus_certificate_end_seconds{{{H1}}}", "0x80"),  # a bus without TLS
+    series('crashbus_bus_certificate_end_seconds{instance="h2"}', "8640000x80"),
     series(f'crashbus_recorder_captures_total{{{H1}, result="complete"}}', "0+1x80"),
     series(f'crashbus_recorder_hold_seconds_bucket{{{H1}, le="10"}}', "0+1x80"),
     series(f'crashbus_recorder_hold_seconds_bucket{{{H1}, le="+Inf"}}', "0+1x80"),

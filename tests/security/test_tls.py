@@ -1,18 +1,26 @@
 """TLS to the bus: checked, never left out, and the connection comes back."""
 
 import asyncio
+import json
+import os
 import shutil
 import ssl
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from crashbus import connect
 from crashbus.errors import BusUnreachable
 from crashbus.keys import SEED, make_keys
+from services.common.bus_settings import BusSettings
+from services.common.health import Health
+from services.common.service import Runtime
 from tests.cli.support import crashbus
-from tests.support.nats import NatsServer, SecuredNats
+from tests.support.nats import DEPLOY, NatsServer, SecuredNats
 from tests.support.requirements import need_program, need_root
 from tests.support.wait import until
 
@@ -89,6 +97,91 @@ async def test_a_connection_ends_also_when_its_server_wants_tls_now(
             secured.start()
             # It failed to speak TLS, and waits before it tries again.
             await until(lambda: any(isinstance(one, ssl.SSLError) for one in failures))
+
+
+async def test_a_ca_is_replaced_while_clients_of_the_old_one_are_there(
+    secured: SecuredNats,
+) -> None:
+    of_old_ca = ssl.create_default_context(cafile=secured.keys / "ca.pem")
+    make_certificates(secured.keys, NEW_CA="yes")
+    handed_out = ssl.create_default_context(cafile=secured.keys / "ca.pem")
+
+    for tls in (of_old_ca, handed_out):  # the server still shows what it had
+        async with connect(**secured.options("operator") | {"tls": tls}):
+            pass
+    make_certificates(secured.keys)
+    secured.reload()
+
+    async def refused() -> bool:
+        try:
+            async with connect(**secured.options("operator") | {"tls": of_old_ca}):
+                return False
+        except BusUnreachable as error:
+            return "CERTIFICATE_VERIFY_FAILED" in str(error)
+
+    await until(refused)
+    async with connect(**secured.options("operator") | {"tls": handed_out}):
+        pass
+
+
+def make_certificates(keys: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command, given = [str(DEPLOY / "make-certificates.sh"), str(keys)], os.environ | environment
+    return subprocess.run(command, env=given, capture_output=True, text=True)
+
+
+def test_no_certificate_is_made_that_outlives_its_ca(tmp_path: Path) -> None:
+    need_program("openssl")
+    (tmp_path / "server").mkdir()
+    assert make_certificates(tmp_path, CA_DAYS="30", DAYS="20").returncode == 0
+    made = (tmp_path / "server" / "tls.pem").read_bytes()
+
+    done = make_certificates(tmp_path)
+
+    assert done.returncode == 1
+    assert "NEW_CA=yes" in done.stderr
+    assert (tmp_path / "server" / "tls.pem").read_bytes() == made
+    make_certificates(tmp_path, NEW_CA="yes")
+    assert make_certificates(tmp_path).returncode == 0
+
+
+def test_no_ca_takes_the_place_of_one_whose_key_is_elsewhere(tmp_path: Path) -> None:
+    need_program("openssl")
+    (tmp_path / "server").mkdir()
+    make_certificates(tmp_path)
+    (tmp_path / "ca.key").unlink()
+    known = (tmp_path / "ca.pem").read_bytes()
+
+    done = make_certificates(tmp_path)
+
+    assert done.returncode == 1
+    assert "ca.key is not" in done.stderr
+    assert (tmp_path / "ca.pem").read_bytes() == known
+
+
+async def test_service_and_doctor_tell_when_the_certificate_ends(
+    secured: SecuredNats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in secured.settings("operator").items():
+        monkeypatch.setenv(name, value)
+    async with Runtime("detector", BusSettings.load(), Health()).bus():
+        end = REGISTRY.get_sample_value("crashbus_bus_certificate_end_seconds")
+    assert end == pytest.approx(time.time() + 365 * 86400, abs=3600)
+    assert (await seen_by_doctor(secured))["ok"]
+
+    make_certificates(secured.keys, DAYS="20")
+    secured.reload()
+
+    async def ends_soon() -> dict[str, str] | None:
+        found = await seen_by_doctor(secured)
+        return None if found["ok"] else found
+
+    assert "make-certificates.sh" in (await until(ends_soon))["mend"]
+
+
+async def seen_by_doctor(secured: SecuredNats) -> dict[str, str]:
+    result = await crashbus("doctor", "--json", env=secured.settings("operator"))
+    findings = map(json.loads, result.out.splitlines())
+    return next(one for one in findings if one["name"] == "nats certificate")
 
 
 def test_keys_that_are_there_stay(tmp_path: Path) -> None:
