@@ -1,5 +1,6 @@
 """The recorder's settings."""
 
+import sys
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 from urllib.parse import urlsplit
@@ -14,7 +15,11 @@ from services.recorder.core import core_filter
 from services.recorder.core.core_policy import OWN, Rule
 from services.recorder.unwinding.debug_sources import S3, Sources
 
-_BUILT_HELPER = Path(__file__).parents[2] / "build" / "corepipe"
+
+def _helper() -> Path:
+    """Return the pipe helper of this installation, or of this clone."""
+    installed = Path(sys.prefix) / "lib" / "corepipe"
+    return installed if installed.exists() else Path(__file__).parents[2] / "build" / "corepipe"
 
 
 def _is_server(url: str) -> bool:
@@ -43,10 +48,11 @@ class RecorderSettings(Settings):
         description="socket that cores arrive on, in a directory that only root can enter",
     )
     helper: Path = Field(
-        _BUILT_HELPER,
+        default_factory=_helper,
         description="the compiled pipe helper, copied to the state directory, which also keeps "
         "crashes while a killed recorder is not back; beside it lies taker.so, without which small "
-        "processes are held longer",
+        "processes are held longer (default: lib/corepipe of the virtual environment, in a clone "
+        "build/corepipe)",
     )
     core: Literal["full", "stacks"] = Field(
         "full",
