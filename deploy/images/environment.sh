@@ -1,14 +1,14 @@
 #!/bin/sh
-# environment.sh SERVICE [OPTION OF VENV…]: makes /opt/crashbus with what a service's extra names,
+# environment.sh EXTRA[,EXTRA…] [OPTION OF VENV…]: makes /opt/crashbus with what these extras name,
 # from /wheels alone, and as small as it can be.
 set -eu
-service=$1 images=$(dirname "$0")
+extras=$1 images=$(dirname "$0")
 shift
 
 # No pip in it: nothing is installed there later.
 python3 -m venv --without-pip "$@" /opt/crashbus
 pip --python /opt/crashbus/bin/python install --quiet --root-user-action ignore \
-  --no-index --find-links /wheels "crashbus[$service]"
+  --no-index --find-links /wheels "crashbus[$extras]"
 packages=$(echo /opt/crashbus/lib/python3*/site-packages)
 
 needed() { readelf -d "$@" 2>/dev/null | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p' | sort -u; }

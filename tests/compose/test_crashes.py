@@ -98,7 +98,7 @@ async def test_files_of_appscope_are_brought_out_of_a_container(stack: Stack, bu
     assert any(content.startswith(b"Scope Version: v1.4.3") for content in files.values())
 
 
-async def test_command_shows_what_was_delivered(stack: Stack, bus: Bus) -> None:
+async def test_command_shows_and_fetches_what_was_delivered(stack: Stack, bus: Bus) -> None:
     container = await asyncio.to_thread(stack.engine.run, "--rm", IMAGE, "/null_pointer")
     manifest, _ = await delivered(stack, bus, container)
 
@@ -106,3 +106,22 @@ async def test_command_shows_what_was_delivered(stack: Stack, bus: Bus) -> None:
 
     (row,) = [row for row in map(json.loads, rows) if row["crash_id"] == manifest.crash_id]
     assert row["state"] == "delivered"
+    shown = await asyncio.to_thread(stack.command, "show", "--json", manifest.crash_id)
+    (backtrace,) = json.loads(shown)["backtraces"].values()
+    assert "crash_here" in backtrace
+    await asyncio.to_thread(stack.command, "get", manifest.crash_id, "core")
+    (core,) = (stack.clone / "deploy" / "fetched" / manifest.crash_id).iterdir()
+    assert core.read_bytes().startswith(b"\x7fELF")
+
+
+async def test_snapshot_of_a_living_process_is_delivered(stack: Stack, bus: Bus) -> None:
+    container = await asyncio.to_thread(stack.engine.run, "--detach", IMAGE, "/waiting")
+    pid = str(stack.pid(container))
+
+    command = ("exec", "-T", "recorder", "crashbus", "snapshot", pid)
+    told = await asyncio.to_thread(stack.compose, *command)
+
+    manifest, _ = await delivered(stack, bus, container)
+    assert manifest.crash_id in told
+    assert stack.pid(container)  # it lives on
+    stack.docker("rm", "--force", container)
