@@ -40,8 +40,18 @@ def series(name: str, values: str) -> dict[str, str]:
 H1 = 'instance="h1", job="crashbus"'
 S3 = 'destination="s3://a/b", instance="h1", job="crashbus"'
 LONG = "0+0x20 1+1x60"  # nothing for 20 minutes, then one more each minute
+# What a service has from its start on.
+EACH_SERVICE = [
+    series(f"{name}{{{H1}}}", "0x80")
+    for name in (
+        "crashbus_detector_outbox_messages",
+        "crashbus_recorder_backtraces_waiting",
+        "crashbus_collector_undelivered_crashes",
+        "crashbus_shipper_items_in_hand",
+    )
+]
 FIRING = {
-    "CrashbusDown": [series(f"up{{{H1}}}", "0x80")],
+    "CrashbusDown": [series(f"up{{{H1}}}", "0x80"), *EACH_SERVICE],
     "CrashbusNotHealthy": [series(f"crashbus_healthy{{{H1}}}", "0x80")],
     "CrashesNotCaptured": [series(f"crashbus_collector_not_captured_total{{{H1}}}", LONG)],
     "SignalEventsLost": [series(f"crashbus_detector_outbox_lost{{{H1}}}", LONG)],
@@ -73,6 +83,7 @@ FIRING = {
 }
 # All is well: services up, crashes captured and delivered.
 CALM = [
+    *EACH_SERVICE,
     series(f"up{{{H1}}}", "1x80"),
     series(f"crashbus_healthy{{{H1}}}", "1x80"),
     series(f"crashbus_bus_certificate_end_seconds{{{H1}}}", "0x80"),  # a bus without TLS
@@ -107,6 +118,20 @@ def test_no_alert_fires_while_all_is_well(tmp_path: Path) -> None:
 
 def test_each_alert_has_an_occasion() -> None:
     assert set(FIRING) == {alert["alert"] for alert in ALERTS}
+
+
+@pytest.mark.parametrize("gone", range(len(EACH_SERVICE)))
+def test_a_service_that_is_found_nowhere_is_down(gone: int, tmp_path: Path) -> None:
+    there = [one for number, one in enumerate(EACH_SERVICE) if number != gone]
+    told = EACH_SERVICE[gone]["series"].split("_")[1]
+    firing = f'count(ALERTS{{alertname="CrashbusDown", instance="every {told}"}})'
+    check(tmp_path, [series(f"up{{{H1}}}", "1x80"), *there], firing, 1)
+
+
+def test_metrics_that_tell_of_a_service_are_there() -> None:
+    page = OPERATIONS.read_text()
+    for one in EACH_SERVICE:
+        assert f"| `{one['series'].partition('{')[0]}` | gauge |  |" in page
 
 
 @pytest.mark.parametrize("alert", FIRING)
