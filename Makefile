@@ -56,9 +56,12 @@ bench: setup ## measure capture and delivery, each against a peer; takes half an
 docs: setup ## make the tables in docs/ anew from the code
 	@$(PYTHON) docs/make_tables.py
 
-lock: ## choose the newest versions that fit, and write the lock file
-	@uv pip compile pyproject.toml --all-extras --python-version 3.11 --universal \
-		--generate-hashes --no-annotate --no-header --no-emit-index-url --upgrade -o requirements.lock
+# What services and command need, and what installs them, is a part of all that is needed here.
+LOCK := uv pip compile --python-version 3.11 --universal --generate-hashes --no-annotate --no-header \
+	--no-emit-index-url
+lock: ## choose the newest versions that fit, and write the lock files
+	@$(LOCK) pyproject.toml --all-extras --upgrade -o requirements.lock
+	@echo hatchling | $(LOCK) pyproject.toml - --extra all -c requirements.lock -o requirements-services.lock
 
 clean: ## remove what was built here
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,14 +1,26 @@
 #!/usr/bin/env bash
 # Installs what this clone needs on a Debian 12 host and says what it does.
 # Does nothing, quickly, when all is there.
+#
+#   setup.sh           what demo and tests need, too, and a virtual environment in this clone
+#   setup.sh --build   what the services need, and what of them is C: for a host that just runs them
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case ${1:-} in
+  '') build_only='' ;;
+  --build) build_only=yes ;;
+  *) echo "setup: $1? It takes --build or nothing" >&2; exit 2 ;;
+esac
 
-# The services' own needs, then what the demo and the tests crash, deliver to and look with.
+# The services' own needs
 packages=(
   python3-venv
   python3-bpfcc linux-libc-dev          # detector: bcc and the UAPI headers it compiles against
-  gcc libc6-dev make                    # recorder: what of it is C
+  gcc libc6-dev                         # recorder: what of it is C
+)
+# What the demo and the tests crash, deliver to and look with
+others=(
+  make
   nats-server gdb nginx-light           # bus, crashbus debug, the demo's victim
   ceph-mon ceph-osd radosgw             # tests: a real S3 server
   prometheus openssl                    # tests: alert rules and metrics, TLS to the bus
@@ -16,13 +28,14 @@ packages=(
 )
 
 # make test-kernels: machines with older kernels
-[ -z "${MACHINES:-}" ] || packages+=(qemu-system-x86 e2fsprogs)
-packages+=(g++ golang-go openjdk-17-jre-headless)  # tests: programs that crash
+[ -z "${MACHINES:-}" ] || others+=(qemu-system-x86 e2fsprogs)
+others+=(g++ golang-go openjdk-17-jre-headless)  # tests: programs that crash
 # tests: what is C runs on arm64; 250 MB for that are CI's alone
-[ -z "${CI:-}" ] || packages+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
-packages+=(mmdebstrap)                  # tests: a base for images where no registry is reached
+[ -z "${CI:-}" ] || others+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
+others+=(mmdebstrap)                    # tests: a base for images where no registry is reached
 # tests: a real container engine; whoever has one (docker-ce, moby) keeps it
-command -v dockerd >/dev/null || packages+=(docker.io)
+command -v dockerd >/dev/null || others+=(docker.io)
+[ -n "$build_only" ] || packages+=("${others[@]}")
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
@@ -51,14 +64,15 @@ if [ ${#missing[@]} -gt 0 ]; then
     "${missing[@]}" >>"$log" 2>&1 || { tail -n 20 "$log" >&2; say "apt-get failed, see $log"; exit 1; }
   rm -f "$log"
   # … nor at the next boot.
-  units=$(dpkg-query -L "${missing[@]}" | sed -n 's|^/lib/systemd/system/\([^/@]*\.\(service\|target\)\)$|\1|p')
+  units=$(dpkg-query -L "${missing[@]}" | sed -n 's|^/lib/systemd/system/\([^/@]*\.\(service\|socket\|target\)\)$|\1|p')
   # shellcheck disable=SC2086 # one word each
   [ -z "$units" ] || systemctl disable $units >/dev/null 2>&1 || true
 fi
 
 # bcc is importable only by Debian's own Python, so the environment is built on that one.
 stamp=.venv/.complete
-if [ ! -e $stamp ] || [ requirements.lock -nt $stamp ] || [ pyproject.toml -nt $stamp ]; then
+if [ -n "$build_only" ]; then :
+elif [ ! -e $stamp ] || [ requirements.lock -nt $stamp ] || [ pyproject.toml -nt $stamp ]; then
   say "making the virtual environment (a minute, once)"
   rm -rf .venv
   /usr/bin/python3 -m venv --system-site-packages .venv
@@ -78,6 +92,8 @@ if [ -d $sources ] && { [ ! -e $taker ] || [ -n "$(find $sources -name '*.[ch]' 
   mkdir -p build
   gcc -shared -fPIC -O2 -Wall -Wextra -Werror -o $taker $sources/*.c
 fi
+
+[ -z "$build_only" ] || exit 0
 
 # tests: the newest Go, beside Debian's; 75 MB that are CI's alone
 golang=build/go wanted=tests/recorder/requirements.txt

@@ -1,6 +1,6 @@
 #!/bin/sh
 # drgn.sh: makes drgn's wheel for arm64 in /wheels, with Debian's libdw, on a machine of any kind; leaves
-# in requirements.lock what is still to be had.
+# in requirements-services.lock what is still to be had.
 set -eu
 compiler=aarch64-linux-gnu
 
@@ -10,8 +10,8 @@ apt-get install -y -qq --no-install-recommends gcc-$compiler make pkgconf:arm64 
   libc6-dev:arm64 libdw-dev:arm64 libpython3-dev:arm64
 
 one='/^drgn==/,/[^\]$/'
-sed -n "$one p" requirements.lock >drgn.lock
-sed -i "$one d" requirements.lock
+sed -n "$one p" requirements-services.lock >drgn.lock
+sed -i "$one d" requirements-services.lock
 # Python says of its platform what arm64's would, and names extensions so.
 export _PYTHON_HOST_PLATFORM=linux-aarch64 _PYTHON_SYSCONFIGDATA_NAME=_sysconfigdata__$compiler
 CONFIGURE_FLAGS=--host=$compiler pip wheel --quiet --no-cache-dir --no-deps --require-hashes \

@@ -1,6 +1,7 @@
 """An image holds what its service's extra names: each service needs nothing beyond that."""
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
+# Builds crashbus itself, as pyproject.toml names it, where it is installed.
+BUILDS = {"hatchling", "packaging", "pathspec", "pluggy", "trove-classifiers"}
 OURS = ("crashbus", "services", "bpf")
 OF_THE_DISTRIBUTION = {"bcc"}  # no package of PyPI; the detector's image has Debian's
 
@@ -80,3 +83,17 @@ def test_service_imports_nothing_that_its_extra_does_not_bring(service: str) -> 
         if not brought & {canonicalize_name(one) for one in known.get(module, ())}
     }
     assert not missing
+
+
+def locked(name: str) -> dict[str, str]:
+    """Return what a lock file says of each package."""
+    parts = re.split(r"\n(?=[a-z])", (ROOT / name).read_text().rstrip())
+    return {canonicalize_name(part.partition("==")[0].partition("[")[0]): part for part in parts}
+
+
+def test_services_are_installed_with_what_was_tested_and_no_more() -> None:
+    whole, services = locked("requirements.lock"), locked("requirements-services.lock")
+
+    assert services.items() <= whole.items()
+    elsewhere = {name for name, part in services.items() if "sys_platform == 'win32'" in part}
+    assert services.keys() - elsewhere == distributions_of("all") - {"crashbus"} | BUILDS
