@@ -334,7 +334,10 @@ def _exists(name: str, directory: int) -> bool:
 
 
 def _unusable(path: Path, error: OSError) -> SpoolUnusable:
-    return SpoolUnusable(
-        f"{path} cannot be used: {error.strerror or error}",
-        f"make room on its disk, or let CRASHBUS_SPOOL name a directory on one: df {path.parent}",
-    )
+    mend = f"make room on its disk, or let CRASHBUS_SPOOL name a directory on one: df {path.parent}"
+    if error.errno == errno.EROFS:
+        mend = (
+            f"mount its disk for writing; under systemd, ReadWritePaths={path} for recorder and "
+            "collector: docs/operations.md, 'The spool elsewhere'"
+        )
+    return SpoolUnusable(f"{path} cannot be used: {error.strerror or error}", mend)

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -229,3 +231,26 @@ def test_unusable_spool_names_the_mend(tmp_path: Path) -> None:
         crash_directory.open_spool(tmp_path / "file" / "appscope")
 
     assert "CRASHBUS_SPOOL" in caught.value.mend
+
+
+# As within a systemd unit with ProtectSystem=strict.
+READ_ONLY = """
+mount -t tmpfs -o ro tmpfs "$1"
+"$2" -c '
+import sys, pathlib
+from services.common import crash_directory
+try:
+    crash_directory.open_spool(pathlib.Path(sys.argv[1], "crashes"))
+except crash_directory.SpoolUnusable as error:
+    print(error.mend)
+' "$1"
+"""
+
+
+def test_spool_that_its_unit_may_not_write_to_names_the_setting_of_the_unit(tmp_path: Path) -> None:
+    need_root()
+    command = ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", tmp_path, sys.executable]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert f"ReadWritePaths={tmp_path}/crashes" in done.stdout, done.stderr
