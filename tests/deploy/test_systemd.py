@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support.requirements import need_program
 from tests.support.units import UNITS, values
@@ -55,3 +56,25 @@ def test_a_credential_that_need_not_be_there_has_a_stand_in(unit: str) -> None:
     assert loaded == stands_in
     named = [value for value in values(unit, "Environment") if "%d/" in value]
     assert {value.rpartition("/")[2] for value in named} == loaded
+
+
+def test_shippers_differ_whatever_the_file_of_settings_says() -> None:
+    """EnvironmentFile= goes before Environment=, systemd.exec(5)."""
+    (unit,) = (name for name in NAMES if "@" in name)
+    assert not [value for value in values(unit, "Environment") if "%i" in value]
+    (command,) = values(unit, "ExecStart")
+    (address,) = [word for word in command.split() if word.startswith("CRASHBUS_SHIPPER_HTTP=")]
+    assert address.endswith(":%i")
+
+
+@pytest.mark.parametrize("unit", [name for name in NAMES if "recorder" not in name])
+def test_a_unit_takes_no_more_memory_than_elsewhere(unit: str) -> None:
+    name = unit.removeprefix("crashbus-").removesuffix(".service").removesuffix("@")
+    compose = yaml.safe_load((UNITS.parent / "compose.yaml").read_text())["services"]
+    (limit,) = values(unit, "MemoryMax")
+    assert limit.lower() == compose[name]["mem_limit"]
+    manifests = UNITS.parent.joinpath("kubernetes").glob("*/*.yaml")
+    every = [one for path in manifests for one in yaml.safe_load_all(path.read_text())]
+    pods = [one["spec"]["template"]["spec"] for one in every if "template" in one.get("spec", {})]
+    containers = {one["name"]: one for pod in pods for one in pod["containers"]}
+    assert containers[name]["resources"]["limits"]["memory"] == f"{limit}i"
