@@ -2,7 +2,8 @@
 
 On a host the watchdog of a killed recorder leaves it to the pipe helper, or puts it back. In a
 container the watchdog is ended together with the recorder. So this runs in a container of its own,
-which is stopped after the recorder's, and puts core_pattern back at the latest then.
+which is stopped after the recorder's, and puts core_pattern back at the latest then. It also frees
+whom a recorder holds that is paused, see `paused`.
 """
 
 import signal
@@ -15,13 +16,15 @@ import structlog
 from services.common import log as logs
 from services.common.bus_settings import BusSettings
 from services.common.settings import SettingsError
-from services.recorder import core_pattern, hardening, pattern_file
+from services.recorder import core_pattern, hardening, pattern_file, watchdog
 from services.recorder.errors import RecorderError
 from services.recorder.pattern_file import LOCK_WITHIN
+from services.recorder.paused import Paused
 from services.recorder.settings import RecorderSettings
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
+_HELPER_WITHIN = 70  # seconds that the pipe helper asks for a recorder, and then keeps a crash
 LOOK_EVERY = 1.0  # seconds, in which a container engine has started it again, or has not
 
 
@@ -29,7 +32,7 @@ def main() -> None:
     """Watch over core_pattern until SIGTERM, and put it back last of all."""
     hardening.never_dump_core()
     try:
-        settings, socket = BusSettings.load(), RecorderSettings.load().socket
+        settings, of_recorder = BusSettings.load(), RecorderSettings.load()
     except SettingsError as error:
         sys.exit(f"crashbus guard: {error}")
     logs.configure(settings.log_level, settings.log_format, "guard")
@@ -37,17 +40,28 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     log.info("guarding core_pattern", now=pattern_file.current())
+    paused = Paused(_patience(of_recorder))
     while not stop.wait(LOOK_EVERY):
-        put_back(settings.state)
-    put_back(settings.state, last=socket)
+        if put_back(settings.state) and (freed := paused.look()):
+            log.error("the recorder is paused; whom it held was killed", processes=freed)
+    put_back(settings.state, last=of_recorder.socket)
 
 
-def put_back(state: Path, last: Path | None = None) -> None:
+def _patience(settings: RecorderSettings) -> int:
+    """Return the looks until everyone but a paused recorder has let go of a crashed process."""
+    of_watchdogs = watchdog.PATIENCES * settings.watchdog_deadline
+    return round((of_watchdogs + _HELPER_WITHIN + settings.chain_deadline) / LOOK_EVERY)
+
+
+def put_back(state: Path, last: Path | None = None) -> bool:
     """Put core_pattern back unless a recorder runs, or the pipe helper keeps crashes for the next.
 
     Args:
         last: do so even then, and remove the helper, and the socket that a killed recorder has
             left here.
+
+    Returns:
+        Whether a recorder runs.
     """
     try:
         with core_pattern.only_one(within=LOCK_WITHIN if last else 0):
@@ -59,8 +73,10 @@ def put_back(state: Path, last: Path | None = None) -> None:
     except core_pattern.AnotherRuns:
         if last:
             log.warning("a recorder still runs, core_pattern stays its own")
+        return True
     except (RecorderError, OSError) as error:
         log.error("core_pattern cannot be put back", error=str(error))
+    return False
 
 
 if __name__ == "__main__":

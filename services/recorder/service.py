@@ -16,7 +16,7 @@ import structlog
 from services.common import descriptors
 from services.common.health import Health
 from services.common.service import Runtime, finish
-from services.recorder import capturing, core_pattern, finishing, metrics
+from services.recorder import capturing, core_pattern, finishing, metrics, pattern_file
 from services.recorder.conditions import MODULE_FILES, Conditions
 from services.recorder.core.room import Lack
 from services.recorder.dead_letters import DeadLetters
@@ -159,6 +159,7 @@ class Recorder:
         while True:
             await asyncio.sleep(_LOOK_EVERY)
             self._watchdogs.beat()
+            pattern_file.beat()
             self._check_watchdogs()
             self._patience.let_go_of_stalled()
             self._captures.replace_stuck()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # it is the recorder's side alone that has one
     from services.recorder.handover.mechanism import Plan
 
 _ENDS_WITHIN = 5.0  # seconds from SIGKILL to the end of the recorder
-_SECOND = 2  # times the patience of the first has the second
+PATIENCES = 2  # times that of the first has the second
 # Where a process leaves its cgroup to: the root of version 1's freezer, or of version 2.
 _CGROUP_ROOTS = ("/sys/fs/cgroup/freezer", "/sys/fs/cgroup/unified", "/sys/fs/cgroup")
 
@@ -40,7 +40,7 @@ class Watchdogs:
 
     def __init__(self, state: Path, patience: float, log_form: str, plan: "Plan") -> None:
         self._both = tuple(
-            Watchdog(state, seconds, log_form, plan) for seconds in (patience, patience * _SECOND)
+            Watchdog(state, seconds, log_form, plan) for seconds in (patience, patience * PATIENCES)
         )
 
     def start(self) -> None:
@@ -154,7 +154,7 @@ def main() -> None:
     if has_ended := _has_ended(recorder):
         _leave_to_helper(pattern, stand_in)
     else:
-        held = _dumping()
+        held = dumping()
     _put_back(state, log_form, patience if fell_silent else None, has_ended)
     for process in held:
         # It waits for a recorder that cannot be ended: nothing but this ends it.
@@ -208,7 +208,7 @@ def _leave_to_helper(pattern: str, stand_in: str | None) -> None:
         pattern_file.leave_to_helper(pattern, stand_in)
 
 
-def _dumping() -> list[int]:
+def dumping() -> list[int]:
     """Return pidfds of all processes that dump core now; proc_pid_status(5).
 
     All of the host's cores go one way, so all of them wait for that recorder.

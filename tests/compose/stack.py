@@ -67,6 +67,7 @@ STAND_INS = {
 }
 BUS_NAME = "bus.example.com"  # by which agents call the bus
 CA_FILE = "/etc/ssl/certs/ca-certificates.crt"  # Debian's
+AGENT_ADDRESS = "127.0.0.77"  # of the host, where nothing else listens
 BUILD_WITHIN = 1200  # seconds, on a busy machine
 # Docker 23 knows CAP_BPF and CAP_PERFMON by name.
 _FIRST_WITH_CAP_BPF = 23
@@ -171,6 +172,7 @@ class Stack:
         gateways = self.docker("network", "inspect", "--format", format_, "crashbus_listeners")
         self._environment["BUS_ADDRESS"] = gateways.split()[0]
         self._environment["CRASHBUS_CHAIN"] = "true"
+        self._environment["CRASHBUS_METRICS_LISTEN"] = AGENT_ADDRESS
         self._environment["CRASHBUS_NATS_URL"] = f"tls://{BUS_NAME}:{self._bus_port}"
         try:
             self.agent("up", "--detach", "--no-build", "--wait", "--wait-timeout", "120")

@@ -5,6 +5,7 @@ import os
 import signal
 import ssl
 from collections.abc import AsyncIterator
+from urllib.request import urlopen
 
 import pytest
 import pytest_asyncio
@@ -12,7 +13,7 @@ import pytest_asyncio
 from crashbus import Bus, connect
 from tests.compose.delivery import WHOLE, delivered
 from tests.compose.readme import Walk
-from tests.compose.stack import Stack
+from tests.compose.stack import AGENT_ADDRESS, Stack
 from tests.support import core_pattern
 from tests.support.docker import IMAGE, child_of
 from tests.support.former import Former
@@ -60,6 +61,9 @@ async def test_agent_takes_over_from_a_killed_recorder_and_guard_and_puts_core_p
         os.kill(process, signal.SIGSEGV)
         manifest, _ = await delivered(stack, secured, container)
         assert {file.kind for file in manifest.files} >= WHOLE
+        for port in (9601, 9602, 9603):
+            with urlopen(f"http://{AGENT_ADDRESS}:{port}/metrics", timeout=30) as answer:
+                assert b"\ncrashbus_healthy 1.0\n" in answer.read()
         # Whoever had core_pattern before goes on getting cores, because that was asked for.
         await former.kept(process)
         # A recorder that was killed does not put it back, and down has to.

@@ -1,5 +1,6 @@
 """What the guard does beside a recorder in a container, whose watchdog ends together with it."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from services.recorder import pattern_file
+from services.recorder.paused import SILENT_AFTER, Paused
 from tests.recorder.conftest import MakeRecorder
 from tests.support import core_pattern
 from tests.support.crashers import crasher
 from tests.support.recorder import RecorderService, crash
-from tests.support.wait import until
+from tests.support.wait import stop, until
 
 BEFORE = "/somewhere/core.%p"
 
@@ -119,3 +122,45 @@ async def test_guard_leaves_a_recorder_that_runs_alone(
 
     assert core_pattern.current().startswith("@")
     assert (recorder.state.with_name("run") / "s").exists()
+
+
+async def test_whom_a_recorder_holds_that_is_paused_with_its_watchdogs_is_freed(
+    recorder_with: MakeRecorder,
+) -> None:
+    """As `docker pause` stops them. With the socket, whoever crashes then is held without end."""
+    recorder = await started(recorder_with, "socket")
+    for one in (recorder.pid, *recorder.watchdogs()):
+        await stop(one)
+    looks = 3
+    paused = Paused(looks)
+    crashed = [await held(crasher("null_pointer"))]
+    try:
+        paused.look()
+        for _ in range(SILENT_AFTER):
+            assert paused.look() == 0
+        crashed.append(await held(crasher("null_pointer")))
+
+        freed = [paused.look() for _ in range(looks)]
+
+        assert freed[:-1] == [0, 0] and freed[-1] >= 1
+        early, late = crashed
+        assert await asyncio.to_thread(early.wait, 60) == -signal.SIGSEGV
+        assert late.poll() is None  # it may still be in the hands of the pipe helper
+        assert any(paused.look() for _ in range(looks))
+        assert await asyncio.to_thread(late.wait, 60) == -signal.SIGSEGV
+    finally:
+        recorder.kill_with_watchdogs()
+
+
+async def held(program: Path) -> "subprocess.Popen[bytes]":
+    """Crash a program that nobody lets go."""
+    process = subprocess.Popen([program])
+    status = Path(f"/proc/{process.pid}/status")
+    await until(lambda: "CoreDumping:\t1" in status.read_text())
+    return process
+
+
+async def test_recorder_gives_signs_of_life(recorder_with: MakeRecorder) -> None:
+    await started(recorder_with, "pipe")
+    first = pattern_file.last_beat()
+    await until(lambda: pattern_file.last_beat() != first)
