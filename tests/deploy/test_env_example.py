@@ -21,3 +21,9 @@ def test_all_that_the_compose_file_asks_is_told() -> None:
 def test_it_decides_nothing_as_it_stands() -> None:
     lines = (DEPLOY / ".env.example").read_text().splitlines()
     assert [line for line in lines if line and not line.startswith("#")] == []
+
+
+def test_head_of_the_agent_s_file_tells_what_that_asks() -> None:
+    text = (DEPLOY / "compose.agent.yaml").read_text()
+    told = re.findall(r"^#   (\w+)=", text, re.M)
+    assert set(ASKED.findall(text)) <= set(told)
