@@ -59,8 +59,8 @@ def process(
     [
         ("executable=/usr/bin/vault*", process("/usr/bin/vault-1"), process("/opt/usr/bin/vault")),
         ("executable=*/vault", process("/opt/vault"), process("/opt/vaults")),
-        ("argument=*/vault.py", process(arguments=("py", "/a/vault.py")), process("/a/vault.py")),
-        ("argument=x", process(arguments=("x",)), process(arguments=("xx", "x=x"))),
+        ("executable=*/vault", process("/opt/vault (deleted)"), process("/opt/vault (gone)")),
+        ("executable=*(deleted)", process("/opt/vault (deleted)"), process("/opt/vault")),
         ("user=1000", process(uid=1000), process(uid=100)),
         ("user=alice", process(uid=1000), process(uid=0)),
         ("container=abc", process(container="abcdef"), process(container="xabc")),
@@ -77,6 +77,24 @@ def test_rules(rule: str, fitting: Process, other: Process) -> None:
 
     assert policy.decide(fitting, names[fitting.uid]).extent is Extent.NOTHING
     assert policy.decide(other, names[other.uid]).extent is Extent.ALL
+
+
+@pytest.mark.parametrize(
+    ("rule", "fitting", "other"),
+    [
+        ("argument=*/vault.py", b"py\0/a/vault.py\0", b"py\0/a/vault.pyc\0"),
+        ("argument=x", b"x\0", b"xx\0x=x\0"),
+        ("argument=Main", b"x\0" * 100_000 + b"Main\0y", b"x\0Main.y"),
+        ("argument=--token=x", b"--token=x\0", b"--token=y\0"),
+        ("argument=?*", b"\0\0x\0", b"\0\0"),
+    ],
+)
+def test_rules_see_each_argument_as_it_is(rule: str, fitting: bytes, other: bytes) -> None:
+    policy = CorePolicy(Extent.ALL, (Rule.parse(rule),))
+
+    assert policy.asks_for_arguments
+    assert policy.decide(process(), "root", b"", fitting).extent is Extent.NOTHING
+    assert policy.decide(process(), "root", b"", other).extent is Extent.ALL
 
 
 @pytest.mark.parametrize("text", ["", "user", "user=", "=x", "pod=x", "users=x"])
@@ -227,14 +245,20 @@ def test_programs_are_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch
 async def test_switched_off_core_leaves_a_backtrace_and_no_memory(
     recorder_with: MakeRecorder,
 ) -> None:
-    recorder = recorder_with(recorder_core_off="user=nobody, executable=*/threads")
+    recorder = recorder_with(
+        recorder_core_off="user=nobody, executable=*/threads, argument=--token=65th"
+    )
     await recorder.start()
 
     pid, _ = crash(crasher("threads"), env={"KEPT": "a-secret-of-mine"})
     record = await recorder.captured(pid)
-    other, _ = crash(crasher("null_pointer"))
+    other, _ = crash(crasher("null_pointer"), "--token=x")
+    many, _ = crash(crasher("null_pointer"), *["x"] * 64, "--token=65th")
 
     assert not list((recorder.spool / str(pid)).glob("*core*"))
+    record_of_many = await recorder.captured(many)
+    assert "no core for argument=--token=65th" in record_of_many.notes[0]
+    assert not list((recorder.spool / str(many)).glob("*core*"))
     assert "no core for executable=*/threads" in record.notes[0]
     found = json.loads(recorder.file(pid, "backtrace_json").read_bytes())
     assert found["threads"][0]["frames"][0]["symbol"] == "crash_here"

@@ -5,6 +5,7 @@ users. And of a program that crashes again and again the hundredth core tells no
 fills disk and bus.
 """
 
+import os
 import re
 import threading
 import time
@@ -75,13 +76,16 @@ class Rule:
             )
         return cls(field, pattern)
 
-    def fits(self, process: Process, username: str) -> bool:
-        """Tell whether it is about this process."""
+    def fits(self, process: Process, username: str, command_line: bytes) -> bool:
+        """Tell whether it is about this process; arguments as for `CorePolicy.decide`."""
         match self.field:
             case "executable":
-                return fnmatchcase(process.executable or process.comm, self.pattern)
+                path = process.executable or process.comm
+                # What is behind the path of one that was replaced meanwhile, proc_pid_exe(5).
+                paths = path, path.removesuffix(" (deleted)")
+                return any(fnmatchcase(one, self.pattern) for one in paths)
             case "argument":
-                return any(fnmatchcase(one, self.pattern) for one in process.command_line)
+                return any(fnmatchcase(one, self.pattern) for one in _arguments(command_line))
             case "user":
                 return self.pattern in (username, str(process.uid))
             case "comm":
@@ -94,6 +98,12 @@ class Rule:
                 name, sign, value = self.pattern.partition("=")
                 found = process.container.labels.get(name) if process.container else None
                 return found is not None and (not sign or found == value)
+
+
+def _arguments(command_line: bytes) -> set[str]:
+    """Return the arguments, each once: hundreds of thousands of the same cost nothing."""
+    given = command_line.removesuffix(b"\0").split(b"\0") if command_line else []
+    return {os.fsdecode(one) for one in set(given)}
 
 
 # Crashbus's own processes, which hold the keys of bus and destinations.
@@ -132,14 +142,23 @@ class CorePolicy:
         """Whether a container's labels must be known to decide."""
         return any(rule.field == "label" for rule in self._off)
 
-    def decide(self, process: Process, username: str, maps: bytes = b"") -> Decision:
+    @property
+    def asks_for_arguments(self) -> bool:
+        """Whether the command line must be known to decide."""
+        return any(rule.field == "argument" for rule in self._off)
+
+    def decide(
+        self, process: Process, username: str, maps: bytes = b"", command_line: bytes = b""
+    ) -> Decision:
         """Say how much of this crash's memory is kept.
 
         Args:
             maps: its mappings, proc_pid_maps(5).
+            command_line: as the kernel tells it, proc_pid_cmdline(5): of what `process` shows,
+                arguments and secrets are left out.
         """
         for rule in self._off:
-            if rule.fits(process, username):
+            if rule.fits(process, username, command_line):
                 return Decision(
                     Extent.NOTHING,
                     f"no core for {rule.field}={rule.pattern} ({rule.setting})",

@@ -6,6 +6,7 @@ from functools import partial
 
 from crashbus.layout import Kind, crash_file_name
 from services.common import crash_directory
+from services.common import process as processes
 from services.common.capture import CapturedFile
 from services.common.core_stream import Announced
 from services.recorder import facts, metrics
@@ -43,7 +44,7 @@ def _write(
     if on.core_policy.asks_for_labels:
         add_container(recording)
     known = recording.facts
-    decision = on.core_policy.decide(recording.record.process, known.username, known.maps)
+    decision = _decide(recording, known, on, taken)
     pages = _pages(recording, head, on, taken)
     if on.coredump_filter is not None and decision.extent is not Extent.NOTHING:
         pages = _filtered(recording, pages, on.coredump_filter)
@@ -59,6 +60,13 @@ def _write(
         _close_core(recording)
         head = pages.head
     return _to_disk(recording, hold, head, pages, decision, on)
+
+
+def _decide(recording: Recording, known: facts.Facts, on: Conditions, taken: Taken) -> Decision:
+    policy, line = on.core_policy, b""
+    if policy.asks_for_arguments:
+        line = processes.raw_command_line(known.task, taken.proc)
+    return policy.decide(recording.record.process, known.username, known.maps, line)
 
 
 def _chain(recording: Recording, hold: Hold, on: Conditions) -> None:

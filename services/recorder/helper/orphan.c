@@ -166,6 +166,18 @@ static bool has_argument(const char *form, const char *arguments, size_t size) {
     return false;
 }
 
+/* Tell whether a path has this form, without what the kernel puts behind that of a program whose
+ * file was replaced meanwhile, too; proc_pid_exe(5). */
+static bool is_executable(const char *form, const char *path) {
+    static const char replaced[] = " (deleted)";
+    char plain[PATH_MAX];
+    size_t size = strlen(path), more = sizeof replaced - 1;
+    if (!fnmatch(form, path, FNM_NOESCAPE)) return true;
+    if (size < more || strcmp(path + size - more, replaced)) return false;
+    snprintf(plain, sizeof plain, "%.*s", (int)(size - more), path);
+    return !fnmatch(form, plain, FNM_NOESCAPE);
+}
+
 /* Who crashed, as rules may name them.
  *
  * arguments: each ends with a NUL; all of `told` bytes.
@@ -194,7 +206,7 @@ static bool fits(char *rule, const struct crashed *one) {
     char *value = strchr(rule, ' ');
     if (value) *value++ = '\0';
     if (!strcmp(rule, "containers")) return is_in_container(one->cgroup, "");
-    if (value && !strcmp(rule, "executable")) return !fnmatch(value, one->executable, FNM_NOESCAPE);
+    if (value && !strcmp(rule, "executable")) return is_executable(value, one->executable);
     if (value && !strcmp(rule, "argument")) return has_argument(value, one->arguments, one->told);
     if (value && !strcmp(rule, "comm")) return !strcmp(value, one->name);
     if (value && !strcmp(rule, "user")) return !strcmp(value, one->user);

@@ -36,7 +36,9 @@ def adopt(orphan: Orphan, on: Conditions) -> Recording:
         understand(recording, orphan.head)
         recording.notes.extend(orphan.facts.notes)
         keep_for_another(recording, orphan.facts)
-        decision = on.core_policy.decide(process, orphan.facts.username, orphan.facts.maps)
+        decision = on.core_policy.decide(
+            process, orphan.facts.username, orphan.facts.maps, orphan.command_line
+        )
         if not orphan.has_memory or decision.extent is Extent.NOTHING:
             recording.notes.append(decision.because or f"no core: {orphan.core_fault}")
             say_what_is_there(recording)

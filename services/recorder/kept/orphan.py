@@ -7,7 +7,7 @@ written by root, but tells what a crashed process wanted told.
 import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from crashbus import layout, names
@@ -46,6 +46,7 @@ class Orphan:
 
     Attributes:
         directory: descriptor of what the helper left.
+        command_line: secrets and all, proc_pid_cmdline(5).
         core_fault: why its core is not whole, empty if it is.
     """
 
@@ -59,6 +60,7 @@ class Orphan:
     core_size: int
     core_fault: str
     fault: str | None
+    command_line: bytes = field(repr=False)
 
     @property
     def has_memory(self) -> bool:
@@ -176,6 +178,7 @@ def _orphan(directory: int, core: int) -> Orphan:
         core_size=size,
         core_fault=core_fault,
         fault=_fault(maps, head),
+        command_line=processes.raw_command_line(pid, kept),
     )
     # Last: they are open from here on.
     return replace(orphan, facts=replace(known, modules=modules.read_later(maps)))
