@@ -27,6 +27,7 @@ class _Area:
     """What proc_pid_smaps(5) tells of a mapping.
 
     Attributes:
+        is_readable: by the process itself.
         is_own: it has pages that are the process's own, also where a file is mapped.
     """
 
@@ -34,6 +35,7 @@ class _Area:
     offset: int
     has_file: bool
     path: bytes
+    is_readable: bool
     is_own: bool = False
     shared: bool = False
     is_huge: bool = False
@@ -80,7 +82,9 @@ def _most(area: _Area, mask: int, memory: Memory) -> int:
         return _WHOLE
     if area.has_file and mask & MAPPED_PRIVATE:
         return _WHOLE
-    has_header = area.has_file and area.offset == 0 and mask & ELF_HEADERS
+    # The kernel also has the first page of an executable file that is no ELF file. Of which mode
+    # one is cannot be asked here: its disk may not answer.
+    has_header = area.has_file and area.offset == 0 and area.is_readable and mask & ELF_HEADERS
     return PAGE if has_header and _is_elf(memory, area.start) else 0
 
 
@@ -117,5 +121,6 @@ def _areas(task: int) -> Iterator[_Area]:
 
 def _area(line: bytes) -> _Area:
     for one in mappings(line):
-        return _Area(one.start, one.offset, one.inode != b"0", one.path.rstrip(b"\n"))
+        path, has_file = one.path.rstrip(b"\n"), one.inode != b"0"
+        return _Area(one.start, one.offset, has_file, path, one.access.startswith(b"r"))
     raise PagesUnreadable("smaps cannot be read")

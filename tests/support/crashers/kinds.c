@@ -45,6 +45,7 @@ int main(int count, char **arguments)
     mmap(NULL, SIZE, PROT_READ, MAP_PRIVATE, file, 0);
     mmap(NULL, SIZE, PROT_READ, MAP_SHARED, open(arguments[2], O_RDONLY), 0); /* counts as private */
     fill(map(MAP_PRIVATE, file, SIZE), "changed-file");
+    mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE, open("/proc/self/exe", O_RDONLY), 0);
     fill(map(MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, HUGE), "private-huge");
     fill(map(MAP_SHARED | MAP_ANONYMOUS | MAP_HUGETLB, -1, HUGE), "shared-huge");
     return crash_here(NULL);
