@@ -162,7 +162,8 @@ class RecorderSettings(Settings):
         ge=0,
         le=100,
         description="percent of the spool's disk that cores leave free; they become smaller, as "
-        "at their limit, when there is no more room",
+        "at their limit, when there is no more room; cores that are written at the same time may "
+        "take half of it",
     )
     stall_deadline: float = Field(
         120,

@@ -1,5 +1,6 @@
 """Pages read from the process are the kernel's own core, byte for byte."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from services.recorder.handover import arrival
 from services.recorder.handover.hold import Hold
 from services.recorder.handover.mechanism import Mechanism
 from tests.support import core_pattern
-from tests.support.crashers import FATAL, crasher
+from tests.support.crashers import FATAL, HOG, crasher
 from tests.support.requirements import need_linux
 
 MIB = 1024 * 1024
@@ -131,6 +132,52 @@ def test_core_with_everything_in_it_is_the_kernels(
         assert same(*both_ways(coredump_socket, tmp_path, crasher("many_mappings"), "40"))
     finally:
         Path("/proc/self/coredump_filter").write_text("0x" + before)
+
+
+@pytest.mark.parametrize("by_stream", [False, True])
+def test_core_ends_where_it_shall_have_no_more(
+    coredump_socket: socket.socket, tmp_path: Path, by_stream: bool
+) -> None:
+    crash = Crash(coredump_socket, *HOG, "48")
+
+    def check_room(size: int) -> None:
+        if size > 16 * MIB:
+            raise OSError(errno.ENOSPC, "no room beside others")
+
+    pages = None if by_stream else Pages(crash.pid, crash.head, crash.maps)
+    try:
+        with (tmp_path / "core").open("wb") as core:
+            copied = core_copy.copy(
+                *(crash.hold, crash.head.raw, crash.head.size, core.fileno(), 0, pages),
+                check_room=check_room,
+            )
+    finally:
+        crash.end()
+
+    assert copied.disk_full
+    assert MIB < copied.size == (tmp_path / "core").stat().st_size < 24 * MIB
+
+
+def test_core_that_is_whole_needs_no_more_room(
+    coredump_socket: socket.socket, tmp_path: Path
+) -> None:
+    crash = Crash(coredump_socket, *HOG, "48")
+    size = crash.head.size or 0
+
+    def check_room(has: int) -> None:
+        if has >= size:
+            raise OSError(errno.ENOSPC, "no room beside others")
+
+    try:
+        with (tmp_path / "core").open("wb") as core:
+            pages = Pages(crash.pid, crash.head, crash.maps)
+            copied = core_copy.copy(
+                *(crash.hold, crash.head.raw, size, core.fileno(), 0, pages), check_room=check_room
+            )
+    finally:
+        crash.end()
+
+    assert copied == core_copy.Copied(size, in_order=True)
 
 
 def test_untouched_pages_stay_holes(coredump_socket: socket.socket, tmp_path: Path) -> None:

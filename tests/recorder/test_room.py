@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from services.recorder.core import room
 from tests.support.disk import small_disk
 
@@ -38,6 +40,18 @@ def test_no_room_for_a_core_where_no_file_can_be_made(tmp_path: Path) -> None:
             assert room.for_new_core(directory, 5) == 1
         finally:
             os.close(directory)
+
+
+def test_half_of_the_reserve_stays_free_whoever_writes(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 64) as disk, (disk.place / "core").open("wb") as core:
+        reserve = room.Reserve(core.fileno(), 50)
+        disk.fill(leaving=25 * MIB)
+        for size in range(0, 48 * MIB, MIB):
+            reserve.check(size)
+        disk.fill(leaving=4 * MIB)
+        with pytest.raises(OSError, match="No space left"):
+            for size in range(48 * MIB, 64 * MIB, MIB):
+                reserve.check(size)
 
 
 def test_the_reserve_stays_free(tmp_path: Path) -> None:

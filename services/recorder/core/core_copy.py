@@ -33,6 +33,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 TellLeftOut = Callable[[str], None]
+CheckRoom = Callable[[int], None]
 
 
 def _tell_nobody(_: object) -> None:
@@ -68,6 +69,7 @@ def copy(
     stacks_because: str = "",
     tell_final: TellFinal = _tell_nobody,
     tell_left_out: TellLeftOut = _tell_nobody,
+    check_room: CheckRoom = _tell_nobody,
 ) -> Copied:
     """Write head and the rest of the core to an empty file.
 
@@ -81,20 +83,22 @@ def copy(
             where there are pages; empty: keep all.
         tell_final: told from time to time up to where a core of pages is copied.
         tell_left_out: told, before it is copied, why it has less than all; empty: it has all.
+        check_room: told from time to time how many bytes it has, and raises an OSError where it
+            shall have no more.
     """
     try:
         size = sparse.write(core, head[: limit or None], 0)
         if pages is not None and announced and pages.start <= (limit or announced):
-            size, fault = _stream(hold, core, size, pages.start)
+            size, fault = _stream(hold, core, size, pages.start, check_room)
             if size == pages.start:
                 copied = _from_memory(
                     *(hold, pages, core, announced, limit),
-                    *(stacks_because, tell_final, tell_left_out),
+                    *(stacks_because, tell_final, tell_left_out, check_room),
                 )
                 if copied is not None:
                     return copied
                 announced = pages.head.as_sent().size
-        size, fault = _stream(hold, core, size, limit)
+        size, fault = _stream(hold, core, size, limit, check_room)
         os.ftruncate(core, size)
     except OSError as error:
         return _cut_back(core, error)
@@ -130,7 +134,9 @@ def read_exactly(hold: Hold, size: int) -> bytes:
     return bytes(data[:got])
 
 
-def _stream(hold: Hold, core: int, size: int, limit: int) -> tuple[int, str | None]:
+def _stream(
+    hold: Hold, core: int, size: int, limit: int, check_room: CheckRoom
+) -> tuple[int, str | None]:
     """Write from the stream on at `size`, up to `limit` (0: none); return where it ended."""
     block, fault = bytearray(BLOCK), None
     while not (limit and size >= limit):
@@ -139,7 +145,19 @@ def _stream(hold: Hold, core: int, size: int, limit: int) -> tuple[int, str | No
         size += sparse.write(core, block if got == BLOCK else block[:got], size)
         if got < wanted:
             break
+        check_room(size)
     return size, fault
+
+
+def _both(check_room: CheckRoom, tell_final: TellFinal, size: int) -> TellFinal:
+    """Return what is told up to where a core of that size is copied; for its end it has room."""
+
+    def tell(end: int) -> None:
+        tell_final(end)
+        if end < size:
+            check_room(end)
+
+    return tell
 
 
 def _from_memory(
@@ -151,6 +169,7 @@ def _from_memory(
     stacks_because: str,
     tell_final: TellFinal,
     tell_left_out: TellLeftOut,
+    check_room: CheckRoom,
 ) -> Copied | None:
     """Copy the process's pages; None where the kernel must be asked for them after all."""
     try:
@@ -161,13 +180,15 @@ def _from_memory(
                 )
                 missing = left_out(reduced.missing, limit, stacks_because)
                 tell_left_out(missing or "")
-                copied = _reduced(hold, memory, touched, core, reduced, tell_final)
+                told = _both(check_room, tell_final, reduced.size)
+                copied = _reduced(hold, memory, touched, core, reduced, told)
                 if copied.fault is None:
                     copied = Copied(copied.size, missing)
             else:
                 found = touched.pieces(pages.head.loads())
                 first = _for_backtrace(pages.head, core, touched, announced)
-                end = core_pages.copy(hold, memory, found, core, announced, tell_final, first)
+                told = _both(check_room, tell_final, announced)
+                end = core_pages.copy(hold, memory, found, core, announced, told, first)
                 copied = _cut(hold, core, end, announced)
     except PagesUnreadable as error:
         metrics.CORES.labels("stream").inc()

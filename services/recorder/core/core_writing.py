@@ -138,6 +138,7 @@ def _to_disk(
         decision.because,
         recording.tell_final,
         partial(_tell_left_out, recording, decision, head.size),
+        room.Reserve(recording.core_file, on.disk_reserve).check,
     )
     if copied.streamed and head.sent is not None:
         _say_nothing_is_left_out(recording, _BY_STREAM)

@@ -1,9 +1,12 @@
 """Room for cores on the spool's disk."""
 
+import errno
 import os
 from pathlib import Path
 
 from services.recorder.core import core_copy
+
+_LOOK_EVERY = 16 * 1024 * 1024  # bytes of a core
 
 
 def for_core(place: int | Path, reserve: float) -> int:
@@ -13,9 +16,14 @@ def for_core(place: int | Path, reserve: float) -> int:
         place: a file or directory there, or a descriptor of one.
         reserve: percent of the disk that stay free.
     """
+    free, kept = _free(place, reserve)
+    return max(1, free - max(kept, core_copy.GIVEN_BACK))
+
+
+def _free(place: int | Path, reserve: float) -> tuple[int, int]:
+    """Return how many bytes are free, and how many of them should stay so."""
     disk = os.statvfs(place)
-    kept = int(disk.f_blocks * disk.f_frsize * reserve / 100)
-    return max(1, disk.f_bavail * disk.f_frsize - max(kept, core_copy.GIVEN_BACK))
+    return disk.f_bavail * disk.f_frsize, int(disk.f_blocks * disk.f_frsize * reserve / 100)
 
 
 def for_new_core(directory: int, reserve: float) -> int:
@@ -24,6 +32,32 @@ def for_new_core(directory: int, reserve: float) -> int:
     if disk.f_files and not disk.f_favail:  # some file systems do not count them
         return 1
     return for_core(directory, reserve)
+
+
+class Reserve:
+    """Keeps half of the reserve from cores that are written at the same time.
+
+    Each is laid out for the room that there was when it began, and others take of the same. Half,
+    because one alone may take a little of the reserve, and must not be cut for that.
+    """
+
+    def __init__(self, core: int, reserve: float) -> None:
+        self._core = core
+        self._reserve = reserve
+        self._next = 0
+
+    def check(self, size: int) -> None:
+        """See whether a core that has so many bytes may have more; call it often.
+
+        Raises:
+            OSError: it may not.
+        """
+        if size < self._next:
+            return
+        self._next = size + _LOOK_EVERY
+        free, kept = _free(self._core, self._reserve)
+        if free < kept // 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Lack:

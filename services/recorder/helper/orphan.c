@@ -339,13 +339,14 @@ static bool write_sparse(int core, const char *block, size_t size, uint64_t plac
     return true;
 }
 
-static uint64_t room_for_core(int core) {
+/* Return how large a core of this size may become. Others are written to the same disk. */
+static uint64_t may_have(int core, uint64_t size) {
     struct statvfs disk;
-    if (fstatvfs(core, &disk)) return 0;
-    uint64_t kept = disk.f_blocks / 1000 * numbers[RESERVE].value, room = 0;
+    if (fstatvfs(core, &disk)) return size;
+    uint64_t kept = disk.f_blocks / 1000 * numbers[RESERVE].value, most = size;
     uint64_t limit = numbers[LIMIT].value;
-    if (disk.f_bavail > kept) room = (disk.f_bavail - kept) * disk.f_frsize;
-    return limit && limit < room ? limit : room;
+    if (disk.f_bavail > kept) most += (disk.f_bavail - kept) * disk.f_frsize;
+    return limit && limit < most ? limit : most;
 }
 
 /* Copy the core as far as it goes; return why it is not whole, or "". */
@@ -353,12 +354,13 @@ static const char *copy_core(int directory) {
     static char block[BLOCK];
     int core = make_file(directory, "core");
     if (core < 0) return "no file could be made for it";
-    uint64_t size = 0, limit = room_for_core(core);
+    uint64_t size = 0;
     const char *fault = "";
     fcntl(STDIN_FILENO, F_SETFL, O_NONBLOCK);
     fcntl(STDIN_FILENO, F_SETPIPE_SZ, 1 << 20);
     for (size_t got; (got = fill(block));) {
         if (job.head_only) got = head_end(block, got);
+        uint64_t limit = may_have(core, size);
         bool is_cut = size + got > limit;
         if (is_cut) got = (size_t)(limit - size);
         if (!write_sparse(core, block, got, size)) {
