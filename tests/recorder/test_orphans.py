@@ -404,6 +404,62 @@ def test_only_so_many_are_kept(tmp_path: Path, sleeper: int) -> None:
     assert len(list(helper.orphans.iterdir())) == orphan_rules.MOST
 
 
+def test_what_was_put_aside_takes_no_place(tmp_path: Path, sleeper: int) -> None:
+    helper = Helper(tmp_path)
+    for number in range(orphan_rules.MOST):
+        (helper.orphans / f"unreadable-{number}-1").mkdir()
+
+    assert helper.start(sleeper, subprocess.DEVNULL).wait(WITHIN) == 0
+
+
+def test_one_user_takes_three_quarters_of_the_places(tmp_path: Path, sleeper: int) -> None:
+    helper = Helper(tmp_path)
+    with subprocess.Popen(["/bin/sleep", "600"], user=65534) as nobody:
+        try:
+            for number in range(orphan_rules.MOST * 3 // 4 - 1):
+                place = helper.orphans / f"{number}-1"
+                place.mkdir()
+                os.chown(place, 0, 65534)
+
+            assert helper.start(nobody.pid, subprocess.DEVNULL, 1).wait(WITHIN) == 0
+            assert helper.start(nobody.pid, subprocess.DEVNULL, 2).wait(WITHIN) == 1
+            assert helper.start(sleeper, subprocess.DEVNULL).wait(WITHIN) == 0
+        finally:
+            nobody.kill()
+
+
+async def test_newest_of_those_put_aside_are_kept(tmp_path: Path) -> None:
+    place = tmp_path / layout.ORPHANS
+    place.mkdir(mode=0o700)
+    for time in range(8, 20):
+        (place / f"unreadable-{time}-1" / "core").mkdir(parents=True)
+
+    with looking(tmp_path, pytest.fail, pytest.fail):
+        await until(lambda: len(list(place.iterdir())) <= 8)
+
+    assert {one.name for one in place.iterdir()} == {f"unreadable-{n}-1" for n in range(12, 20)}
+
+
+def test_core_stops_at_the_reserve_though_it_was_not_near_when_it_began(
+    tmp_path: Path, sleeper: int
+) -> None:
+    with small_disk(tmp_path / "disk", 64) as disk:
+        helper = Helper(disk.place, disk_reserve=30)
+        reading, writing = os.pipe()
+        running = helper.start(sleeper, reading)
+        os.close(reading)
+        with os.fdopen(writing, "wb", buffering=0) as core:
+            core.write(b"x" * (4 << 20))  # more than is read before the first is written
+            disk.fill(leaving=12 << 20)  # others did
+            with suppress(BrokenPipeError):
+                core.write(b"x" * (16 << 20))
+
+        assert running.wait(WITHIN) == 0
+        (orphan,) = helper.orphans.iterdir()
+        assert "its reserve" in (orphan / "end").read_text()
+        assert (orphan / "core").stat().st_size < 8 << 20
+
+
 def test_directory_that_others_can_enter_gets_nothing(tmp_path: Path, sleeper: int) -> None:
     helper = Helper(tmp_path)
     helper.orphans.chmod(0o755)
@@ -418,6 +474,7 @@ def test_directory_that_others_can_enter_gets_nothing(tmp_path: Path, sleeper: i
     [
         ("off executable /usr/bin/vault*", True),
         ("off executable */sleep", False),
+        ("off executable /bin/sleep", True),
         ("off argument 60", True),
         ("off argument 6?0", False),
         ("off argument */sleep", False),
@@ -442,6 +499,24 @@ def test_rule(tmp_path: Path, sleeper: int, rule: str, keeps: bool) -> None:
 
     (orphan,) = helper.orphans.iterdir()
     assert (orphan / "core").read_bytes() == (core.read_bytes() if keeps else b"")
+
+
+def test_rule_names_a_program_whose_file_was_replaced(tmp_path: Path) -> None:
+    helper = Helper(tmp_path)
+    helper.rule("off executable */vault")
+    program = Path(shutil.copy("/bin/sleep", tmp_path / "vault"))
+    core = tmp_path / "core"
+    core.write_bytes(b"no core at all")
+    with subprocess.Popen([program, "600"]) as running, core.open("rb") as file:
+        program.unlink()
+        try:
+            assert helper.start(running.pid, file.fileno()).wait(WITHIN) == 0
+        finally:
+            running.kill()
+
+    (orphan,) = helper.orphans.iterdir()
+    assert (orphan / "exe").readlink().name == "vault (deleted)"
+    assert (orphan / "core").read_bytes() == b""
 
 
 # ELF header of a core and one PT_LOAD, whose memory begins at 4096; elf(5).

@@ -215,11 +215,9 @@ static bool fits(char *rule, const struct crashed *one) {
 }
 
 /* Decide what may be kept of a process, before a byte of its memory is. */
-static void apply_rules(int process, int thread) {
-    static struct crashed one;
-    look_at(process, thread, &one);
+static void apply_rules(const struct crashed *one) {
     for (unsigned i = 0; i < job.offs; i++)
-        if (fits(job.off[i], &one)) job.head_only = true;
+        if (fits(job.off[i], one)) job.head_only = true;
 }
 
 static bool write_all(int fd, const char *data, size_t size) {
@@ -378,25 +376,47 @@ static const char *copy_core(int directory) {
     return fault;
 }
 
+/* Tell whether there is room for one more crash: all of one user have three quarters of it. An orphan's
+ * user is the group of its directory, which root alone can enter. What does not begin with a digit
+ * was put aside by the recorder. */
+static bool has_room(int orphans, gid_t user) {
+    uint64_t all = 0, same = 0, most = numbers[MOST].value;
+    struct stat status;
+    DIR *entries = fdopendir(dup(orphans));
+    for (struct dirent *one; entries && (one = readdir(entries));) {
+        if (*one->d_name < '0' || *one->d_name > '9') continue;
+        all++;
+        if (fstatat(orphans, one->d_name, &status, AT_SYMLINK_NOFOLLOW)) continue;
+        same += status.st_gid == user;
+    }
+    if (entries) closedir(entries);
+    return all < most && same < most - most / 4;
+}
+
 /* Open the directory of all orphans, if it is root's alone and has room for one more. */
-static int open_orphans(void) {
+static int open_orphans(gid_t user) {
     struct stat status;
     int fd = open(job.directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0 || fstat(fd, &status) || status.st_uid != geteuid() || status.st_mode & 077) {
         job.fault = "the recorder took nothing, and its directory for that is missing or not ours";
         return -1;
     }
-    uint64_t count = 0;
-    DIR *orphans = fdopendir(dup(fd));
-    while (orphans && readdir(orphans)) count++;
-    if (orphans) closedir(orphans);
-    if (count < numbers[MOST].value + 2) return fd; /* "." and ".." */
+    if (has_room(fd, user)) return fd;
     job.fault = "the recorder took nothing, and too many crashes wait for it already";
     return -1;
 }
 
+static int make_directory(int orphans, const char *name, gid_t user) {
+    if (mkdirat(orphans, name, 0700)) return -1;
+    int fd = openat(orphans, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    int fault = fd < 0 ? 0 : fchown(fd, (uid_t)-1, user);
+    (void)fault; /* a file system without groups: it counts as root's */
+    return fd;
+}
+
 static void *keep(void *unused) {
     (void)unused;
+    static struct crashed crashed;
     char name[64];
     int proc = open("/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     int process = openat(proc, job.pid, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -405,13 +425,13 @@ static void *keep(void *unused) {
         job.fault = "the recorder took nothing, and the process is gone";
         return NULL;
     }
-    apply_rules(process, thread);
-    int orphans = open_orphans();
+    look_at(process, thread, &crashed);
+    apply_rules(&crashed);
+    gid_t user = (gid_t)strtoul(crashed.user, NULL, 10);
+    int orphans = open_orphans(user);
     if (orphans < 0) return NULL;
     snprintf(name, sizeof name, "%.20s-%.20s", job.time, job.pid);
-    int directory = -1;
-    if (!mkdirat(orphans, name, 0700))
-        directory = openat(orphans, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    int directory = make_directory(orphans, name, user);
     if (directory < 0 || flock(directory, LOCK_EX)) {
         job.fault = "the recorder took nothing, and no directory could be made";
         return NULL;

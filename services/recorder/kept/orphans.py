@@ -30,6 +30,8 @@ _LOOK_EVERY = 5.0  # seconds
 _MADE_WITHIN = 60.0  # seconds from a helper's directory to the first file in it
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME = re.compile(r"\d{1,12}-\d{1,10}")
+_ASIDE = re.compile(rf"unreadable-({_NAME.pattern})")
+_MOST_ASIDE = 8  # that cannot be read and are kept; each may have a core
 
 
 class Orphans:
@@ -96,6 +98,7 @@ class Orphans:
             for name in found:
                 if _NAME.fullmatch(name) and not self._stopping.is_set():
                     self._try_to_take(name, orphans)
+            _remove_old(orphans)
         finally:
             os.close(orphans)
 
@@ -126,8 +129,20 @@ class Orphans:
 
 
 def _put_aside(name: str, orphans: int) -> None:
-    """Keep what cannot be read for a human; of those with the same name the newest."""
+    """Keep what cannot be read for a human; of those with the same name the newest.
+
+    The helper counts those alone whose names begin with a digit.
+    """
     aside = f"unreadable-{name}"
     with suppress(FileNotFoundError):
         shutil.rmtree(aside, dir_fd=orphans)
     os.rename(name, aside, src_dir_fd=orphans, dst_dir_fd=orphans)
+
+
+def _remove_old(orphans: int) -> None:
+    """Of those that were put aside keep the newest."""
+    with os.scandir(orphans) as entries:
+        aside = [match for entry in entries if (match := _ASIDE.fullmatch(entry.name))]
+    aside.sort(key=lambda match: int(match[1].partition("-")[0]))
+    for match in aside[:-_MOST_ASIDE]:
+        shutil.rmtree(match[0], dir_fd=orphans)
