@@ -16,6 +16,7 @@ from services.recorder.binaries import Binaries
 from services.recorder.containers import Runtime
 from services.recorder.core.core_bus import BusWay
 from services.recorder.core.core_policy import CorePolicy, Extent
+from services.recorder.core.turns import Turns
 from services.recorder.handover.chain import Chain
 from services.recorder.handover.mechanism import Mechanism
 from services.recorder.settings import RecorderSettings
@@ -38,6 +39,7 @@ class Conditions:
         configuration: what ``cfg`` shows.
         module_files: how many descriptors one crash may keep open for its modules now.
         on_want_of_room: told how many bytes the last core wanted in vain; 0: it had them.
+        turns: of large cores.
         unwind_server: has workers ready; without it each is started for itself.
         chain: gets each captured crash whose core is kept.
     """
@@ -61,6 +63,7 @@ class Conditions:
     configuration: Mapping[str, Any]
     module_files: Callable[[], int]
     on_want_of_room: Callable[[int], None]
+    turns: Turns
     unwind_server: UnwindServer | None = None
     chain: Chain | None = None
 
@@ -78,6 +81,7 @@ class Conditions:
         mechanism: Mechanism = Mechanism.SOCKET,
         module_files: Callable[[], int] = lambda: MODULE_FILES,
         on_want_of_room: Callable[[int], None] = lambda _: None,
+        turns: Turns | None = None,
     ) -> Self:
         """Return what the settings say."""
         return cls(
@@ -116,6 +120,7 @@ class Conditions:
             configuration=configuration,
             module_files=module_files,
             on_want_of_room=on_want_of_room,
+            turns=turns or Turns(settings.captures, 0, 0),
         )
 
 

@@ -13,6 +13,7 @@ _OURS = 64  # sockets, pipes, workers, and what is open for a moment
 _ACCEPTED = 1024
 _UNFINISHED = 256
 _CHAINED = 64
+_WAITING = 32
 _CHAINED_AT_ONCE = 16  # systemd allows its own handler as many
 
 
@@ -22,6 +23,7 @@ class Shares:
 
     Attributes:
         captures: captured at once, of 8 descriptors each.
+        waiting: for the turn of their core, of 8 each; beyond, they keep their stacks.
         accepted: that wait for a capture thread, of one; beyond, they wait in the backlog.
         unfinished: that wait for their backtrace, of 3; beyond, they get none.
         with_modules: of these, and of the captured, that have their modules open.
@@ -30,6 +32,7 @@ class Shares:
     """
 
     captures: int
+    waiting: int
     accepted: int
     unfinished: int
     with_modules: int
@@ -46,6 +49,7 @@ class Shares:
         left = max(64, descriptors - _OURS)
         return cls(
             captures=min(captures, max(1, left // 60)),
+            waiting=min(_WAITING, left // 160),
             accepted=min(_ACCEPTED, left // 10),
             unfinished=min(_UNFINISHED, left // 16),
             with_modules=left * 3 // 8 // MODULE_FILES,

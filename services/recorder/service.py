@@ -19,6 +19,7 @@ from services.common.service import Runtime, finish
 from services.recorder import capturing, core_pattern, finishing, metrics, pattern_file
 from services.recorder.conditions import MODULE_FILES, Conditions
 from services.recorder.core.room import Lack
+from services.recorder.core.turns import Turns
 from services.recorder.dead_letters import DeadLetters
 from services.recorder.descriptors import Shares
 from services.recorder.errors import CaptureFailed, RecorderError
@@ -104,7 +105,12 @@ class Recorder:
         self._unfinished: queue.Queue[Recording] = queue.Queue(self._shares.unfinished)
         self._unwind_until: float | None = None  # monotonic seconds; set when stopping
         self._captures = Workers(
-            "capture", self._shares.captures, self._arrivals, self._capture_one, _no_progress
+            "capture",
+            self._shares.captures,
+            self._arrivals,
+            self._capture_one,
+            _no_progress,
+            lambda hold: hold.waits,
         )
         self._finishers = Workers(
             "finish", settings.backtraces, self._unfinished, self._finish_one, self._takes_too_long
@@ -133,6 +139,7 @@ class Recorder:
             self._plan.mechanism,
             self._module_files_left,
             self._lack_of_room.note,
+            Turns(self._shares.captures, self._shares.waiting, settings.stall_deadline / 2),
         )
         self._conditions = replace(conditions, unwind_server=self._unwind_server, chain=self._chain)
         taker = self._conditions.early_taker

@@ -209,7 +209,13 @@ class RecorderSettings(Settings):
         "/run/crio/crio.sock: instead of the other, where containers are those of pods; the labels "
         "tell pod and namespace",
     )
-    captures: int = Field(16, ge=1, le=256, description="how many cores are read at once")
+    captures: int = Field(
+        16,
+        ge=1,
+        le=256,
+        description="how many cores are read at once, of which a quarter is left to small ones, up "
+        "to 256 MiB",
+    )
     backtraces: int = Field(2, ge=1, le=64, description="how many backtraces are made at once")
     http: str = Field("127.0.0.1:9602", description="host:port to serve health and metrics")
 

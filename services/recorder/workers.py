@@ -1,4 +1,4 @@
-"""Threads that take items from a queue, with a stand-in for each that stands still.
+"""Threads that take items from a queue, with a stand-in for each that stands still, or waits.
 
 What a crashed process mapped may lie on a file system (FUSE, a dead server) that does not answer
 for as long as its owner likes, and a thread that waits for it cannot be ended.
@@ -28,6 +28,7 @@ class Workers(Generic[T]):
         count: how many shall be able to work.
         work: does one item and raises nothing.
         stands_still: tells whether an item that was begun at a monotonic time makes no progress.
+        waits: tells whether an item waits for others: there is a bound to how many do.
     """
 
     def __init__(
@@ -37,15 +38,17 @@ class Workers(Generic[T]):
         items: "queue.Queue[T]",
         work: Callable[[T], None],
         stands_still: Callable[[T, float], bool],
+        waits: Callable[[T], bool] = lambda _: False,
     ) -> None:
         self._name = name
         self._count = count
         self._items = items
         self._work = work
         self._stands_still = stands_still
+        self._waits = waits
         self._lock = threading.Lock()
         self._threads = 0
-        self._stuck = 0
+        self._idle = 0  # those that stand still or wait
         self._begun: dict[int, tuple[T, float]] = {}  # by thread
 
     def start(self) -> None:
@@ -66,15 +69,16 @@ class Workers(Generic[T]):
         """
         with self._lock:
             begun = list(self._begun.values())
-            self._stuck = sum(self._stands_still(item, since) for item, since in begun)
-            missing = self._count + self._stuck - self._threads
-        if self._stuck > MAX_STUCK:
+            stuck = sum(self._stands_still(item, since) for item, since in begun)
+            self._idle = stuck + sum(self._waits(item) for item, _ in begun)
+            missing = self._count + self._idle - self._threads
+        if stuck > MAX_STUCK:
             raise RecorderError(
-                f"{self._stuck} {self._name} threads stand still for good, and only a restart "
+                f"{stuck} {self._name} threads stand still for good, and only a restart "
                 "frees them: see what the last crashes mapped (FUSE, NFS)"
             )
         for _ in range(missing):
-            log.warning("a thread stands still, starting another", work=self._name)
+            log.warning("a thread stands still or waits, starting another", work=self._name)
             self._start_one()
 
     def _start_one(self) -> None:
@@ -100,7 +104,7 @@ class Workers(Generic[T]):
     def _is_surplus(self) -> bool:
         """Tell a thread whether it shall end: the one that it stood in for works again."""
         with self._lock:
-            if self._threads <= self._count + self._stuck:
+            if self._threads <= self._count + self._idle:
                 return False
             self._threads -= 1
             return True

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from crashbus import Bus, DeadLetter
+from crashbus import Bus, DeadLetter, layout
+from services.common import core_stream
 from tests.recorder.conftest import MakeRecorder
+from tests.recorder.test_storm import is_dumping
 from tests.support.crashers import HOG, crasher
 from tests.support.disk import small_disk, tmpfs
 from tests.support.fuse import StandingStill
@@ -176,6 +178,43 @@ async def test_file_system_that_does_not_answer_holds_up_only_its_own_crashes(
         assert record.signal_name == "SIGSEGV"
         assert any(file.truncated for file in record.files.values())
     assert recorder.stop() == 0
+
+
+# Maps more than a small core has, and touches more of it than the disk has room for.
+_LARGE = """
+import ctypes, mmap
+memory = mmap.mmap(-1, 400 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for page in range(0, 64 << 20, 4096):
+    memory[page] = 1
+ctypes.string_at(0)
+"""
+
+
+async def test_large_cores_that_take_long_hold_up_no_small_one(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", 48) as disk:
+        spool = disk.place / "spool"
+        recorder = recorder_with(spool=spool, recorder_captures=2, recorder_stall_deadline=20)
+        recorder.spool = spool
+        await recorder.start()
+        with core_stream.listen(spool):  # a collector that never answers
+            large = [subprocess.Popen(["/usr/bin/python3", "-c", _LARGE]) for _ in range(3)]
+            await until(lambda: all(is_dumping(process.pid) for process in large))
+
+            pid, _ = await asyncio.to_thread(crash, crasher("null_pointer"), within=10)
+
+            assert (await recorder.captured(pid)).state == "complete"
+            assert not any(process.poll() for process in large), "none took long"
+            # Whose turn does not come keeps its stacks.
+            await until(lambda: sum(bool(process.poll()) for process in large) == 2)
+            (spool / layout.CORES / "socket").unlink()
+        for process in large:
+            assert await asyncio.to_thread(process.wait, 60) == -signal.SIGSEGV
+        records = [await recorder.captured(process.pid) for process in large]
+        notes = [record.model_dump_json() for record in records]
+        assert sum("too many large cores at once" in note for note in notes) == 2
+        recorder.stop()
 
 
 async def test_few_descriptors_lose_no_crash(recorder_with: MakeRecorder) -> None:

@@ -93,6 +93,24 @@ async def test_too_many_that_stand_still_are_an_error(make: Make) -> None:
         workers.replace_stuck()
 
 
+async def test_those_that_wait_have_stand_ins_and_are_no_error() -> None:
+    items: queue.Queue[Job] = queue.Queue()
+    workers = Workers("test", MAX_STUCK + 1, items, Job.do, lambda *_: False, lambda job: job.stuck)
+    workers.start()
+    waiting = [Job(stuck=True) for _ in range(MAX_STUCK + 1)]
+    try:
+        for job in waiting:
+            items.put(job)
+        await until(lambda: len(workers.in_work()) == len(waiting))
+        workers.replace_stuck()
+        last = Job()
+        items.put(last)
+        await until(last.ended.is_set)
+    finally:
+        for job in waiting:
+            job.may_end.set()
+
+
 async def test_queue_counts_what_is_done(make: Make) -> None:
     workers, items = make(3)
     for _ in range(20):

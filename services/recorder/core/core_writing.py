@@ -11,7 +11,7 @@ from services.common.capture import CapturedFile
 from services.common.core_stream import Announced
 from services.recorder import facts, metrics
 from services.recorder.conditions import Conditions
-from services.recorder.core import core_bus, core_copy, core_filter, room
+from services.recorder.core import core_bus, core_copy, core_filter, room, turns
 from services.recorder.core.core_bus import NotSent
 from services.recorder.core.core_head import Head
 from services.recorder.core.core_memory import PagesUnreadable
@@ -25,6 +25,7 @@ _LONGEST_HEAD = 8 * 1024 * 1024  # bytes of headers and notes that are kept in m
 _NO_DISK = 16 * 1024 * 1024  # bytes; with less room the stacks are kept in memory
 _STACKS_IN_MEMORY = 4 * 1024 * 1024  # bytes
 _COPIED_AT_ONCE = 1024 * 1024  # bytes
+_NO_TURN = "too many large cores at once (CRASHBUS_RECORDER_CAPTURES)"
 _BY_STREAM = "its memory comes by the kernel's stream"
 
 
@@ -49,6 +50,27 @@ def _write(
     if on.coredump_filter is not None and decision.extent is not Extent.NOTHING:
         pages = _filtered(recording, pages, on.coredump_filter)
         head = pages.head if pages is not None else head
+    if decision.extent is not Extent.ALL or taken.memory is not None or not _is_large(head):
+        return _keep(recording, hold, head, pages, decision, on)
+    with on.turns.turn(recording.record.process, hold) as is_on:
+        if not is_on:  # from the stream, which has no stacks alone, it is cut
+            decision = Decision(Extent.STACKS, _NO_TURN)
+            on = replace(on, max_core_bytes=min(on.max_core_bytes or turns.LARGE, turns.LARGE))
+        return _keep(recording, hold, head, pages, decision, on)
+
+
+def _is_large(head: Head) -> bool:
+    return head.size is None or head.size > turns.LARGE
+
+
+def _keep(
+    recording: Recording,
+    hold: Hold,
+    head: Head,
+    pages: Pages | None,
+    decision: Decision,
+    on: Conditions,
+) -> str | None:
     if pages is not None and _goes_to_bus(recording, pages, decision, on):
         pages = _with_notes(pages, hold)
         try:

@@ -76,6 +76,7 @@ class Hold:
         self.held_for: float | None = None  # seconds, once it was let go
         self.let_go_because: str | None = None  # where that was before the end
         self.memory_was_read = False
+        self.waits = False  # for the turn of its core, `core.turns`
         self.helper: socket.socket | None = None  # the pipe helper that brought it, if there is one
         self.last_progress = self._arrived  # monotonic seconds
         self._unread = b""
