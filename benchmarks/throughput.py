@@ -131,7 +131,7 @@ async def crashbus(running: Pipeline, core: Path, seed: int) -> tuple[Run, int]:
 
 async def _receipt_of_a_core(running: Pipeline) -> Receipt:
     """Wait for the next one; asking for it again and again would cost time that is measured."""
-    async with aclosing(running.bus.subscribe(Receipt)) as receipts:  # type: ignore[type-var]
+    async with aclosing(running.bus.subscribe(Receipt)) as receipts:
         async for receipt in receipts:
             if receipt.file.kind is Kind.CORE:
                 return receipt

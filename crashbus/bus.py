@@ -6,7 +6,7 @@ services.
 
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from typing import TypeVar
 
@@ -189,7 +189,7 @@ class Bus(Connection):
                 raise
             raise NotPermitted(f"the bus does not let us {what}") from error
 
-    async def subscribe(self, kind: type[M], subject: str | None = None) -> AsyncIterator[M]:
+    async def subscribe(self, kind: type[M], subject: str | None = None) -> AsyncGenerator[M, None]:
         """Yield messages from now on, in order, each once; over reconnects and restarts, too.
 
         Malformed messages are logged, counted and skipped.
@@ -260,7 +260,7 @@ class Bus(Connection):
         batch: int = 1,
         new_only: bool = False,
         max_ack_pending: int = 1024,
-    ) -> AsyncIterator[Delivery[M]]:
+    ) -> AsyncGenerator[Delivery[M], None]:
         """Yield work from a durable consumer that any number of services may share.
 
         Goes on for ever: over reconnects, and when streams had to be made anew. A malformed

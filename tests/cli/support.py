@@ -220,13 +220,14 @@ class Command:
     ) -> None:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("CRASHBUS_")}
         self._arguments = [sys.executable, "-m", "crashbus", *arguments]
-        self._options = {"env": {**clean, **(env or {})}, "cwd": cwd}
+        self._environment, self._directory = {**clean, **(env or {})}, cwd
         self.out = bytearray()
 
     async def __aenter__(self) -> "Command":
         self._process = await asyncio.create_subprocess_exec(
             *self._arguments,
-            **self._options,
+            env=self._environment,
+            cwd=self._directory,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )

@@ -224,7 +224,7 @@ async def test_debug_opens_nothing_of_this_machine_but_files(
 
 
 def test_file_with_a_lease_is_not_waited_for(crashing: tuple[Path, Path], tmp_path: Path) -> None:
-    own = shutil.copy(crashing[0], tmp_path / "program")
+    own = Path(shutil.copy(crashing[0], tmp_path / "program"))
     build_id = sysroot._build_id(own)
     assert build_id is not None
     started = time.monotonic()

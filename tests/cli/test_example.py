@@ -54,7 +54,7 @@ async def _prints_all(process: asyncio.subprocess.Process, bus: Bus) -> None:
         assert process.stdout
         wanted = {f"{made.id} web.1 nginx dies of SIGSEGV"}
         wanted |= {f"{made.id} {one.url} {one.file.sha256}" for one in made.receipts()}
-        seen = set()
+        seen: set[str] = set()
         async with asyncio.timeout(20):
             while not wanted <= seen:
                 seen.add((await process.stdout.readline()).decode().strip())

@@ -81,7 +81,7 @@ CRASHBUS_NATS_URL=nats://of-mine:4222 "$2" -m crashbus ls || true
 def test_command_asks_the_bus_of_the_units_unless_another_is_named(tmp_path: Path) -> None:
     need_root()
     need_program("unshare")
-    command = ["unshare", "--mount", "--net", "sh", "-c", WITH_UNITS, "sh", tmp_path]
+    command = ["unshare", "--mount", "--net", "sh", "-c", WITH_UNITS, "sh", str(tmp_path)]
 
     done = subprocess.run([*command, sys.executable], capture_output=True, text=True, timeout=60)
 

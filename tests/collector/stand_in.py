@@ -104,7 +104,7 @@ def signal_event(pid: int, disposition: str = "default") -> SignalEvent:
         signal_name="SIGSEGV",
         code=1,
         code_meaning="address not mapped to object",
-        disposition=disposition,  # type: ignore[arg-type]
+        disposition=disposition,
     )
 
 

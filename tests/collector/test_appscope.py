@@ -64,7 +64,7 @@ class Contained:
 
 def start(root: Path, *wrapper: str) -> Contained:
     root.mkdir()
-    command = [*wrapper, sys.executable, "-c", _WAITS, root]
+    command: list[str | Path] = [*wrapper, sys.executable, "-c", _WAITS, root]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
@@ -538,7 +538,7 @@ def test_thread_that_was_given_up_does_not_keep_the_process_from_ending(tmp_path
     need_root()
     with StandingStill(tmp_path / "served", crasher("waiting")) as served:
         served.stand_still()
-        command = [sys.executable, "-c", _GIVES_UP, tmp_path / "served"]
+        command: list[str | Path] = [sys.executable, "-c", _GIVES_UP, tmp_path / "served"]
 
         ended = subprocess.run(command, stdout=subprocess.PIPE, timeout=30, check=True)
 
@@ -623,7 +623,8 @@ async def test_process_with_a_tmp_of_its_own_is_watched(
     shared = "mkdir -p /tmp/appscope && mount --bind $0 /tmp/appscope && echo && exec cat"
     spool = tmp_path / "spool"
     spool.mkdir()
-    command = ["unshare", "--mount", "sh", "-c", _PRIVATE_TMP if private else shared, spool]
+    script = _PRIVATE_TMP if private else shared
+    command: list[str | Path] = ["unshare", "--mount", "sh", "-c", script, spool]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     await asyncio.to_thread(process.stdout.readline)

@@ -26,14 +26,15 @@ async def deaths_in_hand(setup: Setup, count: int) -> bool:
     """Tell whether the collector follows just so many signal events."""
     with suppress(NotFoundError):  # its consumer is made soon
         info = await setup.bus._js.consumer_info(streams.SIGNALS, "collector-signals-test-host")
-        return info.num_ack_pending == count
+        return bool(info.num_ack_pending == count)
     return False
 
 
 async def is_all_heard(setup: Setup) -> bool:
     """Tell whether every signal event was taken, and is settled."""
     info = await setup.bus._js.consumer_info(streams.SIGNALS, "collector-signals-test-host")
-    return info.num_pending == 0 and info.num_ack_pending == 0 and info.delivered.stream_seq > 0
+    left = info.num_pending + info.num_ack_pending
+    return bool(left == 0 and info.delivered.stream_seq > 0)
 
 
 async def die(setup: Setup, told: dict["subprocess.Popen[bytes]", SignalEvent]) -> None:

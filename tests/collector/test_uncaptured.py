@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,13 +117,17 @@ async def test_limit_that_pipes_obey_is_told(setup: Setup, seen: Watch) -> None:
     assert "LimitCORE=" in mend and "CRASHBUS_RECORDER_MECHANISM" in mend
 
 
+def _is_held_or_ended(program: Path, process: "subprocess.Popen[bytes]") -> bool:
+    return program.exists() or process.poll() is not None
+
+
 async def test_more_crashes_than_the_kernel_pipes_at_once_are_told(
     setup: Setup, seen: Watch, program: Path
 ) -> None:
     is_held = program.exists
     while not is_held():  # other crashes of this machine may have the place first
         held = dying(HELD)
-        await until(lambda process=held: is_held() or process.poll() is not None)
+        await until(partial(_is_held_or_ended, program, held))
     over = dying(DIES)
     over.wait()
 

@@ -249,7 +249,7 @@ except crash_directory.SpoolUnusable as error:
 
 def test_spool_that_its_unit_may_not_write_to_names_the_setting_of_the_unit(tmp_path: Path) -> None:
     need_root()
-    command = ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", tmp_path, sys.executable]
+    command = ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", str(tmp_path), sys.executable]
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
 

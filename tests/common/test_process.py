@@ -71,7 +71,7 @@ async def odd_process(tmp_path: Path) -> AsyncIterator[int]:
         directory += b"/" + b"\xfe" * 250
     os.makedirs(directory)  # noqa: PTH103 - a Path would be text
     program = directory + b"/sh"
-    shutil.copy("/bin/sh", program)
+    shutil.copy(b"/bin/sh", program)
     arguments = [b"\xff" * 4096] * 62
     child = await asyncio.create_subprocess_exec(program, "-c", "read x", *arguments, stdin=-1)
     yield child.pid

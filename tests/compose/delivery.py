@@ -71,7 +71,7 @@ async def healthy(stack: Stack, *services: str) -> None:
     """Wait until the health checks of all containers of these services go well."""
     for service in services:
         for one in stack.containers(service):
-            await until(lambda c=one: not stack.fault(c), WITHIN, every=0.5)  # type: ignore[misc]
+            await until(lambda c=one: not stack.fault(c), WITHIN, every=0.5)  # type: ignore[misc, arg-type]
 
 
 def check_contents(stack: Stack, receipts: list[Receipt]) -> dict[str, bytes]:

@@ -35,4 +35,4 @@ def test_drgn_is_built_for_arm64(built: Stack) -> None:
             assert elf.get_machine_arch() == "AArch64"
             (needed,) = (one for one in elf.iter_sections() if isinstance(one, DynamicSection))
             tags = needed.iter_tags("DT_NEEDED")
-            assert {tag.needed for tag in tags} <= LIBRARIES
+            assert {tag.needed for tag in tags} <= LIBRARIES  # type: ignore[attr-defined]

@@ -74,7 +74,7 @@ def kill(processes: dict[str, int]) -> None:
 async def run_again(stack: Stack, killed: dict[str, int]) -> None:
     """Wait until the engine has started each again, by itself."""
     for one, pid in killed.items():
-        await until(lambda c=one, k=pid: stack.pid(c) not in (0, k), WITHIN, every=0.5)  # type: ignore[misc]
+        await until(lambda c=one, k=pid: stack.pid(c) not in (0, k), WITHIN, every=0.5)  # type: ignore[misc, arg-type]
 
 
 @pytest.mark.timeout(600)
@@ -142,7 +142,7 @@ async def test_services_that_need_the_bus_are_unhealthy_while_it_is_gone(stack: 
     try:
         for service in ("detector", "collector", "shipper"):
             for one in stack.containers(service):
-                await until(lambda c=one: "bus" in stack.fault(c), every=0.5)  # type: ignore[misc]
+                await until(lambda c=one: "bus" in stack.fault(c), every=0.5)  # type: ignore[misc, arg-type]
         await healthy(stack, "recorder")  # which captures without it
     finally:
         stack.docker("start", nats)

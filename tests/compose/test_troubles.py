@@ -115,7 +115,7 @@ async def test_prometheus_of_the_compose_file_sees_all_of_it(
     asked = Prometheus(f"{stack.address('prometheus')}:9090")
 
     for query in COUNTED.values():
-        await until(lambda q=query: asked.value(q), WITHIN, every=0.5)  # type: ignore[misc]
+        await until(lambda q=query: asked.value(q), WITHIN, every=0.5)  # type: ignore[misc, arg-type]
     for query in NOTHING.values():
-        await until(lambda q=query: asked.value(q) == 0, WITHIN, every=0.5)  # type: ignore[misc]
+        await until(lambda q=query: asked.value(q) == 0, WITHIN, every=0.5)  # type: ignore[misc, arg-type]
     assert asked.up() == {"detector", "recorder", "collector", "shipper"}

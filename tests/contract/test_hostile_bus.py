@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 
@@ -115,7 +116,7 @@ async def test_a_message_past_the_stream_is_dropped(
     nats_server: NatsServer, bus: Bus, reply: bytes
 ) -> None:
     async with aclosing(bus.consume(SignalEvent, "worker", service="test")) as work:
-        taking = asyncio.create_task(anext(work))
+        taking = asyncio.ensure_future(anext(work))
         inbox = await until(lambda: _inbox(bus))
         payload = EVENT.encode()
         await send(nats_server, b"PUB %b %b%d\r\n%b\r\n" % (inbox, reply, len(payload), payload))
@@ -146,7 +147,7 @@ async def test_a_reader_that_fails_begins_anew(
 ) -> None:
     process, failed = bus._client._process_msg, False
 
-    async def fail_once(*given: object) -> None:
+    async def fail_once(*given: Any) -> None:
         nonlocal failed
         if failed:
             await process(*given)

@@ -34,8 +34,15 @@ urls = st.text(min_size=1, max_size=200)
 ids = st.text("0123456789abcdefghjkmnpqrstvwxyz", min_size=16, max_size=16)
 hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
 names = st.from_regex(r"(info|core|backtrace)_[0-9]{1,12}", fullmatch=True)
-tuples = lambda of, least=0: st.lists(of, min_size=least, max_size=3).map(tuple)  # noqa: E731
-maybe = lambda of: st.none() | of  # noqa: E731
+
+
+def tuples(of: st.SearchStrategy[Any], least: int = 0) -> st.SearchStrategy[tuple[Any, ...]]:
+    return st.lists(of, min_size=least, max_size=3).map(tuple)
+
+
+def maybe(of: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.none() | of
+
 
 containers = st.builds(Container, id=text, runtime=text, name=maybe(text), image=maybe(text))
 processes = st.builds(
@@ -257,7 +264,8 @@ def changed(**fields: Any) -> bytes:
     """Return a receipt with some fields changed; None leaves one out."""
     receipt = msgpack.unpackb(make(destinations=("file:///a",)).receipts()[0].encode())
     receipt.update(fields)
-    return msgpack.packb({name: value for name, value in receipt.items() if value is not None})
+    left = {name: value for name, value in receipt.items() if value is not None}
+    return bytes(msgpack.packb(left))
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1", "1.999999999"])
@@ -381,7 +389,7 @@ async def test_a_malformed_message_is_counted_kept_whole_and_does_not_come_again
     async def settled() -> bool:
         js: JetStreamContext = bus._js
         info = await js.consumer_info("CRASH_RECEIPTS", "reader")
-        return info.num_ack_pending == 0 and info.num_pending == 0
+        return bool(info.num_ack_pending == 0 and info.num_pending == 0)
 
     await until(settled)
 

@@ -8,7 +8,7 @@ import yaml
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
-class Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Reads compose's own tags as the values that they stand before."""
 
 

@@ -57,8 +57,8 @@ def test_each_locked_package_has_a_wheel_or_is_built(tmp_path: Path) -> None:
 def compiled(program: Path, sources: Iterable[Path], *options: str) -> Path:
     need_program("aarch64-linux-gnu-gcc")
     warnings = ("-O2", "-Wall", "-Wextra", "-Werror")
-    command = ["aarch64-linux-gnu-gcc", *options, *warnings, "-o", program, *sources]
-    subprocess.run(command, check=True)
+    arguments = (*options, *warnings, "-o", program, *sources)
+    subprocess.run(["aarch64-linux-gnu-gcc", *map(str, arguments)], check=True)
     assert program.read_bytes()[18] == 183  # e_machine, elf(5): EM_AARCH64
     return program
 

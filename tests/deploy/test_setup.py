@@ -41,7 +41,7 @@ def test_host_that_just_runs_the_services_gets_nothing_of_demo_and_tests(tmp_pat
         (programs / name).write_text("#!/bin/sh\necho 1000\n")
         (programs / name).chmod(0o755)
     path = {"PATH": f"{programs}:{os.environ['PATH']}"}
-    command = [tmp_path / "deploy" / "setup.sh", "--build"]
+    command = [str(tmp_path / "deploy" / "setup.sh"), "--build"]
 
     told = subprocess.run(command, env=os.environ | path, capture_output=True, text=True)
     done = subprocess.run(command, capture_output=True, text=True)

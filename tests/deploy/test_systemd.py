@@ -29,7 +29,8 @@ def installed(tmp_path: Path) -> list[Path]:
 
 def test_systemd_understands_every_line(installed: list[Path]) -> None:
     need_program("systemd-analyze")
-    command = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *installed]
+    command = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no"]
+    command += map(str, installed)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     ours = [line for line in done.stderr.splitlines() if "crashbus" in line]
     assert (done.returncode, ours) == (0, [])
@@ -39,7 +40,7 @@ def test_systemd_understands_every_line(installed: list[Path]) -> None:
 def test_a_unit_is_confined(service: str) -> None:
     need_program("systemd-analyze")
     threshold = f"--threshold={round(10 * EXPOSURE[service])}"
-    unit = UNITS / f"crashbus-{service}.service"
+    unit = str(UNITS / f"crashbus-{service}.service")
     command = ["systemd-analyze", "security", "--offline=true", "--no-pager", threshold, unit]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

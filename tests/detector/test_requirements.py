@@ -1,5 +1,6 @@
 """What the detector says of a host that lacks something."""
 
+import importlib.util
 import os
 import sys
 from collections import namedtuple
@@ -21,7 +22,7 @@ def test_this_host_has_all() -> None:
 
 
 def test_old_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requirements.os, "uname", lambda: Uname("5.4.0-150-generic"))
+    monkeypatch.setattr(os, "uname", lambda: Uname("5.4.0-150-generic"))
     finding = requirements._kernel()
     assert (finding.ok, finding.detail) == (False, "5.4.0-150-generic")
     assert "5.8" in finding.mend
@@ -55,7 +56,7 @@ def test_no_type_information(
 
 
 def test_no_bcc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     finding = requirements._bcc()
     assert not finding.ok
     assert "python3-bpfcc" in finding.mend

@@ -14,7 +14,7 @@ from tests.support.wait import until
 M = TypeVar("M", SignalEvent, SignalCount)
 
 HOST = "test-host"
-_KINDS = {"signal": SignalEvent, "count": SignalCount, "lost": EventsLost}
+_KINDS: dict[str, type[Message]] = {"signal": SignalEvent, "count": SignalCount, "lost": EventsLost}
 
 
 class Watch:

@@ -101,7 +101,7 @@ def _initramfs(place: Path, kernel: Path, command: str) -> None:
 @contextmanager
 def _host_files(socket: Path) -> Iterator[None]:
     """Serve this host's files; the machine mounts them read-only."""
-    command = [
+    command: list[str | Path] = [
         *_WITH_US,
         _VIRTIOFSD,
         f"--socket-path={socket}",

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -309,7 +310,7 @@ def start_container(root: Path, *options: str) -> subprocess.Popen[bytes]:
     program = root / "libscope.so"
     source = SOURCES / "appscope_like.c"
     subprocess.run(["gcc", "-static", "-O1", "-o", program, source], check=True)
-    inside = ["chroot", root, "/libscope.so", "/tmp/appscope", *options]
+    inside = ["chroot", str(root), "/libscope.so", "/tmp/appscope", *options]
     return subprocess.Popen(["unshare", "--pid", "--fork", "--mount", "--kill-child", *inside])
 
 
@@ -403,7 +404,7 @@ async def test_prometheus_sees_all_that_rules_and_dashboard_ask_for(pipeline: Pi
             'sum(crashbus_collector_delivery_seconds_count{part="whole"})',
             "count(crashbus_shipper_queue_items)",
         ):
-            await until(lambda query=query: seen.value(query), every=0.5)
+            await until(partial(seen.value, query), every=0.5)
         await until(lambda: seen.value("sum(crashbus_healthy)") == len(addresses), every=0.5)
 
 

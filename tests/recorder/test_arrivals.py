@@ -7,6 +7,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,10 @@ def capturing(tmp_path: Path, taker: Taker) -> Iterator[Callable[[int], Capturin
     yield make
     for one in made:
         one.end()
+
+
+def _has_taken(at: Capturing, count: int) -> bool:
+    return len(at.taken) == count
 
 
 def crash(at: Capturing) -> socket.socket:
@@ -207,7 +212,7 @@ async def test_who_cannot_accept_does_so_later(
     while count < 3 or not at.idle:
         count += 1
         with crash(at):
-            await until(lambda count=count: len(at.taken) == count)
+            await until(partial(_has_taken, at, count))
 
 
 async def test_listener_outlasts_a_lack_of_memory(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -54,7 +55,7 @@ by_one_mechanism = pytest.mark.parametrize("recorder", ["auto"], indirect=True)
 
 
 async def capture(
-    recorder: RecorderService, *command: str | Path, **options: object
+    recorder: RecorderService, *command: str | Path, **options: Any
 ) -> tuple[int, CaptureRecord]:
     pid, _ = crash(*command, **options)
     return pid, await recorder.captured(pid)

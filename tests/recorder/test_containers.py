@@ -65,7 +65,7 @@ async def crash_in(
     async def found() -> CaptureRecord | None:
         for path in set(recorder.spool.iterdir()) - before:
             record = recorder.record(int(path.name)) if path.name.isdigit() else None
-            container = record and record.process.container
+            container = record.process.container if record else None
             if container is not None and container.id == identifier:
                 return record
         return None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.recorder.core import core_copy, core_filter, core_head
+from services.recorder.core import core_copy, core_filter, core_head, core_pages
 from services.recorder.core.core_copy import Copied
 from services.recorder.core.core_head import Head
 from services.recorder.core.core_memory import PagesUnreadable
@@ -129,7 +129,7 @@ def test_core_that_the_stream_must_tell_is_the_process_s_own(
     coredump_socket: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     died = Crash(coredump_socket, crasher("kinds"), "0x1ff", tmp_path / "file")
-    monkeypatch.setattr(core_copy.core_pages, "copy", _refuse)
+    monkeypatch.setattr(core_pages, "copy", _refuse)
     path = tmp_path / "core"
     try:
         pages = Pages(died.pid, died.head, died.maps)

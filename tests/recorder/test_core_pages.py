@@ -244,7 +244,7 @@ def test_file_that_cannot_grow_is_cut_to_what_is_complete(
     crash = Crash(coredump_socket, crasher("many_mappings"))
     path = tmp_path / "core"
     room = 8 << 20
-    written = []
+    written: list[int] = []
 
     def write(file: int, data: bytes | bytearray, offset: int) -> int:
         if sum(written) + len(data) > room:

@@ -247,7 +247,7 @@ def of_bucket(s3: S3Server, place: str, *keys: str) -> Sources:
 
 
 def failed() -> float:
-    return metrics.DEBUGINFO.labels("failed")._value.get()
+    return float(metrics.DEBUGINFO.labels("failed")._value.get())
 
 
 @pytest.mark.parametrize("bad", [(ANOTHER, len(ANOTHER))], indirect=True)

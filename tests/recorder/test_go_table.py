@@ -49,7 +49,7 @@ def reader(raw: bytes) -> Callable[[int, int], bytes]:
 
 def symbols_of(program: Path) -> dict[str, int]:
     need_program("nm")
-    listed = ["nm", "--defined-only", program]
+    listed = ["nm", "--defined-only", str(program)]
     lines = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
     found = (line.split(maxsplit=2) for line in lines.splitlines())
     return {name: int(at, 16) for at, kind, name in found if kind in "tT"}
@@ -141,7 +141,7 @@ class WithoutMemory:
 def names_of(program: Path, places: dict[str, int]) -> dict[str, int]:
     with program.open("rb") as file:
         mapped = ModuleFile(path="", start=0x400000, end=0x800000, file=file.fileno())
-        asked = GoNames(WithoutMemory(), [mapped])  # type: ignore[arg-type]
+        asked = GoNames(WithoutMemory(), [mapped])
         found = [asked.find(at + 1) for at in places.values()]
     return {one.name: one.entry for one in found if one}
 
@@ -185,7 +185,7 @@ def test_lines_are_those_of_debug_information(program: Path, made: GoTable) -> N
     symbols = symbols_of(program)
     places = [symbols[name] + offset for name in _FUNCTIONS for offset in (0, 5)]
 
-    asked = ["addr2line", "-e", program, *map(hex, places)]
+    asked = ["addr2line", "-e", str(program), *map(hex, places)]
     told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\n")
 
     found = [one.source if (one := made.find(place)) else None for place in places]

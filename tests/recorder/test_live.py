@@ -134,7 +134,7 @@ def test_core_of_a_living_process_opens_in_gdb(
 def test_process_whose_name_has_what_looks_like_a_line_is_shown(
     tmp_path: Path, program: Path
 ) -> None:
-    odd = Living(shutil.copy(program, tmp_path / "x\rNSpid:\tq-1 a b c d e"))
+    odd = Living(Path(shutil.copy(program, tmp_path / "x\rNSpid:\tq-1 a b c d e")))
     try:
         done, directory = snapshot(tmp_path, odd.pid)
     finally:

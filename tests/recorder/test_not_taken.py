@@ -94,7 +94,7 @@ def take(taker: Taker, one: Waiting) -> Taken:
 def is_as_it_came(taken: Taken, one: Waiting) -> bool:
     """Tell whether the process is held, and everything can be read as if nothing had been."""
     return (
-        taken.head is taken.memory is taken.resources is taken.code is taken.files is None
+        not any((taken.head, taken.memory, taken.resources, taken.code, taken.files))
         and not taken.give_back
         and not taken.proc._files
         and one.hold.is_held
@@ -148,7 +148,7 @@ def test_process_that_was_let_go_meanwhile_is_not_taken(
         monkeypatch.setattr(taker, "_room", too_long(taker, one.hold))
         taken = take(taker, one)
 
-        assert taken.memory is taken.head is None
+        assert (taken.memory, taken.head) == (None, None)
         assert not one.hold.has_memory
 
 

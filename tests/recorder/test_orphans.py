@@ -284,6 +284,10 @@ def looking(
     looker.stop(60)
 
 
+def _not_wanted(what: object) -> None:
+    pytest.fail(f"not expected: {what}")
+
+
 async def test_one_that_cannot_be_had_now_keeps_none_behind_it_waiting(kept: Path) -> None:
     later = shutil.copytree(kept, kept.with_name("1795396544-1"), symlinks=True)
     seen = []
@@ -294,7 +298,7 @@ async def test_one_that_cannot_be_had_now_keeps_none_behind_it_waiting(kept: Pat
         if len(seen) == 1:
             raise OSError(errno.ENOSPC, "no room")
 
-    with looking(kept.parent.parent, adopt, pytest.fail):
+    with looking(kept.parent.parent, adopt, _not_wanted):
         await until(lambda: not later.exists())
         assert kept.exists()
 
@@ -310,7 +314,7 @@ async def test_those_that_cannot_be_read_are_told_once_each_though_they_have_one
     behind.mkdir(mode=0o700)
     (behind / "crash").touch()
 
-    with looking(kept.parent.parent, pytest.fail, told.append):
+    with looking(kept.parent.parent, _not_wanted, told.append):
         await until(lambda: len(told) > 1 and not behind.exists())
 
     assert not kept.exists() and aside.exists() and len(told) == 2
@@ -434,7 +438,7 @@ async def test_newest_of_those_put_aside_are_kept(tmp_path: Path) -> None:
     for time in range(8, 20):
         (place / f"unreadable-{time}-1" / "core").mkdir(parents=True)
 
-    with looking(tmp_path, pytest.fail, pytest.fail):
+    with looking(tmp_path, _not_wanted, _not_wanted):
         await until(lambda: len(list(place.iterdir())) <= 8)
 
     assert {one.name for one in place.iterdir()} == {f"unreadable-{n}-1" for n in range(12, 20)}

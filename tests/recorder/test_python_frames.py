@@ -187,7 +187,7 @@ def test_free_threaded_interpreter_tells_where_its_frames_are() -> None:
     memory = Built()
     interpreter, thread, inner, between, outer, code = range(0x10000, 0x70000, 0x10000)
     memory.put(0x1000, runtime(0x030E08F0, 1, *OFFSETS_3_14))
-    for place, members in (
+    built: tuple[tuple[int, dict[int, int | bytes]], ...] = (
         (0x1000, {900: interpreter}),
         (interpreter, {16: 0, 24: thread}),
         (thread, {32: 0, 40: inner, 48: 4711}),
@@ -198,7 +198,8 @@ def test_free_threaded_interpreter_tells_where_its_frames_are() -> None:
         (0xB000, {0: 3, 8: 0, 16: 0, 24: 0xC000}),  # the copies of the code
         # Two bytes of code on the first line, then two on the next, then two two lines further on.
         (0xA200, {8: 3, 16: bytes([0x80 | 10 << 3, 0x80 | 11 << 3, 0x80 | 12 << 3])}),
-    ):
+    )
+    for place, members in built:
         for offset, value in members.items():
             memory.put(place + offset, value)
     put_text(memory, 0xA000, "/srv/app.py")

@@ -26,8 +26,8 @@ def hostile_taker(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-Werror",
         *sanitizers,
         "-o",
-        program,
-        HARNESS,
+        str(program),
+        str(HARNESS),
     ]
     subprocess.run(command, check=True)
     return program
@@ -37,7 +37,7 @@ def hostile_taker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_length_or_number_leads_out_of_bounds(
     hostile_taker: Path, tmp_path: Path, seed: int
 ) -> None:
-    command = [hostile_taker, tmp_path, str(ROUNDS), str(seed)]
+    command = [str(hostile_taker), str(tmp_path), str(ROUNDS), str(seed)]
     told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
     assert told.returncode == 0, told.stderr

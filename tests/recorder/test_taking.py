@@ -169,7 +169,8 @@ def test_crash_that_there_is_no_memory_for_is_let_go(
     if of is Hold:
         monkeypatch.setattr(taking, "Hold", no_memory)
     else:
-        monkeypatch.setattr(*of, no_memory)
+        owner, name = of
+        monkeypatch.setattr(owner, name, no_memory)
     with knocking(tmp_path) as (listening, kernels):
         gc.collect()
         before = len(list(Path("/proc/self/fd").iterdir()))
@@ -333,6 +334,7 @@ def test_process_is_gone_before_its_core_is_written(
 ) -> None:
     crash = Crash(coredump_socket, crasher("null_pointer"), reads_head=False)
     taken = take(taker, crash)
+    assert taken.head is not None
     try:
         assert crash.process.wait(60) == -signal.SIGSEGV
         assert is_unrecorded(tmp_path / "spool", crash.pid)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from services.recorder.core import core_head
-from services.recorder.facts import Module
+from services.recorder.modules import Module
 from services.recorder.unwinding import unwinder
 from services.recorder.unwinding.unwind_process import Forked, Server
 from tests.recorder.test_core_head import core as make_core

@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -47,13 +48,17 @@ def make() -> Iterator[Make]:
         job.may_end.set()
 
 
+def _are_in_work(workers: Workers[Job], count: int) -> bool:
+    return len(workers.in_work()) == count
+
+
 async def test_work_goes_on_beside_threads_that_stand_still(make: Make) -> None:
     workers, items = make(2)
     stuck = [Job(stuck=True) for _ in range(5)]
     for job in stuck:
         items.put(job)
     for alive in (2, 4, 5):
-        await until(lambda alive=alive: len(workers.in_work()) == alive)
+        await until(partial(_are_in_work, workers, alive))
         workers.replace_stuck()
     last = Job()
     items.put(last)

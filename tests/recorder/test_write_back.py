@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from services.recorder.core import core_pages, write_back
-from services.recorder.core.core_memory import Kept, Load
+from services.recorder.core.core_head import Load
+from services.recorder.core.core_memory import Kept
 from services.recorder.handover.hold import Hold
 from tests.support.requirements import need_linux
 from tests.support.wait import until

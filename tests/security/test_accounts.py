@@ -147,11 +147,7 @@ async def test_a_collector_need_not_read_back_what_went_over_tls(
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "core_1").write_bytes(b"core")
     for encrypted in (True, False):
-        options = (
-            secured.options("collector")
-            if encrypted
-            else {"url": bus._client.connected_url.geturl()}
-        )
+        options = secured.options("collector") if encrypted else {"url": _url_of(bus)}
         async with connect(**options, host="h") as one:
             await one.ensure_streams()
             assert one.is_encrypted is encrypted
@@ -162,6 +158,11 @@ async def test_a_collector_need_not_read_back_what_went_over_tls(
             if not encrypted:
                 await one.purge_chunks(crash.crash_id, source.name)
                 assert not await own.deliverer.offering.is_whole_on_bus(crash, source)
+
+
+def _url_of(bus: Bus) -> str:
+    assert bus._client.connected_url is not None
+    return str(bus._client.connected_url.geturl())
 
 
 async def test_an_old_server_that_does_not_let_chunks_be_deleted_is_told_what_to_permit(

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
@@ -53,10 +54,11 @@ async def test_a_server_of_another_ca_is_refused(secured: SecuredNats) -> None:
 
 
 async def test_nothing_is_said_to_a_server_without_tls(nats_server: NatsServer) -> None:
-    for url, options in (
+    tries: tuple[tuple[str, dict[str, Any]], ...] = (
         (f"tls://127.0.0.1:{nats_server.port}", {}),
         (nats_server.url, {"tls": ssl.create_default_context()}),
-    ):
+    )
+    for url, options in tries:
         with pytest.raises(BusUnreachable, match="the server offers none"):
             async with connect(url, user="someone", password="secret", **options):
                 pass

@@ -97,11 +97,12 @@ async def test_what_lies_where_a_binary_should_is_left_alone(
     place.parent.mkdir(parents=True)
     target = tmp_path / "target"
     target.write_text("precious")
-    {
-        "link": lambda: place.symlink_to(target),
-        "fifo": lambda: os.mkfifo(place),
-        "directory": place.mkdir,
-    }[obstacle]()
+    if obstacle == "link":
+        place.symlink_to(target)
+    elif obstacle == "fifo":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
     name = binary_name(Kind.EXECUTABLE, "ab" * 20, hashlib.sha256(b"x").hexdigest())
     sent = await send(bus, {name: b"x"}, encoding="identity")
     await bus.publish(sent.item(tmp_path.as_uri()))

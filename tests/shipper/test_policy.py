@@ -116,4 +116,4 @@ def test_each_kind_of_destination_has_a_policy_of_its_own(
 @pytest.mark.parametrize("given", ["cap", "cap=", "cap=0", "cap=nan", "give_up=-1", "wait=3"])
 def test_policy_that_cannot_be_read_is_refused(given: str) -> None:
     with pytest.raises(ValidationError):
-        ShipperSettings(retry_s3=given)  # type: ignore[arg-type]
+        ShipperSettings(retry_s3=given)

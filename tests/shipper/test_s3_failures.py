@@ -11,7 +11,7 @@ from urllib3 import HTTPResponse
 from services.shipper.destinations.s3_api import Stat
 from services.shipper.destinations.s3_failures import as_failure, failure_of
 from services.shipper.destinations.s3_upload import META_SHA256, mismatch
-from services.shipper.failure import Final, Passing
+from services.shipper.failure import Failure, Final, Passing
 
 
 def s3_error(code: str, status: int) -> S3Error:
@@ -67,7 +67,7 @@ def test_code_tells_whether_another_try_can_succeed(
     ],
 )
 def test_broken_connection_or_answer_is_told_apart(
-    error: Exception, kind: type, reason: str
+    error: Exception, kind: type[Failure], reason: str
 ) -> None:
     with pytest.raises(kind) as caught, as_failure("s3://b/k"):
         raise error

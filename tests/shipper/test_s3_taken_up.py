@@ -37,7 +37,9 @@ def stored_parts(s3: S3Server, bucket: str, key: str) -> list[Part]:
     """Return the parts of the one unfinished upload to a key; none where there is none."""
     client = s3.client()
     uploads = client._list_multipart_uploads(bucket).uploads
-    return list(client._list_parts(bucket, key, uploads[0].upload_id).parts) if uploads else []
+    if not uploads:
+        return []
+    return list(client._list_parts(bucket, key, str(uploads[0].upload_id)).parts)
 
 
 def settings_for(s3: S3Server, way: SlowWay) -> dict[str, str]:

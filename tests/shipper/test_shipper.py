@@ -96,7 +96,7 @@ async def test_eight_shippers_deliver_each_file_once_and_take_over_from_a_killed
 
     async def are_held() -> bool:
         info = await bus._js.consumer_info(streams.FILES, consumer(url))
-        return info.num_ack_pending == held
+        return bool(info.num_ack_pending == held)
 
     await until(are_held)
     others = [await shipper_process([url], **s3.settings()) for _ in range(7)]
@@ -220,7 +220,7 @@ async def test_secrets_are_read_from_files_and_never_logged(
 
 
 def test_settings_hide_secrets() -> None:
-    assert "hush" not in repr(ShipperSettings(s3_secret_key="hush"))  # type: ignore[arg-type]
+    assert "hush" not in repr(ShipperSettings(s3_secret_key="hush"))
 
 
 async def test_memory_does_not_grow_with_the_file(

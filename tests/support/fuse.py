@@ -32,7 +32,8 @@ class StandingStill:
 
     def __enter__(self) -> "StandingStill":
         self._directory.mkdir()
-        command = [sys.executable, "-m", "tests.support.fuse", self._directory, self._source]
+        places = (str(self._directory), str(self._source))
+        command = [sys.executable, "-m", "tests.support.fuse", *places]
         self._server = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self._server.stdout is not None
         assert self._server.stdout.readline() == b"mounted\n"

@@ -13,7 +13,9 @@ from tests.support.crashers import crasher
 class Victim:
     """A process that is stopped before its program begins, until `go`."""
 
-    def __init__(self, program: Path | bytes, *arguments: str | bytes, **options: Any) -> None:
+    def __init__(
+        self, program: str | bytes | Path, *arguments: str | bytes, **options: Any
+    ) -> None:
         shell = ["sh", "-c", 'kill -STOP $$; exec "$@"', "sh"]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, **options}
         self.process = subprocess.Popen([*shell, program, *arguments], **options)
