@@ -30,6 +30,12 @@ async def deaths_in_hand(setup: Setup, count: int) -> bool:
     return False
 
 
+async def started(setup: Setup) -> None:
+    """Start the collector, and wait until it hears of every death from now on."""
+    await setup.collector.start()
+    await until(lambda: deaths_in_hand(setup, 0))
+
+
 async def is_all_heard(setup: Setup) -> bool:
     """Tell whether every signal event was taken, and is settled."""
     info = await setup.bus._js.consumer_info(streams.SIGNALS, "collector-signals-test-host")
@@ -48,9 +54,7 @@ async def die(setup: Setup, told: dict["subprocess.Popen[bytes]", SignalEvent]) 
 
 
 async def test_death_without_crash_files_is_told(setup: Setup) -> None:
-    await setup.collector.start()
-    await setup.collector.healthy()
-    await until(lambda: deaths_in_hand(setup, 0))
+    await started(setup)
     victim = subprocess.Popen(["sleep", "60"])
     event = signal_event(victim.pid)
     await setup.bus.publish(event)
@@ -68,9 +72,7 @@ async def test_death_without_crash_files_is_told(setup: Setup) -> None:
 
 
 async def test_crash_that_was_read_and_has_no_record_yet_is_waited_for(setup: Setup) -> None:
-    await setup.collector.start()
-    await setup.collector.healthy()
-    await until(lambda: deaths_in_hand(setup, 0))
+    await started(setup)
     read, lost = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
     unrecorded = Unrecorded(setup.spool)
     assert unrecorded.begin(read.pid, packed({}))
@@ -97,8 +99,7 @@ async def test_crash_that_was_read_and_has_no_record_yet_is_waited_for(setup: Se
 async def test_crash_that_a_killed_recorder_left_a_note_of_is_not_told_as_missing(
     setup: Setup,
 ) -> None:
-    await setup.collector.start()
-    await setup.collector.healthy()
+    await started(setup)
     noted, lost = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
     told = {process: signal_event(process.pid) for process in (noted, lost)}
     unrecorded = Unrecorded(setup.spool)
@@ -112,8 +113,7 @@ async def test_crash_that_a_killed_recorder_left_a_note_of_is_not_told_as_missin
 
 
 async def test_crash_that_the_pipe_helper_keeps_is_not_told_as_missing(setup: Setup) -> None:
-    await setup.collector.start()
-    await setup.collector.healthy()
+    await started(setup)
     kept, lost = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
     told = {process: signal_event(process.pid) for process in (kept, lost)}
     place = setup.spool / layout.ORPHANS / f"{int(told[kept].time)}-{kept.pid}"
@@ -130,9 +130,7 @@ async def test_process_that_hangs_in_appscopes_handler_is_told(
 ) -> None:
     """As where its library cannot write; it was told of a while ago."""
     need_btf()
-    await setup.collector.start()
-    await setup.collector.healthy()
-    await until(lambda: deaths_in_hand(setup, 0))
+    await started(setup)
     watch, program = Watch(tmp_path / "watch"), crasher("handled_by_libscope")
     own = f"mkdir -p /tmp/appscope && mount -t tmpfs none /tmp/appscope && exec {program} on"
     victim = Victim("/usr/bin/unshare", "--mount", "sh", "-c", own, cwd=tmp_path).go()
@@ -160,8 +158,7 @@ async def test_process_that_hangs_in_appscopes_handler_is_told(
 
 @pytest.mark.parametrize("odd", ["forged_crash_id", "long_lived"])
 async def test_odd_events_do_not_end_the_following_of_deaths(setup: Setup, odd: str) -> None:
-    await setup.collector.start()
-    await until(lambda: deaths_in_hand(setup, 0))
+    await started(setup)
     for number in range(600):
         event = signal_event(os.getpid()).model_copy(update={"event_id": f"{odd}-{number}"})
         if odd == "forged_crash_id":
