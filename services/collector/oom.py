@@ -19,8 +19,9 @@ from crashbus.messages import SignalEvent
 from crashbus.parts import Oom
 from services.collector import processes
 from services.collector.kernel_log import lines
+from services.collector.records import record_of
 from services.common import capture, crash_directory, redact, resources
-from services.common.capture import CapturedFile, CaptureRecord
+from services.common.capture import CapturedFile
 from services.common.resources import Resources
 
 _LINES = 400  # of the kernel's log kept: it may list every process of the host
@@ -87,14 +88,14 @@ def write(seen: Seen, root: Path) -> None:
     event = seen.event
     directory, epoch = crash_directory.open_crash(root, event.process.pid, int(event.time))
     try:
-        descriptor = capture.create(directory, epoch, _record(seen, "writing", {}))
+        descriptor = capture.create(directory, epoch, record_of(event, "writing", {}, why(seen)))
         try:
             contents = {Kind.INFO: _info(event, epoch), Kind.SNAPSHOT: _snapshot(seen)}
             captured = {
                 layout.crash_file_name(kind, epoch): _write(directory, kind, epoch, content)
                 for kind, content in contents.items()
             }
-            capture.write(descriptor, _record(seen, "complete", captured))
+            capture.write(descriptor, record_of(event, "complete", captured, why(seen)))
         finally:
             os.close(descriptor)
     finally:
@@ -105,25 +106,6 @@ def _write(directory: int, kind: Kind, epoch: int, content: bytes) -> CapturedFi
     with os.fdopen(crash_directory.create_file(directory, kind, epoch), "wb") as file:
         file.write(content)
     return CapturedFile(size=len(content))
-
-
-def _record(seen: Seen, state: str, files: dict[str, CapturedFile]) -> CaptureRecord:
-    event = seen.event
-    return CaptureRecord.model_validate(
-        {
-            "state": state,
-            "crash_id": event.crash_id,
-            "host": event.host,
-            "crashed_at": event.time,
-            "process": event.process,
-            "signal": event.signal,
-            "signal_name": event.signal_name,
-            "code": event.code,
-            "code_meaning": event.code_meaning,
-            "files": files,
-            "notes": (why(seen),),
-        }
-    )
 
 
 def why(seen: Seen) -> str:

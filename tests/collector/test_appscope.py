@@ -90,7 +90,7 @@ def other(tmp_path: Path) -> Iterator[Contained]:
 
 
 def watching(event: SignalEvent, spool: Path, reserve: float = 0) -> closing[Watched]:
-    return closing(Watched(event, spool, "test-host", reserve, lambda: None, {}))
+    return closing(Watched(event, spool, reserve, lambda: None, {}))
 
 
 def test_last_files_of_a_process_are_seen_when_it_has_ended(

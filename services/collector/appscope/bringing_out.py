@@ -14,10 +14,13 @@ from crashbus.messages import SignalEvent
 from services.collector import judge
 from services.collector.appscope.copying import copy, size_on_disk
 from services.collector.publish import MAX_SMALL
+from services.collector.records import record_of
 from services.common import capture, crash_directory
-from services.common.capture import CapturedFile, CaptureRecord
+from services.common.capture import CapturedFile
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+_NOTE = "written by AppScope's library in a /tmp/appscope of its own"
 
 
 class BringingOut:
@@ -33,14 +36,12 @@ class BringingOut:
         self,
         event: SignalEvent,
         root: Path,
-        host: str,
         reserve: float,
         step: Callable[[], None],
     ) -> None:
         self._step = step
         self._event = event
         self._root = root
-        self._host = host
         self._reserve = reserve
 
     def copy_set(
@@ -63,11 +64,13 @@ class BringingOut:
             if not as_far_as_possible:
                 # Before anything is made: whoever looks into the spool now would see it vanish.
                 self._need_room(files, directory)
-            descriptor = capture.create(directory, epoch, self._record("writing", {}))
+            descriptor = capture.create(
+                directory, epoch, record_of(self._event, "writing", {}, _NOTE)
+            )
             try:
                 doubtful = set() if is_whole else judge.doubtful(files.keys())
                 captured = self._copy_files(files, doubtful, directory, epoch, as_far_as_possible)
-                capture.write(descriptor, self._record("complete", captured))
+                capture.write(descriptor, record_of(self._event, "complete", captured, _NOTE))
                 uncut = not any(file.expected is not None for file in captured.values())
                 log.info("brought out of a container", crash_id=crash_id, files=len(captured))
             except OSError as error:
@@ -125,25 +128,6 @@ class BringingOut:
         disk = os.fstatvfs(directory)
         reserve = int(disk.f_blocks * disk.f_frsize * self._reserve / 100)
         return max(0, disk.f_bavail * disk.f_frsize - reserve)
-
-    def _record(self, state: str, files: dict[str, CapturedFile]) -> CaptureRecord:
-        event = self._event
-        return CaptureRecord.model_validate(
-            {
-                "state": state,
-                "crash_id": event.crash_id,
-                "host": self._host,
-                "crashed_at": event.time,
-                "process": event.process,
-                "signal": event.signal,
-                "signal_name": event.signal_name,
-                "code": event.code,
-                "code_meaning": event.code_meaning,
-                "fault_address": event.fault_address,
-                "files": files,
-                "notes": ("written by AppScope's library in a /tmp/appscope of its own",),
-            }
-        )
 
 
 def _remove(directory: int, epoch: int, kinds: Iterable[Kind]) -> None:

@@ -65,13 +65,12 @@ class Watched:
         self,
         event: SignalEvent,
         root: Path,
-        host: str,
         reserve: float,
         step: Callable[[], None],
         brought_out: dict[int, bool],
     ) -> None:
         self._event = event
-        self._bringing_out = BringingOut(event, root, host, reserve, step)
+        self._bringing_out = BringingOut(event, root, reserve, step)
         self._sets: dict[int, _Set] = {}
         self._directory: int | None = None  # where the library writes, once it is there
         self.brought_out = brought_out

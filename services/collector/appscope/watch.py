@@ -61,9 +61,7 @@ class Watch:
         self._tell = tell
         self._is_resumed = is_resumed
         self._steps = Steps()
-        self._watched = Watched(
-            note, root, note.host, reserve, self._steps.step, dict(note.brought_out)
-        )
+        self._watched = Watched(note, root, reserve, self._steps.step, dict(note.brought_out))
         self._others_wait: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._is_stuck = False
         self.noted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
