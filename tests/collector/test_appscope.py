@@ -430,6 +430,12 @@ async def test_process_that_ended_and_waits_for_room_gives_its_place_to_a_living
         await containers.stop()
 
 
+async def comes_out(containers: Containers, of: Contained, root: Path) -> None:
+    """Have a process watched, and wait until what it wrote is in the spool."""
+    await containers.watch(of.event)
+    await until((root / str(of.process.pid) / f"core_{EPOCH}").exists)
+
+
 async def test_place_on_a_file_system_that_somebody_serves_is_not_looked_into(
     contained: Contained, other: Contained, tmp_path: Path, bus: Bus
 ) -> None:
@@ -445,9 +451,7 @@ async def test_place_on_a_file_system_that_somebody_serves_is_not_looked_into(
         assert "whose server may not answer (fuse)" in letter.error
         assert "tmpfs" in letter.mend
         assert not containers._watches
-        await containers.watch(other.event)
-        place = tmp_path / "spool" / str(other.process.pid)
-        await until((place / f"core_{EPOCH}").exists)
+        await comes_out(containers, other, tmp_path / "spool")
         await containers.stop()
 
 
@@ -473,9 +477,7 @@ async def test_thread_that_a_file_system_holds_is_given_up(
         assert "to look at them takes more than" in letter.error
         assert list(containers._watches) == [event.crash_id]  # its place is taken
         other.write({**WHOLE, "core": b"core"})
-        await containers.watch(other.event)
-        place = tmp_path / "spool" / str(other.process.pid)
-        await until((place / f"core_{EPOCH}").exists)
+        await comes_out(containers, other, tmp_path / "spool")
         await asyncio.wait_for(containers.stop(), 10)
 
 
