@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,22 +19,25 @@ from crashbus.layout import Kind
 from crashbus.messages import SignalEvent
 from crashbus.parts import Oom
 from services.collector import processes
-from services.collector.kernel_log import lines
+from services.collector.kernel_log import is_near, lines
 from services.collector.records import record_of
 from services.common import capture, crash_directory, redact, resources
 from services.common.capture import CapturedFile
 from services.common.resources import Resources
 
 _LINES = 400  # of the kernel's log kept: it may list every process of the host
-_AROUND = 10.0  # seconds between the kernel's choice and the lines about it
 # oom_kill_process() and dump_oom_victim(), mm/oom_kill.c
 _CONSTRAINT = re.compile(r"oom-kill:(constraint=\S+)")
+_CHOSEN = re.compile(r"oom-kill:constraint=.*,pid=(\d+),uid=\d+$")
+_GROUP = re.compile(r"Tasks in (.+) are going to be killed due to memory\.oom\.group set")
 _NUMBERS = re.compile(
     r"total-vm:(?P<total_vm_kib>\d+)kB, anon-rss:(?P<anon_rss_kib>\d+)kB, "
     r"file-rss:(?P<file_rss_kib>\d+)kB, shmem-rss:(?P<shmem_rss_kib>\d+)kB, .*"
     r" oom_score_adj:(?P<oom_score_adj>-?\d+)$"
 )
-_BEGIN, _END = "invoked oom-killer", re.compile(r"[Kk]illed process (\d+) ")
+_BEGIN = "invoked oom-killer"
+# From the beginning of a line: anybody may name a process or a cgroup like the rest of it.
+_END = re.compile(r"(?:Out of memory|Memory cgroup out of memory)[^:]*: [Kk]illed process (\d+) ")
 
 
 @dataclass(frozen=True)
@@ -56,26 +60,41 @@ def look(event: SignalEvent) -> Seen:
     found = resources.read(process.pid, process.cgroup)
     if not is_there:  # its PID may be another's by now
         found = Resources(cgroup=found.cgroup)
-    return Seen(event, found, kernel_log(process.pid, event.monotonic_ns / 1e9))
+    log = kernel_log(process.pid, process.cgroup, event.monotonic_ns / 1e9)
+    return Seen(event, found, log)
 
 
-def kernel_log(pid: int, at: float) -> tuple[str, ...]:
+def kernel_log(pid: int, cgroup: str | None, at: float) -> tuple[str, ...]:
     """Return what the kernel's log says about one kill.
 
     Args:
         at: seconds of CLOCK_MONOTONIC at which it was chosen.
     """
     kept: list[str] = []
+    told: list[str] = []
     for when, line in lines():
-        if abs(when - at) > _AROUND:
+        if not is_near(when, at):
             continue
         if _BEGIN in line:
             kept.clear()
         kept.append(line)
-        match = _END.search(line)
+        match = _END.match(line)
         if match and int(match[1]) == pid:
-            return tuple(kept[: _LINES // 2] + kept[-_LINES // 2 :] if len(kept) > _LINES else kept)
-    return ()
+            # Of kills that follow fast upon each other the kernel tells the end alone.
+            told = kept[:] if _is_about(pid, cgroup, kept) else [line]
+    return tuple(told[: _LINES // 2] + told[-_LINES // 2 :] if len(told) > _LINES else told)
+
+
+def _is_about(pid: int, cgroup: str | None, report: Iterable[str]) -> bool:
+    """Tell whether a report, from its beginning on, is of this kill and not of one before."""
+    for line in report:
+        chosen, group = _CHOSEN.search(line), _GROUP.search(line)
+        if chosen and int(chosen[1]) == pid:
+            return True
+        # With memory.oom.group, cgroup-v2.rst, all that are in there go with the one.
+        if group and f"{cgroup}/".startswith(f"{group[1].rstrip('/')}/"):
+            return True
+    return False
 
 
 def write(seen: Seen, root: Path) -> None:

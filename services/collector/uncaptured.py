@@ -13,7 +13,6 @@ from crashbus.messages import SignalEvent
 from services.collector import kernel_log
 
 _SYS = Path("/proc/sys")
-_AROUND = 10.0  # seconds between a signal and what the kernel says of its core
 _DOCTOR = "see with 'crashbus doctor' whether the recorder runs and owns core_pattern"
 _FORBIDS = (
     "no setting of the host changes that: see whether the program has an option for it, as what "
@@ -110,10 +109,9 @@ def said_of(event: SignalEvent, lines: Iterable[tuple[float, str]]) -> str | Non
     """
     process, at = event.process, event.monotonic_ns / 1e9
     told = re.compile(_TOLD.format(pid=process.ns_pid, comm=re.escape(process.comm)))
-    for when, line in lines:
-        if abs(when - at) <= _AROUND and (match := told.match(line)):
-            return match[1][:200]
-    return None
+    said = [line for when, line in lines if kernel_log.is_near(when, at)]
+    matches = [match for line in said if (match := told.match(line))]
+    return matches[-1][1][:200] if matches else None  # an earlier one had the same PID
 
 
 def _read(name: str) -> str:

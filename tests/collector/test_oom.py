@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_kernel_s_log_tells_why_it_was_chosen() -> None:
         pid, at = killed_by_oom(group)
         another, _ = killed_by_oom(group)
 
-    lines = oom.kernel_log(pid, at)
+    lines = oom.kernel_log(pid, path, at)
 
     assert "invoked oom-killer" in lines[0]
     assert f"illed process {pid} " in lines[-1]
@@ -46,7 +47,7 @@ def test_kernel_s_log_tells_why_it_was_chosen() -> None:
     why = oom.why(oom.Seen(event, Resources(), lines))
     assert "constraint=CONSTRAINT_MEMCG" in why
     assert path in why
-    assert oom.kernel_log(pid, at + 3600) == ()
+    assert oom.kernel_log(pid, path, at + 3600) == ()
 
 
 def test_numbers_that_the_event_lacks_are_the_log_s() -> None:
@@ -55,7 +56,7 @@ def test_numbers_that_the_event_lacks_are_the_log_s() -> None:
     with memory_cgroup("numbers") as group:
         pid, at = killed_by_oom(group)
     event = signal_event(os.getpid())
-    lines = oom.kernel_log(pid, at)
+    lines = oom.kernel_log(pid, None, at)
 
     seen = oom.Seen(event.model_copy(update={"oom": Oom()}), Resources(), lines)
     found = oom.chosen(seen)
@@ -75,29 +76,97 @@ def test_log_without_numbers_leaves_them_out(line: str) -> None:
     assert oom.chosen(oom.Seen(event, Resources(), (line,))) == Oom()
 
 
-def test_only_the_kernel_s_own_lines_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root in a container may write to the log as well, with the facility of a user."""
-    kernel, user = 6, 1 << 3 | 6
+Log = Callable[..., None]
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
+    """Writes to a log that is read in the kernel's place, once."""
     # In packet mode, pipe(2), each write is one read, as with the log.
     reading, writing = os.pipe2(os.O_DIRECT)
     monkeypatch.setattr(kernel_log, "KERNEL_LOG", Path(f"/proc/self/fd/{reading}"))
 
-    def log(facility: int, text: str) -> None:
-        os.write(writing, f"{facility},1,5000000,-;{text}\n SUBSYSTEM=x\n".encode())
+    def write(*lines: str, facility: int = 6, at: float = 5.0) -> None:
+        for text in lines:
+            record = f"{facility},1,{int(at * 1e6)},-;{text}\n SUBSYSTEM=x\n"
+            os.write(writing, record.encode())
 
-    try:
-        log(user, "x invoked oom-killer: forged")
-        log(user, "Out of memory: Killed process 42 (forged)")
-        assert oom.kernel_log(42, 5.0) == ()
-        log(kernel, "x invoked oom-killer: order=0")
-        log(user, "oom-kill:constraint=FORGED")
-        log(kernel, "Out of memory: Killed process 42 (x) total-vm:1kB")
-        assert oom.kernel_log(42, 5.0) == (
-            *("x invoked oom-killer: order=0", "Out of memory: Killed process 42 (x) total-vm:1kB"),
-        )
-    finally:
-        os.close(reading)
-        os.close(writing)
+    yield write
+    os.close(reading)
+    os.close(writing)
+
+
+def kill(pid: int, cgroup: str = "/a/b") -> list[str]:
+    """Return what the kernel writes of one kill; mm/oom_kill.c."""
+    return [
+        "x invoked oom-killer: gfp_mask=0xcc0(GFP_KERNEL), order=0, oom_score_adj=0",
+        "oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,mems_allowed=0,"
+        f"oom_memcg=/a,task_memcg={cgroup},task=x,pid={pid},uid=0",
+        end(pid),
+    ]
+
+
+def end(pid: int) -> str:
+    return f"Memory cgroup out of memory: Killed process {pid} (x) total-vm:1kB, anon-rss:1kB"
+
+
+def test_only_the_kernel_s_own_lines_count(log: Log) -> None:
+    """Root in a container may write to the log as well, with the facility of a user."""
+    user = 1 << 3 | 6
+    log(*kill(42), facility=user)
+    assert oom.kernel_log(42, None, 5.0) == ()
+    first, *rest = kill(42)
+    log(first)
+    log("oom-kill:constraint=FORGED,pid=42,uid=0", facility=user)
+    log(*rest)
+    assert oom.kernel_log(42, None, 5.0) == (first, *rest)
+
+
+@pytest.mark.parametrize("forged", [f"x: {end(42)}", f"oom-kill:task_memcg=/{end(42)}"])
+def test_name_like_a_line_is_no_kill(log: Log, forged: str) -> None:
+    log(forged)
+    assert oom.kernel_log(42, None, 5.0) == ()
+
+
+def test_log_s_clock_may_have_drifted_since_the_boot(log: Log) -> None:
+    week = 7 * 86400.0
+    log(*kill(42), at=week - 100)
+    log("x: something else", at=week - 3600)
+    assert oom.kernel_log(42, None, week) == tuple(kill(42))
+
+
+def test_kill_of_which_the_kernel_tells_the_end_alone_has_no_other_s_reason(log: Log) -> None:
+    """It keeps quiet of the rest when there are many; __ratelimit(), mm/oom_kill.c."""
+    log(*kill(41), end(42))
+    assert oom.kernel_log(42, "/a/b", 5.0) == (end(42),)
+
+
+@pytest.mark.parametrize(("cgroup", "is_theirs"), [("/a/b/c", True), ("/a/b", True), ("/a", False)])
+def test_whole_group_has_the_reason_of_the_one(log: Log, cgroup: str, is_theirs: bool) -> None:
+    group = "Tasks in /a/b are going to be killed due to memory.oom.group set"
+    report = (*kill(41), group, end(42))
+    log(*report)
+    assert oom.kernel_log(42, cgroup, 5.0) == (report if is_theirs else (end(42),))
+
+
+def test_last_kill_of_a_pid_is_told(log: Log) -> None:
+    earlier = kill(42, "/earlier")
+    log(*earlier, *kill(42))
+    assert oom.kernel_log(42, None, 5.0) == tuple(kill(42))
+
+
+def test_log_is_read_where_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a pod of Kubernetes."""
+    need_root()
+    with memory_cgroup("syslog") as group:
+        path = cgroup_path(group)
+        pid, at = killed_by_oom(group)
+    told = oom.kernel_log(pid, path, at)
+
+    monkeypatch.setattr(kernel_log, "KERNEL_LOG", Path("/nowhere"))
+
+    assert oom.kernel_log(pid, path, at) == told
+    assert "constraint=CONSTRAINT_MEMCG" in "".join(told)
 
 
 def test_bundle_of_a_process_that_is_gone(tmp_path: Path) -> None:

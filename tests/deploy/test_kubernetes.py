@@ -77,6 +77,16 @@ def test_no_container_is_privileged_or_has_more_than_its_unit() -> None:
         assert added <= set(kept.split())
 
 
+def test_collector_may_read_the_kernel_s_log() -> None:
+    """There is no /dev/kmsg in a pod; syslog(2) is asked instead."""
+    (rights,) = [
+        one["securityContext"]["capabilities"]["add"]
+        for _, one in containers()
+        if one["name"] == "collector"
+    ]
+    assert "SYSLOG" in rights
+
+
 def test_whoever_has_no_capability_is_not_root() -> None:
     for pod, container in containers():
         rights = container["securityContext"]["capabilities"].get("add")
