@@ -38,6 +38,7 @@ SAME_CRASH = 60.0  # seconds between the signal and what was kept of it; a PID c
 LOOK_IDLY = 0.5  # seconds
 STUCK_AFTER = 10.0  # seconds from a signal on; AppScope's first files are there in milliseconds
 GIVE_UP = 3600.0  # seconds after which a process that still lives did not die of it
+_MOST_OOM_KILLS = 1024  # remembered: as many events as the bus gives out unsettled
 
 
 class Deaths:
@@ -94,6 +95,7 @@ class Deaths:
         working = asyncio.create_task(_keep(delivery))
         try:
             if await self._settle(delivery.message):
+                self._oom_kills.pop(delivery.message.event_id, None)
                 await delivery.ack()
             else:
                 await delivery.retry(LATER)
@@ -120,8 +122,8 @@ class Deaths:
                 return await self._is_set_begun(event)
         if not event.fatal:
             return True
-        if event.disposition == "oom_kill" and event.event_id not in self._oom_kills:
-            self._oom_kills[event.event_id] = await asyncio.to_thread(oom.look, event)
+        if event.disposition == "oom_kill":
+            await self._note_oom_kill(event)
         try:
             await asyncio.wait_for(processes.gone(process.pid, process.start_ticks), PATIENCE)
         except TimeoutError:
@@ -133,7 +135,7 @@ class Deaths:
             return True  # the recorder makes its files when it is back, or tells why not
         if not await self._gatherer.look(str(process.pid)):
             raise OSError(f"the directory of process {process.pid} could not be looked at")
-        seen = self._oom_kills.pop(event.event_id, None)
+        seen = self._oom_kills.get(event.event_id)
         if seen is not None and not self._has_files_of(event):
             await self._keep_oom_kill(seen)
         if self._has_files_of(event) or self._gatherer.is_being_captured(event.crash_id):
@@ -170,6 +172,14 @@ class Deaths:
                 return False
             await asyncio.sleep(LOOK_AGAIN)
         return True
+
+    async def _note_oom_kill(self, event: SignalEvent) -> None:
+        """Look at the victim while it may be there; what is seen is kept until it is gone."""
+        if event.event_id in self._oom_kills:
+            return
+        if len(self._oom_kills) >= _MOST_OOM_KILLS:  # of events that the bus lost meanwhile
+            del self._oom_kills[next(iter(self._oom_kills))]
+        self._oom_kills[event.event_id] = await asyncio.to_thread(oom.look, event)
 
     async def _keep_oom_kill(self, seen: oom.Seen) -> None:
         try:

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from crashbus import Bus, SignalEvent
 from crashbus.parts import Oom
-from services.collector import kernel_log, oom
+from services.collector import deaths, kernel_log, oom
+from services.collector.deaths import Deaths
+from services.collector.gather import Gatherer
 from services.common.capture import read
 from services.common.resources import Resources
 from tests.collector.stand_in import signal_event
@@ -195,3 +198,23 @@ def test_resources_of_another_process_with_the_pid_are_not_taken() -> None:
 
     assert oom.look(event).resources.status
     assert not oom.look(event.model_copy(update={"process": earlier})).resources.status
+
+
+async def test_kill_that_a_process_outlived_is_forgotten(
+    gatherer: Gatherer, bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each would take memory for as long as the collector runs."""
+    monkeypatch.setattr(deaths, "PATIENCE", 0.01)
+    ledger = gatherer._entering._ledger
+    following = Deaths("test-host", (), bus, ledger, gatherer, tmp_path / "watched", 0)
+    event = signal_event(os.getpid(), "oom_kill")
+    waits = event.model_copy(update={"event_id": "waits"})
+    is_over = event.model_copy(update={"time": event.time - 2 * deaths.GIVE_UP})
+    for one in (waits, is_over):
+        await bus.publish(one)
+
+    async for delivery in bus.consume(SignalEvent, "deaths", service="collector"):
+        await following._follow(delivery)
+        assert list(following._oom_kills) == ["waits"]
+        if delivery.message.event_id == is_over.event_id:
+            break
