@@ -48,5 +48,5 @@ for _loss in ("copy", "large", "small"):
     DROPPED.labels(_loss)
 for _part in ("small", "large", "whole"):
     LATENCY.labels(_part)
-for _task in ("deaths", "deliver", "receipts", "containers", "gather", "cores", "failures"):
+for _task in ["deaths", "deliver", "receipts", "containers", "gather", "cores", "failures", "late"]:
     FAULTS.labels(_task)

@@ -93,6 +93,11 @@ CALM = [
     series(f'crashbus_recorder_hold_seconds_bucket{{{H1}, le="+Inf"}}', "0+1x80"),
     series(f'crashbus_shipper_deliveries_total{{{S3}, result="delivered"}}', "0+6x80"),
     series(f'crashbus_shipper_failures_total{{{S3}, reason="timeout"}}', "0+1x80"),
+    # What nobody takes from the queue is of no destination.
+    series(
+        f'crashbus_shipper_failures_total{{{H1}, destination="unknown", reason="unclaimed"}}',
+        "0+1x80",
+    ),
     series(f"crashbus_shipper_queue_items{{{S3}}}", "3x80"),
     series(f"crashbus_collector_oldest_undelivered_seconds{{{H1}}}", "5x80"),
     series(f'crashbus_collector_dropped_files_total{{{H1}, loss="copy"}}', "0+1x80"),
