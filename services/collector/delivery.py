@@ -99,13 +99,12 @@ class Deliverer:
     async def _rechecks(self) -> None:
         """Take up what is unfinished: at the start, and from time to time."""
         while True:
-            unfinished = self._ledger.open_crashes()
+            unfinished = [one for one in self._ledger.open_crashes() if is_unfinished(one)]
             metrics.UNDELIVERED.set(len(unfinished))
             oldest = min((crash.crashed_at for crash in unfinished), default=None)
             metrics.OLDEST_UNDELIVERED.set(0 if oldest is None else time.time() - oldest)
             for crash in unfinished:
-                if is_unfinished(crash):
-                    self.start(crash)
+                self.start(crash)
             try:
                 await self._ahead.tidy()
             except (BusUnreachable, OSError) as error:

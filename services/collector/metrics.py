@@ -18,10 +18,11 @@ NOT_CAPTURED = Counter(
 )
 CUT_SHORT = Counter("crashbus_collector_cut_short", "Crash files gathered incomplete")
 UNDELIVERED = Gauge(
-    "crashbus_collector_undelivered_crashes", "Crashes that wait for a destination's receipt"
+    "crashbus_collector_undelivered_crashes",
+    "Crashes that wait for a destination's receipt, beyond what failed for good",
 )
 OLDEST_UNDELIVERED = Gauge(
-    "crashbus_collector_oldest_undelivered_seconds", "Age of the oldest crash that waits"
+    "crashbus_collector_oldest_undelivered_seconds", "Age of the oldest of these"
 )
 DELIVERED = Counter("crashbus_collector_delivered", "Crashes confirmed by every destination")
 LATENCY = Histogram(

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from crashbus import Bus, WorkItem, chunks, connect
 from crashbus.chunks import Chunk, Packer, Verifier, _Zeros
 from crashbus.layout import Kind, crash_file_name
 from crashbus.message_base import Message
+from services.collector import metrics
 from services.collector.ledger import Crash, Source
 from services.collector.publish import Publisher
 from services.collector.sending import Sending
 from tests.collector.conftest import FILE, Delivering, reported_crash
 from tests.support.nats import NatsServer, stored
 from tests.support.records import EPOCH
+from tests.support.wait import until
 
 
 async def test_crash_that_is_delivered_leaves_no_chunk_on_the_bus(bus: Bus, tmp_path: Path) -> None:
@@ -198,3 +201,24 @@ async def test_core_that_was_sent_ahead_is_offered_after_the_small_files(
         await own.deliverer._deliver(lane, crash.crash_id)
 
     assert await kinds_offered(bus) == [*IN_ORDER]
+
+
+async def test_what_failed_for_good_is_not_told_as_waiting(bus: Bus, tmp_path: Path) -> None:
+    """An alert on it would fire for as long as the files are kept."""
+    own = Delivering(bus, tmp_path)
+    failed = Source(directory="1", name="info_1", kind=Kind.INFO, failed={FILE: "refused"})
+    waiting = Source(directory="2", name="info_2", kind=Kind.INFO)
+    of_failed = reported_crash(failed)
+    of_waiting = reported_crash(waiting).model_copy(
+        update={"crash_id": "0" * 16, "crashed_at": time.time() - 10}
+    )
+    for crash in (of_failed, of_waiting):
+        await own.ledger.save(crash)
+    metrics.UNDELIVERED.set(-1)
+
+    task = asyncio.create_task(own.deliverer._rechecks())
+    await until(lambda: metrics.UNDELIVERED.collect()[0].samples[0].value >= 0)
+    task.cancel()
+
+    assert metrics.UNDELIVERED.collect()[0].samples[0].value == 1
+    assert 10 <= metrics.OLDEST_UNDELIVERED.collect()[0].samples[0].value < 100
