@@ -72,7 +72,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 def open_crash(path: Path, pid: int, epoch: int) -> tuple[int, int]:
     """Return a descriptor of ``<spool>/<pid>``, and the first epoch from `epoch` on that is
-    free there.
+    free there; where others have taken them all, the first that root has not.
 
     Raises:
         SpoolUnusable: it cannot be had.
@@ -85,6 +85,7 @@ def open_crash(path: Path, pid: int, epoch: int) -> tuple[int, int]:
                 if free is not None:
                     return directory, free
                 os.close(directory)
+                # What lies there is not seen again, so only root can bring that about.
                 _put_aside(str(pid), spool, "it is full of crash files")
             raise OSError(None, "it fills up faster than it can be put aside")
         except OSError as error:
@@ -317,20 +318,35 @@ def _aside(name: str) -> str:
 
 
 def _free_epoch(directory: int, epoch: int) -> int | None:
+    not_ours: int | None = None
     for candidate in range(epoch, epoch + _EPOCHS_TRIED):
-        taken = [layout.crash_file_name(kind, candidate) for kind in layout.Kind]
-        taken.append(f".{layout.crash_file_name(layout.Kind.CAPTURE, candidate)}")
-        if not any(_exists(name, directory) for name in taken):
+        owners = _owners_of(candidate, directory)
+        if not owners:
             return candidate
-    return None
+        if not_ours is None and os.geteuid() not in owners:
+            not_ours = candidate
+    if not_ours is not None:
+        _clear(not_ours, directory)
+    return not_ours
 
 
-def _exists(name: str, directory: int) -> bool:
-    try:
-        os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
+def _owners_of(epoch: int, directory: int) -> set[int]:
+    """Return the UIDs of all that have a name which a set of an epoch would have."""
+    names = [layout.crash_file_name(kind, epoch) for kind in layout.Kind]
+    names.append(f".{layout.crash_file_name(layout.Kind.CAPTURE, epoch)}")
+    owners = set()
+    for name in names:
+        with suppress(FileNotFoundError):
+            owners.add(os.stat(name, dir_fd=directory, follow_symlinks=False).st_uid)
+    return owners
+
+
+def _clear(epoch: int, directory: int) -> None:
+    """Put aside what a capture record cannot replace; all else is, by `create_file` too."""
+    name = layout.crash_file_name(layout.Kind.CAPTURE, epoch)
+    with suppress(FileNotFoundError):
+        if stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+            _put_aside(name, directory, "it is no capture record")
 
 
 def _unusable(path: Path, error: OSError) -> SpoolUnusable:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from crashbus.layout import Kind, crash_file_name
-from services.common import crash_directory
+from services.common import capture, crash_directory
 from services.common.crash_directory import SpoolUnusable
+from tests.common.test_capture_record import RECORD
 from tests.support.requirements import need_root
 
 NOBODY = 65534
@@ -110,7 +111,32 @@ def test_epoch_whose_name_is_taken_is_passed_over(root: Path, name: str) -> None
     assert open_crash(root) == EPOCH + 1
 
 
-def test_directory_full_of_names_is_put_aside(root: Path) -> None:
+def test_others_names_do_not_have_what_lies_there_put_aside(root: Path) -> None:
+    """Nobody would look at it again, and some of it may not be delivered."""
+    place = root / "42"
+    open_crash(root)
+    (place / f"core_{EPOCH - 1}").touch()
+    (place / f"core_{EPOCH}").touch()
+    for epoch in range(EPOCH, EPOCH + 200):
+        (place / f"info_{epoch}").touch()
+        (place / f"capture_{epoch}").mkdir()
+        for kind in ("info", "capture"):
+            os.chown(place / f"{kind}_{epoch}", NOBODY, NOBODY)
+
+    directory, epoch = crash_directory.open_crash(root, 42, EPOCH)
+    try:
+        assert epoch == EPOCH + 1, "the first of which nothing is ours"
+        os.close(crash_directory.create_file(directory, Kind.INFO, epoch))
+        os.close(capture.create(directory, epoch, RECORD))
+    finally:
+        os.close(directory)
+
+    assert (place / f"core_{EPOCH - 1}").exists()
+    assert {(place / f"{kind}_{epoch}").stat().st_uid for kind in ("info", "capture")} == {0}
+    assert not list(root.glob(".*.aside-*"))
+
+
+def test_directory_full_of_our_names_is_put_aside(root: Path) -> None:
     open_crash(root)
     for epoch in range(EPOCH, EPOCH + 200):
         (root / "42" / f"core_{epoch}").touch()
@@ -238,7 +264,7 @@ READ_ONLY = """
 mount -t tmpfs -o ro tmpfs "$1"
 "$2" -c '
 import sys, pathlib
-from services.common import crash_directory
+from services.common import capture, crash_directory
 try:
     crash_directory.open_spool(pathlib.Path(sys.argv[1], "crashes"))
 except crash_directory.SpoolUnusable as error:
