@@ -15,6 +15,7 @@ from services.collector import metrics, processes, spool
 from services.collector.found import FoundSet, sent_sources, source_of
 from services.collector.judge import Verdict
 from services.collector.ledger import Crash, Ledger, Source
+from services.collector.merging import merge
 from services.collector.spool import Entry, Refused
 from services.common.capture import CaptureRecord
 
@@ -80,7 +81,11 @@ class Entering:
         sent = sent_sources(found)
         if not found.entries and not sent:
             return
-        crash = self._crash_of(found, process)
+        told = self._told_by(found, process)
+        crash = self._ledger.get(told.crash_id) or told
+        if _clashes(crash, found):
+            told = self._of_unknown(found)
+            crash = self._ledger.get(told.crash_id) or told
         sources = [
             source_of(found, e)
             for e in found.entries.values()
@@ -91,9 +96,10 @@ class Entering:
         ]
         if not sources:
             return
-        if found.record and found.record.record:
-            crash.modules = found.record.record.modules
-            sources.extend(await asyncio.to_thread(self._binaries, crash.modules))
+        if crash is not told:
+            merge(crash, told)
+        if told.modules:
+            sources.extend(await asyncio.to_thread(self._binaries, told.modules))
         crash.sources.update({source.name: source for source in sources})
         crash.delivered_at = None
         if found.verdict is Verdict.CUT_SHORT:
@@ -135,9 +141,8 @@ class Entering:
 
     def _belongs(self, found: FoundSet, entry: Entry, crash: Crash) -> bool:
         """Tell whether a file is the crash's own; what is not is refused."""
-        owner = 0 if found.record is not None else crash.process.uid
-        if entry.uid != owner:
-            text = f"{entry.name!r} belongs to UID {entry.uid}, not to {owner}"
+        if found.record is not None and entry.uid != 0:
+            text = f"{entry.name!r} belongs to UID {entry.uid}, not to root"
             self.refuse(found.directory, Refused("foreign_owner", text))
             return False
         if entry.others_write and found.record is not None:
@@ -150,30 +155,22 @@ class Entering:
             return False
         return True
 
-    def _crash_of(self, found: FoundSet, process: Process | None) -> Crash:
-        record = found.record.record if found.record else None
-        crash = None
-        if record is not None:
-            crash = self._ledger.get(record.crash_id) or self._from_record(record)
-            # AppScope's files of the same crash may have been entered first.
-            crash.fingerprint = record.fingerprint or crash.fingerprint
-            crash.build_fingerprint = record.build_fingerprint or crash.build_fingerprint
-        elif process is not None:
+    def _told_by(self, found: FoundSet, process: Process | None) -> Crash:
+        """Return the crash as this set alone tells it."""
+        if found.record and found.record.record:
+            return self._from_record(found.record.record)
+        if process is not None:
             name = crash_id(process.boot_id, process.pid, process.start_ticks)
-            crash = self._ledger.get(name) or self._from_files(name, process, found)
-        if crash is None or _clashes(crash, found):
-            return self._of_unknown(found)
-        return crash
+            return self._from_files(name, process, found)
+        return self._of_unknown(found)
 
     def _of_unknown(self, found: FoundSet) -> Crash:
         """Return the crash of a process that cannot be told: by its files alone."""
-        pid, owner = int(found.directory), min(found.owners)
+        pid, owner = int(found.directory), found.owner
         name = unknown_crash_id(self._boot_id, pid, found.epoch, owner)
         process = processes.unknown(pid, found.epoch, owner, found.comm, self._boot_id)
-        crash = self._ledger.get(name) or self._from_files(name, process, found)
-        note = "the process was gone before anyone saw it: its start is not known"
-        if note not in crash.notes:
-            crash.notes.append(note)
+        crash = self._from_files(name, process, found)
+        crash.notes.append("the process was gone before anyone saw it: its start is not known")
         return crash
 
     def _from_files(self, name: str, process: Process, found: FoundSet) -> Crash:
@@ -185,6 +182,7 @@ class Entering:
             process=process,
             signal=cause.signal if cause else 0,
             signal_name=signals.name(cause.signal) if cause else "unknown",
+            signal_at=float(found.epoch),
             code_meaning=cause.meaning if cause else None,
             fault_address=cause.fault_address if cause else None,
             destinations=self._destinations,
@@ -195,7 +193,8 @@ class Entering:
             host=self._host,
             destinations=self._destinations,
             notes=list(record.notes),
-            **record.model_dump(exclude={"state", "files", "modules", "notes", "host"}),
+            signal_at=record.crashed_at,
+            **record.model_dump(exclude={"state", "files", "notes", "host"}),
         )
 
 

@@ -22,7 +22,7 @@ MAX_SMALL_FILE = 64 * 1024  # read of cfg, info and backtrace to judge a set
 
 @dataclass(frozen=True)
 class FoundSet:
-    """A set of files of one epoch, as it was seen.
+    """A set of files of one epoch, as it was seen; without a record all are one owner's.
 
     Attributes:
         record: what the recorder says of it; None for a set that AppScope made.
@@ -41,9 +41,9 @@ class FoundSet:
     comm: str
 
     @property
-    def owners(self) -> set[int]:
-        """The UIDs that own its files."""
-        return {entry.uid for entry in self.entries.values()}
+    def owner(self) -> int:
+        """The UID that its files belong to: root, where there is a record."""
+        return 0 if self.record else next(iter(self.entries.values())).uid
 
     def judged(self, writer: Process | None) -> "FoundSet":
         """Return a set of AppScope's, judged in the light of who writes it."""
@@ -64,8 +64,10 @@ def look_at(
     entries: dict[Kind, Entry],
     boot_id: str,
     is_awaited: IsAwaited,
-) -> FoundSet:
-    """Read what tells of a set whether it is whole.
+) -> list[FoundSet]:
+    """Read what tells of a set whether it is whole; without a record it is one for each owner.
+
+    Anybody can put files of his own beside another's.
 
     Args:
         directory: its name below the spool; `descriptor` is of it.
@@ -79,7 +81,16 @@ def look_at(
     }
     if record is not None:
         verdict = judge.judge_recorded(record)
-        return FoundSet(directory, epoch, files, verdict, record, None, None, None, "unknown")
+        return [FoundSet(directory, epoch, files, verdict, record, None, None, None, "unknown")]
+    by_owner: dict[int, dict[Kind, Entry]] = {}
+    for kind, entry in files.items():
+        by_owner.setdefault(entry.uid, {})[kind] = entry
+    return [_by_appscope(directory, descriptor, epoch, own, boot_id) for own in by_owner.values()]
+
+
+def _by_appscope(
+    directory: str, descriptor: int, epoch: int, files: dict[Kind, Entry], boot_id: str
+) -> FoundSet:
     found = FoundSet(
         directory,
         epoch,
@@ -91,8 +102,7 @@ def look_at(
         judge.cause_of(_content(descriptor, files.get(Kind.BACKTRACE))),
         judge.process_name(_content(descriptor, files.get(Kind.INFO))) or "unknown",
     )
-    writer = processes.writer_of(int(directory), epoch, found.owners, boot_id)
-    return found.judged(writer)
+    return found.judged(processes.writer_of(int(directory), epoch, found.owner, boot_id))
 
 
 def is_stale(found: FoundSet) -> bool:

@@ -266,7 +266,7 @@ class Gatherer:
         self, found: FoundSet, events: list[SignalEvent]
     ) -> tuple[FoundSet, Process | None]:
         """Find out who made a set of an unknown; judge it anew if that process still lives."""
-        process = processes.from_events(int(found.directory), found.epoch, found.owners, events)
+        process = processes.from_events(int(found.directory), found.epoch, found.owner, events)
         if process is not None and processes.is_alive(process.pid, process.start_ticks):
             found = await asyncio.to_thread(found.judged, process)
         return found, process
@@ -305,9 +305,12 @@ class Gatherer:
         for refused in listing.refused:
             self._entering.refuse(directory, refused)
         return [
-            look_at(directory, descriptor, epoch, entries, self._boot_id, self._is_awaited)
+            found
             for epoch, entries in listing.sets.items()
             if self._entering.has_new(directory, entries)
+            for found in look_at(
+                directory, descriptor, epoch, entries, self._boot_id, self._is_awaited
+            )
         ]
 
 

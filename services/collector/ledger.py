@@ -93,6 +93,7 @@ class Crash(BaseModel):
     process: Process
     signal: int = 0
     signal_name: str = "unknown"
+    signal_at: float = 0.0  # Unix time; what an earlier version entered was not overtaken
     code: int | None = None
     code_meaning: str | None = None
     fault_address: int | None = None

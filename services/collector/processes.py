@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from pathlib import Path
 
 from crashbus import identity
@@ -54,26 +54,24 @@ def _is_zombie(pid: int) -> bool:
     return stat[stat.rindex(b")") + 2 :][:1] in (b"Z", b"X")  # proc_pid_stat(5), field 3
 
 
-def writer_of(pid: int, epoch: int, owners: Set[int], boot_id: str) -> Process | None:
+def writer_of(pid: int, epoch: int, owner: int, boot_id: str) -> Process | None:
     """Return the living process that wrote a set into the directory of this PID.
 
     The PID is one of the writer's own namespace. Only where that is the host's does it name
-    the writer, so that must be so, and the process must own a file and be older than the set.
+    the writer, so that must be so, and the process must own the set and be older than it.
     """
     try:
         process = read_process(pid, boot_id)
     except ProcessLookupError:
         return None
-    if process.ns_pid != pid or process.uid not in owners or _is_zombie(pid):
+    if process.ns_pid != pid or process.uid != owner or _is_zombie(pid):
         return None
     uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
     started = time.time() - uptime + process.start_ticks / os.sysconf("SC_CLK_TCK")
     return process if started <= epoch + 1 else None
 
 
-def from_events(
-    pid: int, epoch: int, owners: Set[int], events: Sequence[SignalEvent]
-) -> Process | None:
+def from_events(pid: int, epoch: int, owner: int, events: Sequence[SignalEvent]) -> Process | None:
     """Return the process that the detector saw take a signal when the set was made.
 
     Args:
@@ -81,7 +79,7 @@ def from_events(
     """
     for event in events:
         near = epoch - EVENT_BEFORE <= event.time <= epoch + 1 + EVENT_AFTER
-        if near and event.process.ns_pid == pid and event.process.uid in owners:
+        if near and event.process.ns_pid == pid and event.process.uid == owner:
             return event.process
     return None
 

@@ -57,7 +57,7 @@ async def test_hostile_entries_are_refused_counted_and_left_alone(
     assert len(list(directory.iterdir())) == 9
 
 
-async def test_file_of_another_user_in_a_crash_is_refused(setup: Setup) -> None:
+async def test_file_of_another_user_beside_a_crash_is_no_part_of_it(setup: Setup) -> None:
     await setup.collector.start()
     await setup.collector.healthy()
     process = crash(setup)
@@ -67,9 +67,10 @@ async def test_file_of_another_user_in_a_crash_is_refused(setup: Setup) -> None:
     fake.write_text("{}")
     os.chown(fake, 65534, 65534)
     process.wait()
-    (manifest,) = await reports(setup)
-    assert fake.name not in {file.name for file in manifest.files}
-    await until(lambda: "belongs to UID 65534" in setup.collector.log)
+    by_owner = {one.process.uid: one for one in await reports(setup, 2)}
+    assert by_owner.keys() == {0, 65534}
+    assert fake.name not in {file.name for file in by_owner[0].files}
+    assert [file.name for file in by_owner[65534].files] == [fake.name]
 
 
 async def test_file_that_others_may_write_to_is_delivered_and_flagged(setup: Setup) -> None:
@@ -85,6 +86,17 @@ async def test_file_that_others_may_write_to_is_delivered_and_flagged(setup: Set
     assert info.name in {file.name for file in manifest.files}
     flag = f"{info.name}: others than its owner may have written to it"
     assert [note for note in manifest.notes if "others" in note] == [flag]
+
+
+async def test_file_of_another_user_in_a_recorded_set_is_refused(setup: Setup) -> None:
+    write_set(setup.spool, 4194303, {Kind.INFO: b"Process name: x"})
+    fake = setup.spool / "4194303" / f"snapshot_{EPOCH}"
+    fake.write_text("{}")
+    os.chown(fake, 65534, 65534)
+    await setup.collector.start()
+    (manifest,) = await reports(setup)
+    assert [file.name for file in manifest.files] == [f"info_{EPOCH}"]
+    await until(lambda: "belongs to UID 65534" in setup.collector.log)
 
 
 async def test_file_in_a_recorded_set_that_others_may_write_to_is_refused(setup: Setup) -> None:

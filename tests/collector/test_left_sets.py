@@ -183,6 +183,6 @@ def test_set_that_was_finished_after_its_record_was_read_is_whole(tmp_path: Path
 
     with spool.open_directory(str(writing.place)) as directory:
         entries = spool.list_directory(directory).sets[EPOCH]
-        found = look_at(str(PID), directory, EPOCH, entries, "", finished_just_now)
+        (found,) = look_at(str(PID), directory, EPOCH, entries, "", finished_just_now)
 
     assert found.verdict is Verdict.WHOLE

@@ -2,20 +2,24 @@
 
 import asyncio
 import tempfile
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crashbus import crash_id, layout
 from crashbus.layout import Kind, crash_file_name
 from crashbus.messages import Manifest
-from crashbus.parts import CrashFile, Process
+from crashbus.parts import Container, CrashFile, Module, Process
 from services.collector.entering import Entering
 from services.collector.found import FoundSet
-from services.collector.judge import Verdict
+from services.collector.judge import Cause, RecordState, Verdict
 from services.collector.ledger import Crash, Ledger
 from services.collector.spool import Entry
+from services.common.capture import CaptureRecord
 
 BOOT, PID, START = "boot", 7, 1
 KINDS = (Kind.INFO, Kind.CFG, Kind.BACKTRACE, Kind.CORE)
@@ -102,3 +106,80 @@ def loaded(directory: Path) -> Ledger:
     ledger = Ledger(directory / "ledger")
     ledger.load()
     return ledger
+
+
+CONTAINER = Container(id="a" * 64, runtime="docker")
+NAMED = CONTAINER.model_copy(update={"name": "web", "image": "nginx", "labels": {"team": "x"}})
+MODULE = Module(path="/bin/x", build_id="ab" * 20)
+
+
+def recorded(
+    epoch: int, signal: str, number: int, container: Container, **told: object
+) -> FoundSet:
+    """Return a set with its capture record."""
+    record = CaptureRecord.model_validate(
+        {
+            "state": "complete",
+            "crash_id": crash_id(BOOT, PID, START),
+            "host": "h",
+            "crashed_at": epoch + 0.5,
+            "process": PROCESS.model_copy(update={"container": container}),
+            "signal": number,
+            "signal_name": signal,
+            **told,
+        }
+    )
+    found = look(epoch, {Kind.INFO, Kind.BACKTRACE})
+    return replace(found, record=RecordState(record, False))
+
+
+# AppScope's library handles a signal and aborts two seconds later, of which the recorder makes a
+# set; what it wrote in a container is brought out whenever there is room for it.
+SETS = {
+    "appscope": replace(look(100, set(KINDS)), cause=Cause(11, 0x10, "address not mapped")),
+    "recorder": recorded(
+        102,
+        "SIGABRT",
+        6,
+        NAMED,
+        fingerprint="1" * 16,
+        build_fingerprint="2" * 16,
+        modules=(MODULE,),
+        notes=("cut to its stacks",),
+    ),
+    "brought out": recorded(101, "SIGSEGV", 11, CONTAINER, notes=("in its own place",)),
+}
+
+
+@pytest.mark.parametrize("order", [*permutations(SETS)], ids=" - ".join)
+async def test_sets_of_all_kinds_tell_the_same_in_any_order(
+    order: tuple[str, ...], tmp_path: Path
+) -> None:
+    process = PROCESS.model_copy(update={"container": CONTAINER})
+    ledger = loaded(tmp_path)
+    entering = Entering(tmp_path, "h", BOOT, ("file:///a",), ledger, lambda _: None)
+
+    for name in order:
+        await entering.enter(SETS[name], process if name == "appscope" else None)
+
+    (crash,) = loaded(tmp_path).crashes()
+    assert (crash.signal_name, crash.signal, crash.fault_address) == ("SIGSEGV", 11, 0x10)
+    assert crash.code_meaning == "address not mapped"
+    assert crash.process.container == NAMED
+    assert crash.modules == (MODULE,)
+    assert (crash.fingerprint, crash.build_fingerprint) == ("1" * 16, "2" * 16)
+    assert sorted(crash.notes) == ["cut to its stacks", "in its own place"]
+    assert len(crash.sources) == 8
+
+
+async def test_folder_of_what_may_be_delivered_already_keeps_its_name(tmp_path: Path) -> None:
+    """At the destinations it is named after time and name of the crash."""
+    ledger = loaded(tmp_path)
+    entering = Entering(tmp_path, "h", BOOT, ("file:///a",), ledger, lambda _: None)
+    await entering.enter(SETS["recorder"], None)
+    (crash,) = ledger.crashes()
+    before = crash.crashed_at, crash.process.comm
+
+    await entering.enter(SETS["appscope"], PROCESS.model_copy(update={"comm": "renamed"}))
+
+    assert (crash.crashed_at, crash.process.comm) == before
