@@ -212,7 +212,14 @@ class Bus(Connection):
     async def stored(
         self, kind: type[M], subject: str | None = None, since: float | None = None
     ) -> list[M]:
-        """Return the messages the bus holds now, oldest first; malformed ones are left out.
+        """Return the messages the bus holds now, as `each_stored` yields them."""
+        async with aclosing(self.each_stored(kind, subject, since)) as messages:
+            return [message async for message in messages]
+
+    async def each_stored(
+        self, kind: type[M], subject: str | None = None, since: float | None = None
+    ) -> AsyncGenerator[M, None]:
+        """Yield the messages the bus holds now, oldest first; malformed ones are left out.
 
         Args:
             subject: with wildcards, to have some only; None: all of this kind.
@@ -221,15 +228,13 @@ class Bus(Connection):
         Raises:
             BusUnreachable: the bus does not answer, or has no streams.
         """
-        stream, messages = streams.stream_of(kind), []
         with as_bus_errors():
-            last = (await self._js.stream_info(stream)).state.last_seq
-            reader = StreamReader(self._js, stream, subject or kind.SUBJECT)
+            last = (await self._js.stream_info(streams.stream_of(kind))).state.last_seq
+            reader = StreamReader(self._js, streams.stream_of(kind), subject or kind.SUBJECT)
             async for raw in reader.until(last, since):
                 message = self._read(kind, raw.subject or "", raw.data or b"")
                 if message is not None:
-                    messages.append(message)
-        return messages
+                    yield message
 
     def _metadata(self, raw: Msg) -> Msg.Metadata | None:
         """Return a message's place in its stream; None if someone sent it past the stream."""

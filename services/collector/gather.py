@@ -8,8 +8,10 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Callable, Set
+from collections.abc import Awaitable, Callable, Set
+from contextlib import aclosing, suppress
 from functools import partial
+from heapq import heappush, heappushpop
 from pathlib import Path
 
 import asyncinotify
@@ -26,6 +28,7 @@ from services.collector import ahead, metrics, processes, spool
 from services.collector.entering import Entering
 from services.collector.found import FoundSet, is_stale, look_at
 from services.collector.judge import Verdict
+from services.collector.lanes import Lane
 from services.common import crash_directory, drafts
 from services.common.crash_directory import SpoolUnusable
 
@@ -33,9 +36,16 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 LOOK_AGAIN = 5.0  # seconds between rounds over directories that may have changed unseen
 EVENTS_KEPT = 86400.0  # seconds; older files are not looked up among the events
+MOST_EVENTS = 10_000  # read for one directory; others wait for their turn
+MOST_SPANS = 16  # of time in which its sets are looked up, the newest
+EVENTS_LATE = 5.0  # seconds; the detector sends them nearly in their order
 TAKES_LONG = 0.2  # seconds; most sets are whole by then
 WAIT_FOR = 1024  # processes waited for at a time
-_PID = re.compile(r"[1-9][0-9]{0,6}")  # at most 4194304, proc_sys_kernel(5), pid_max
+MOST_WATCHED = 4096  # directories: root's watches are for other services, too, inotify(7)
+MOST_CHANGED = 65_536  # directories that wait for a look; rounds find what is beyond that
+MOST_OF_OTHERS = 65_536  # directories that are not root's in a round
+_PID = re.compile(r"[1-9][0-9]{0,6}")
+_NO_PID = 4194304  # one more than the highest, proc_sys_kernel(5), pid_max
 _CHANGES = Mask.CREATE | Mask.CLOSE_WRITE | Mask.MOVED_TO | Mask.ONLYDIR | Mask.DONT_FOLLOW
 # A directory that was renamed keeps its watch, inotify(7); another may get its former name.
 _ROOT_CHANGES = _CHANGES | Mask.MOVED_FROM
@@ -71,16 +81,16 @@ class Gatherer:
         self._on_core = on_core
         self._on_ready = on_ready
         self._is_awaited = partial(drafts.is_awaited, root, patience)
-        self._settled: dict[str, int] = {}  # directory to its mtime when nothing was left to do
+        self._settled: dict[str, int] = {}  # directory to its ctime when nothing was left to do
         self._waiting: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._lock = asyncio.Lock()  # one look at a time: each is short
-        self._watched: dict[asyncinotify.Watch, str] = {}
+        self._watched: dict[asyncinotify.Watch, str] = {}  # the oldest first
         self._watched_names: set[str] = set()  # the same, for anybody can make a great many
         self._root_watch: asyncinotify.Watch | None = None
         self._root_identity: tuple[int, int] | None = None
-        self._changed: set[str] = set()
+        self._changed = Lane(MOST_CHANGED)
+        self._strange = Lane(MOST_CHANGED)  # of whose sets only the bus can tell who made them
         self._being_captured: dict[tuple[str, int], str] = {}
-        self._wake = asyncio.Event()
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -91,7 +101,8 @@ class Gatherer:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._notice(inotify), name="notice")
                     tasks.create_task(self._rounds(inotify), name="rounds")
-                    tasks.create_task(self._look_at_changed(), name="look")
+                    tasks.create_task(self._changed.work(self._glance), name="look")
+                    tasks.create_task(self._strange.work(self.look), name="identify")
             finally:
                 for task in self._waiting.values():
                     task.cancel()
@@ -116,26 +127,24 @@ class Gatherer:
                 if event.watch is self._root_watch
                 else self._watched.get(event.watch)
             )
-            if name is None or not _PID.fullmatch(name):
+            if name is None or not _is_pid(name):
                 continue
             if Mask.MOVED_FROM in event.mask:
                 self._watched_names.discard(name)
                 continue
             if event.watch is self._root_watch:
                 self._watch(inotify, name)
-            self._look_soon(name)
-
-    async def _look_at_changed(self) -> None:
-        """Look once at each directory that changed, however often it did."""
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._changed:
-                await self.look(self._changed.pop())
+            self._changed.put(name)
 
     def _watch(self, inotify: Inotify, name: str) -> None:
+        """Watch a directory; with too many, the oldest gives way: what is new matters most."""
         if name in self._watched_names:
             return
+        if len(self._watched) >= MOST_WATCHED:
+            oldest = next(iter(self._watched))
+            self._watched_names.discard(self._watched.pop(oldest))
+            with suppress(OSError):  # it went with its directory
+                inotify.rm_watch(oldest)
         try:
             self._watched[inotify.add_watch(self.root / name, _CHANGES)] = name
         except OSError as error:  # gone again, no directory, or no watches left: rounds go on
@@ -151,25 +160,37 @@ class Gatherer:
             except (OSError, SpoolUnusable) as error:
                 log.warning("the spool cannot be looked at", error=str(error))
                 directories = []
-            for name, changed in directories:
+            known = {name for _, name in directories}
+            self._settled = {n: t for n, t in self._settled.items() if n in known}
+            for changed, name in directories:
                 if self._settled.get(name) != changed:
                     self._watch(inotify, name)
-                    await self.look(name)
+                    await self._glance(name)
             await asyncio.sleep(LOOK_AGAIN)
 
-    def _directories(self) -> list[tuple[str, int]]:
-        """Return the names of all ``<pid>`` directories with their times of change."""
-        found = []
+    def _directories(self) -> list[tuple[int, str]]:
+        """Return when each ``<pid>`` directory changed, and its name.
+
+        All that are root's, as the recorder's are; of those that others made the newest.
+        """
+        ours: list[tuple[int, str]] = []
+        others: list[tuple[int, str]] = []  # a heap
         with os.scandir(self.root) as entries:
             for entry in entries:
-                if _PID.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                    try:
-                        found.append((entry.name, entry.stat(follow_symlinks=False).st_mtime_ns))
-                    except FileNotFoundError:
-                        continue
-        known = {name for name, _ in found}
-        self._settled = {n: t for n, t in self._settled.items() if n in known}
-        return found
+                if not _is_pid(entry.name) or not entry.is_dir(follow_symlinks=False):
+                    continue
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                found = status.st_ctime_ns, entry.name  # its owner can set the other times
+                if status.st_uid == 0:
+                    ours.append(found)
+                elif len(others) < MOST_OF_OTHERS:
+                    heappush(others, found)
+                else:
+                    heappushpop(others, found)
+        return ours + others
 
     def is_being_captured(self, crash_id: str) -> bool:
         """Tell whether the recorder was still writing a crash's files at the last look."""
@@ -181,18 +202,29 @@ class Gatherer:
         Returns:
             False after a fault of the bus or of the disk, which leaves it for the next round.
         """
-        async with self._lock:
-            try:
-                await self._look(directory)
-            except FileNotFoundError:
-                self._forget(directory)
-            except (BusUnreachable, OSError) as error:
-                self._settled.pop(directory, None)
-                log.warning("will look again", directory=directory, error=str(error))
-                return False
-            except Exception:  # one odd directory must not end all gathering
-                metrics.FAULTS.labels("gather").inc()
-                log.exception("cannot gather from a directory", directory=directory)
+        return await self._look(directory, self._identify)
+
+    async def _glance(self, directory: str) -> None:
+        """Look at one, and leave for later what only the bus can tell of."""
+        await self._look(directory, self._identify_later)
+
+    async def _look(
+        self, directory: str, identify: Callable[[str, list[FoundSet]], Awaitable[None]]
+    ) -> bool:
+        try:
+            async with self._lock:
+                unknown = await self._enter_known(directory)
+            if unknown:
+                await identify(directory, unknown)
+        except FileNotFoundError:
+            self._forget(directory)
+        except (BusUnreachable, OSError) as error:
+            self._settled.pop(directory, None)
+            log.warning("will look again", directory=directory, error=str(error))
+            return False
+        except Exception:  # one odd directory must not end all gathering
+            metrics.FAULTS.labels("gather").inc()
+            log.exception("cannot gather from a directory", directory=directory)
         return True
 
     def _forget(self, directory: str, but: Set[int] = frozenset()) -> None:
@@ -201,16 +233,26 @@ class Gatherer:
             if key[1] not in but:
                 del self._being_captured[key]
 
-    async def _look(self, directory: str) -> None:
+    async def _enter_known(self, directory: str) -> list[FoundSet]:
+        """Enter what can be told without the bus, which may be away or slow; return the rest."""
         changed, found = await asyncio.to_thread(self._examine, directory)
         self._settled[directory] = changed  # also when a fault of our own ends this look
         self._forget(directory, but={one.epoch for one in found})
-        # First what can be told without the bus, which may be away.
-        unknown = [one for one in found if _is_of_unknown(one)]
-        settled = [await self._take(one, one.writer) for one in found if not _is_of_unknown(one)]
+        known = [one for one in found if not _is_of_unknown(one)]
+        if not all([await self._take(one, one.writer) for one in known]):
+            self._settled.pop(directory, None)
+        return [one for one in found if _is_of_unknown(one)]
+
+    async def _identify_later(self, directory: str, _: list[FoundSet]) -> None:
+        if not self._strange.put(directory):
+            self._settled.pop(directory, None)
+
+    async def _identify(self, directory: str, unknown: list[FoundSet]) -> None:
+        """Enter sets of unknown writers, under the processes that the bus tells."""
         events = await self._events_of(int(directory), unknown)
-        settled += [await self._take(*await self._identified(one, events)) for one in unknown]
-        if not all(settled):
+        async with self._lock:
+            taken = [await self._take(*await self._identified(one, events)) for one in unknown]
+        if not all(taken):
             self._settled.pop(directory, None)
 
     async def _take(self, found: FoundSet, process: Process | None) -> bool:
@@ -219,7 +261,8 @@ class Gatherer:
         Args:
             process: who made it, where that is known and no record says so.
         """
-        before = self._being_captured.pop((found.directory, found.epoch), None)
+        key = found.directory, found.epoch
+        before = self._being_captured.pop(key, None) if found.record else None
         if found.verdict is not Verdict.WAIT:
             await self._entering.enter(found, process)
             return True
@@ -239,28 +282,31 @@ class Gatherer:
         elif is_new:
             # No notification tells of the core's size, which it has from the beginning.
             loop = asyncio.get_running_loop()
-            loop.call_later(TAKES_LONG, self._look_soon, found.directory)
-
-    def _look_soon(self, directory: str) -> None:
-        self._changed.add(directory)
-        self._wake.set()
+            loop.call_later(TAKES_LONG, self._changed.put, found.directory)
 
     async def _events_of(self, pid: int, unknown: list[FoundSet]) -> list[SignalEvent]:
         """Ask the bus which processes took signals when sets of unknown writers were made.
 
-        Once for all of them: anybody can write thousands, each of another time.
+        Once for those that lie close together: anybody can write thousands, and give them any
+        time. So what is read is bounded, too.
 
         Args:
             pid: that these processes have in their own namespace.
         """
         now = time.time()
-        times = [one.epoch - processes.EVENT_BEFORE for one in unknown]
-        recent = [since for since in times if now - EVENTS_KEPT < since < now]
-        if not recent:
-            return []
+        recent = [one.epoch for one in unknown if now - EVENTS_KEPT < one.epoch <= now]
         subject = f"crash.signal.{token(self._host)}.>"
-        events = await self._bus.stored(SignalEvent, subject, min(recent))
-        return [event for event in events if event.process.ns_pid == pid]
+        events: list[SignalEvent] = []
+        left = MOST_EVENTS
+        for since, until in processes.event_times(recent)[:MOST_SPANS]:
+            async with aclosing(self._bus.each_stored(SignalEvent, subject, since)) as stored:
+                async for event in stored:
+                    left -= 1
+                    if event.time > until + EVENTS_LATE or left <= 0:
+                        break
+                    if event.process.ns_pid == pid:
+                        events.append(event)
+        return sorted(events, key=lambda event: event.time)
 
     async def _identified(
         self, found: FoundSet, events: list[SignalEvent]
@@ -285,7 +331,7 @@ class Gatherer:
                 await processes.gone(writer.pid, writer.start_ticks)
             finally:
                 self._waiting.pop(key, None)
-            await self.look(directory)
+            await self._glance(directory)
 
         self._waiting[key] = asyncio.create_task(wait(), name=f"wait for {writer.pid}")
 
@@ -294,7 +340,7 @@ class Gatherer:
             spool.open_directory(str(self.root)) as root,
             spool.open_directory(directory, root) as descriptor,
         ):
-            changed = os.fstat(descriptor).st_mtime_ns
+            changed = os.fstat(descriptor).st_ctime_ns
             found = self._sets(directory, descriptor)
             if any(is_stale(one) for one in found):
                 found = self._sets(directory, descriptor)
@@ -312,6 +358,10 @@ class Gatherer:
                 directory, descriptor, epoch, entries, self._boot_id, self._is_awaited
             )
         ]
+
+
+def _is_pid(name: str) -> bool:
+    return _PID.fullmatch(name) is not None and int(name) < _NO_PID
 
 
 def _is_of_unknown(found: FoundSet) -> bool:

@@ -1,4 +1,4 @@
-"""Lanes: crashes that wait for the same kind of work."""
+"""Lanes: crashes, or directories of theirs, that wait for the same kind of work."""
 
 import asyncio
 from collections import Counter, deque
@@ -9,9 +9,14 @@ FIRST_AT_MOST = 3  # times in a row; what still cannot go then may never, and ot
 
 
 class Lane:
-    """A queue in which each crash stands once, for any number of workers."""
+    """A queue in which each crash stands once, for any number of workers.
 
-    def __init__(self) -> None:
+    Args:
+        most: how many may wait; None: any number.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
         self._waiting = deque[str]()
         self._filled = asyncio.Semaphore(0)  # how many wait
         self._queued: set[str] = set()
@@ -20,14 +25,21 @@ class Lane:
         self._first: set[str] = set()
         self._rounds = Counter[str]()  # how often in a row each was kept first
 
-    def put(self, crash_id: str) -> None:
-        """Have a crash worked on; one that is worked on now, once more after that."""
+    def put(self, crash_id: str) -> bool:
+        """Have a crash worked on; one that is worked on now, once more after that.
+
+        Returns:
+            False: there is no place for it.
+        """
         if crash_id in self._active:
             self._again.add(crash_id)
         elif crash_id not in self._queued:
+            if self._most is not None and len(self._waiting) >= self._most:
+                return False
             self._queued.add(crash_id)
             self._waiting.append(crash_id)
             self._filled.release()
+        return True
 
     def keep_first(self, crash_id: str) -> None:
         """Have a crash that is worked on now worked on once more, before all that wait.
@@ -37,7 +49,7 @@ class Lane:
         self._again.add(crash_id)
         self._first.add(crash_id)
 
-    async def work(self, do: Callable[[str], Awaitable[None]]) -> NoReturn:
+    async def work(self, do: Callable[[str], Awaitable[object]]) -> NoReturn:
         """Do something with one crash after the other; what it raises ends this."""
         while True:
             await self._filled.acquire()

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from crashbus import identity
@@ -14,6 +14,7 @@ from services.common.process import read_process
 # AppScope takes the epoch of a set, in whole seconds, when its handler runs.
 EVENT_BEFORE = 2.0  # seconds an event's time may lie before the set's epoch
 EVENT_AFTER = 3.0
+LONGEST = 120.0  # seconds; of sets whose events are looked up together
 LOOK_AGAIN = 0.5  # seconds, where a process cannot be waited for
 
 
@@ -71,16 +72,37 @@ def writer_of(pid: int, epoch: int, owner: int, boot_id: str) -> Process | None:
     return process if started <= epoch + 1 else None
 
 
+def event_times(epochs: Iterable[int]) -> list[tuple[float, float]]:
+    """Return from when to when the events of sets may be, the newest first.
+
+    Sets that lie close together have one time, as long as that is not too long: of a long one the
+    newest would be read last.
+    """
+    times: list[tuple[float, float]] = []
+    for epoch in sorted(set(epochs), reverse=True):
+        since, until = _event_time(epoch)
+        if times and times[-1][0] <= until and times[-1][1] - since <= LONGEST:
+            times[-1] = since, times[-1][1]
+        else:
+            times.append((since, until))
+    return times
+
+
+def _event_time(epoch: int) -> tuple[float, float]:
+    return epoch - EVENT_BEFORE, epoch + 1 + EVENT_AFTER
+
+
 def from_events(pid: int, epoch: int, owner: int, events: Sequence[SignalEvent]) -> Process | None:
     """Return the process that the detector saw take a signal when the set was made.
 
     Args:
         pid: the directory's name, so a PID in the process's own namespace.
     """
+    since, until = _event_time(epoch)
     for event in events:
-        near = epoch - EVENT_BEFORE <= event.time <= epoch + 1 + EVENT_AFTER
-        if near and event.process.ns_pid == pid and event.process.uid == owner:
-            return event.process
+        process = event.process
+        if since <= event.time <= until and (process.ns_pid, process.uid) == (pid, owner):
+            return process
     return None
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from nats.js.api import StreamConfig
 
-from crashbus import Bus, Manifest, streams
+from crashbus import Bus, Manifest, identity, streams
 from services.collector.ahead import Ahead
 from services.collector.delivery import Deliverer
+from services.collector.entering import Entering
+from services.collector.gather import Gatherer
 from services.collector.ledger import Crash, Ledger, Source
 from services.collector.publish import Publisher
 from tests.collector.stand_in import StandInShipper, signal_event
@@ -126,3 +128,14 @@ def reported_crash(*sources: Source) -> Crash:
 def epoch_of(setup: Setup, pid: int) -> int:
     """Return the epoch of a crash's files."""
     return int(next((setup.spool / str(pid)).glob("core_*")).name.split("_")[1])
+
+
+@pytest.fixture
+async def gatherer(tmp_path: Path, bus: Bus) -> AsyncIterator[Gatherer]:
+    """Of a spool without any watch yet."""
+    root, boot_id = tmp_path / "appscope", identity.boot_id()
+    root.mkdir(mode=0o1777)
+    ledger = Ledger(tmp_path / "state")
+    ledger.load()
+    entering = Entering(root, "test-host", boot_id, (), ledger, lambda _: None)
+    yield Gatherer(root, "test-host", boot_id, entering, bus, lambda *_: None, lambda: None, 60)

@@ -2,38 +2,25 @@
 
 import asyncio
 import os
+import signal
 import subprocess
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from asyncinotify import Inotify
 
-from crashbus import Bus, identity
+from crashbus import Bus
 from crashbus.messages import SignalEvent
 from services.collector import gather, spool
-from services.collector.entering import Entering
 from services.collector.gather import Gatherer
-from services.collector.ledger import Ledger
+from services.collector.records import record_of
 from services.common import capture
-from services.common.capture import CaptureRecord
 from tests.collector.stand_in import signal_event
 from tests.support.nats import NatsServer
 from tests.support.requirements import need_root
-from tests.support.wait import until
+from tests.support.wait import stop, until
 
 NO_PID = 4194304  # proc_sys_kernel(5), pid_max: the highest is one less
-
-
-@pytest.fixture
-async def gatherer(tmp_path: Path, bus: Bus) -> AsyncIterator[Gatherer]:
-    """Of a spool without any watch yet."""
-    root, boot_id = tmp_path / "appscope", identity.boot_id()
-    root.mkdir(mode=0o1777)
-    ledger = Ledger(tmp_path / "state")
-    ledger.load()
-    entering = Entering(root, "test-host", boot_id, (), ledger, lambda _: None)
-    yield Gatherer(root, "test-host", boot_id, entering, bus, lambda *_: None, lambda: None, 60)
 
 
 class Counted(str):
@@ -68,11 +55,10 @@ async def test_new_directory_with_the_name_of_a_renamed_one_is_watched(
     monkeypatch.setattr(gather, "LOOK_AGAIN", 3600)  # no round shall find what no watch tells
     looks: list[str] = []
 
-    async def look(directory: str) -> bool:
+    async def look(directory: str) -> None:
         looks.append(directory)
-        return True
 
-    monkeypatch.setattr(gatherer, "look", look)
+    monkeypatch.setattr(gatherer, "_glance", look)
     ready = asyncio.Event()
     gatherer._on_ready = ready.set
     task = asyncio.create_task(gatherer.run())
@@ -92,6 +78,13 @@ async def test_new_directory_with_the_name_of_a_renamed_one_is_watched(
     await asyncio.wait([task])
 
 
+async def requests_for(gatherer: Gatherer, directory: str, bus: Bus) -> int:
+    """Look at a directory, and count what the bus is asked meanwhile."""
+    before = bus._client.stats["out_msgs"]
+    assert await gatherer.look(directory)
+    return bus._client.stats["out_msgs"] - before
+
+
 async def test_bus_is_asked_once_for_all_sets_of_a_directory(gatherer: Gatherer, bus: Bus) -> None:
     victim = subprocess.Popen(["sleep", "600"])
     event = signal_event(victim.pid)
@@ -103,15 +96,134 @@ async def test_bus_is_asked_once_for_all_sets_of_a_directory(gatherer: Gatherer,
     newest = int(event.time)
     for epoch in range(newest - 200, newest + 1):
         (place / f"info_{epoch}").write_text("Process name: x")
-    before = bus._client.stats["out_msgs"]
 
-    assert await gatherer.look(place.name)
+    assert await requests_for(gatherer, place.name, bus) < 20
 
-    assert bus._client.stats["out_msgs"] - before < 20
     crash = gatherer._entering._ledger.get(event.crash_id)
     assert crash is not None
     assert f"info_{newest}" in crash.sources
     assert f"info_{newest - 100}" not in crash.sources
+
+
+async def test_events_behind_the_time_of_a_set_are_not_read(gatherer: Gatherer, bus: Bus) -> None:
+    """Anybody can write a set of yesterday: that costs no day of events."""
+    event = signal_event(os.getpid())
+    later = [
+        event.model_copy(update={"event_id": f"later {number}", "time": event.time + 60})
+        for number in range(300)
+    ]
+    for one in [event, *later]:
+        await bus.publish(one)
+    place = gatherer.root / str(NO_PID)
+    place.mkdir()
+    (place / f"info_{int(event.time)}").touch()
+
+    assert await requests_for(gatherer, place.name, bus) < 30
+
+    assert len(gatherer._entering._ledger.crashes()) == 1
+
+
+async def test_events_that_are_read_for_one_directory_are_bounded(
+    gatherer: Gatherer, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gather, "MOST_EVENTS", 20)
+    event = signal_event(os.getpid())
+    for number in range(300):
+        await bus.publish(event.model_copy(update={"event_id": f"{number}"}))
+    place = gatherer.root / str(NO_PID)
+    place.mkdir()
+    (place / f"info_{int(event.time)}").touch()
+
+    assert await requests_for(gatherer, place.name, bus) < 100
+
+
+async def test_nobody_waits_for_the_bus_that_is_asked_about_a_strange_set(
+    gatherer: Gatherer, nats_server: NatsServer, bus: Bus
+) -> None:
+    need_root()
+    event = signal_event(os.getpid())
+    strange, recorded = gatherer.root / str(NO_PID - 1), gatherer.root / str(NO_PID)
+    for place in (strange, recorded):
+        place.mkdir()
+    (strange / f"info_{int(event.time)}").touch()
+    (recorded / "info_1").touch()
+    record_set(recorded, 1, event)
+    await stop(nats_server.pid)
+    asked = bus._client.stats["out_msgs"]
+    looking = asyncio.create_task(gatherer.look(strange.name))
+    try:
+        await until(lambda: bus._client.stats["out_msgs"] > asked)
+
+        async with asyncio.timeout(2):  # less than the bus is waited for
+            await gatherer._glance(strange.name)
+            assert await gatherer.look(recorded.name)
+
+        assert not looking.done()
+        assert gatherer._entering._ledger.get(event.crash_id) is not None
+    finally:
+        os.kill(nats_server.pid, signal.SIGCONT)
+    await looking
+
+
+async def test_files_of_several_owners_are_a_crash_of_each(gatherer: Gatherer) -> None:
+    """Whoever puts files of his own beside another's neither gets these nor spoils them."""
+    need_root()
+    place = gatherer.root / str(NO_PID)
+    place.mkdir()
+    head = "backtrace info: signal {} errno 0 fault address 0x0, reason of fault:\nx"
+    for name, text, owner in [
+        ("info_1", "Process name: victim", 1001),
+        ("core_1", "core", 1001),
+        ("backtrace_1", head.format(11), 1001),
+        ("cfg_1", "{}", 1000),
+    ]:
+        (place / name).write_text(text)
+        os.chown(place / name, owner, owner)
+
+    await gatherer.look(place.name)
+
+    found = {crash.process.uid: crash for crash in gatherer._entering._ledger.crashes()}
+    assert {uid: set(crash.sources) for uid, crash in found.items()} == {
+        1001: {"info_1", "core_1", "backtrace_1"},
+        1000: {"cfg_1"},
+    }
+    assert (found[1001].process.comm, found[1001].signal) == ("victim", 11)
+
+
+async def test_watches_are_bounded_and_the_newest_stay(
+    gatherer: Gatherer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gather, "MOST_WATCHED", 3)
+    with Inotify() as inotify:
+        for number in range(1, 8):
+            (gatherer.root / str(number)).mkdir()
+            gatherer._watch(inotify, str(number))
+
+        assert set(gatherer._watched.values()) == gatherer._watched_names == {"5", "6", "7"}
+        kept = Path(f"/proc/self/fdinfo/{inotify.fd}").read_text()
+        assert kept.count("inotify wd:") == 3
+
+
+async def test_a_round_looks_at_what_is_root_s_and_the_newest_of_others(
+    gatherer: Gatherer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_root()
+    monkeypatch.setattr(gather, "MOST_OF_OTHERS", 2)
+    for name in ("1", "2", "3", "4", "5", str(NO_PID), "0", "x"):
+        (gatherer.root / name).mkdir()
+    last = 0
+    for name in ("1", "3", "4", "5"):
+        place = gatherer.root / name
+        os.chown(place, 65534, 65534)
+        while place.stat().st_ctime_ns <= last:  # the kernel's clock ticks
+            os.chown(place, 65534, 65534)
+        if name == "1":
+            os.utime(place, (1 << 32, 1 << 32))  # it would like to be the newest
+        last = place.stat().st_ctime_ns
+
+    names = {name for _, name in gatherer._directories()}
+
+    assert names == {"2", "4", "5"}
 
 
 async def test_set_of_the_recorder_waits_for_no_bus(
@@ -139,14 +251,6 @@ async def test_set_of_the_recorder_waits_for_no_bus(
 
 def record_set(place: Path, epoch: int, event: SignalEvent) -> None:
     """Write the capture record of a whole set."""
-    record = CaptureRecord(
-        state="complete",
-        crash_id=event.crash_id,
-        host=event.host,
-        crashed_at=event.time,
-        process=event.process,
-        signal=event.signal,
-        signal_name=event.signal_name,
-    )
+    record = record_of(event, "complete", {}, "as the recorder's")
     with spool.open_directory(str(place)) as directory:
         os.close(capture.create(directory, epoch, record))

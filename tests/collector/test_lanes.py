@@ -86,3 +86,18 @@ async def test_crash_that_never_comes_further_keeps_others_waiting_only_for_some
     await until(lambda: "b" in tries)
     assert tries.index("b") == 1 + FIRST_AT_MOST
     worker.cancel()
+
+
+async def test_full_lane_says_so_and_keeps_what_it_has() -> None:
+    lane, worked = Lane(2), list[str]()
+
+    async def work(crash_id: str) -> None:
+        worked.append(crash_id)
+
+    assert [lane.put(crash_id) for crash_id in ("a", "b", "c", "a")] == [True, True, False, True]
+
+    worker = asyncio.create_task(lane.work(work))
+    await until(lambda: len(worked) == 2)
+    assert lane.put("c")
+    await until(lambda: worked == ["a", "b", "c"])
+    worker.cancel()
