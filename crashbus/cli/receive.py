@@ -1,5 +1,6 @@
 """``crashbus receive``: take what shippers send over TCP or TLS, and store it as files."""
 
+import errno
 import os
 import signal
 import socket
@@ -164,7 +165,14 @@ def _listening(host: str, port: int) -> list[socket.socket]:
     """Return a socket for each address of the host; all of this host's without a name."""
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     addresses = dict.fromkeys((family, place) for family, _, _, _, place in found)
-    return [socket.create_server(place[:2], family=family) for family, place in addresses]
+    sockets = []
+    for family, place in addresses:
+        try:
+            sockets.append(socket.create_server(place[:2], family=family))
+        except OSError as error:
+            if error.errno != errno.EAFNOSUPPORT or len(addresses) == 1:  # IPv6 is switched off
+                raise
+    return sockets
 
 
 def _tell(path: Path) -> None:
