@@ -33,7 +33,7 @@ def main() -> None:
             f"crashbus: the command line needs {error.name}, which is not installed; "
             "pip install 'crashbus[cli]'\n"
         )
-        sys.exit(1)
+        sys.exit(2)
     app(prog_name="crashbus")
 
 
@@ -45,6 +45,6 @@ def _as_the_units(arguments: Sequence[str]) -> None:
         site.take_settings()
     except site.UnitSettingsUnreadable as error:
         sys.stderr.write(f"crashbus: {error}\n")
-        sys.exit(1)
+        sys.exit(2)
     if not SERVICES.keys() & set(arguments[:1]):  # which has a key of its own
         site.take_keys()

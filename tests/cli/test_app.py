@@ -119,7 +119,7 @@ def without(modules: Sequence[str], *arguments: str) -> subprocess.CompletedProc
 @pytest.mark.parametrize("module", ["typer", "rich"])
 def test_the_command_line_names_what_is_not_installed(module: str) -> None:
     result = without([module], "ls")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert f"needs {module}" in result.stderr
     assert "pip install 'crashbus[cli]'" in result.stderr
     assert "Traceback" not in result.stderr
