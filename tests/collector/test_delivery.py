@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from prometheus_client import Gauge
 
 from crashbus import Bus, WorkItem, chunks, connect
 from crashbus.chunks import Chunk, Packer, Verifier, _Zeros
@@ -203,6 +204,11 @@ async def test_core_that_was_sent_ahead_is_offered_after_the_small_files(
     assert await kinds_offered(bus) == [*IN_ORDER]
 
 
+def value_of(metric: Gauge) -> float:
+    (found,) = metric.collect()
+    return found.samples[0].value
+
+
 async def test_what_failed_for_good_is_not_told_as_waiting(bus: Bus, tmp_path: Path) -> None:
     """An alert on it would fire for as long as the files are kept."""
     own = Delivering(bus, tmp_path)
@@ -217,8 +223,8 @@ async def test_what_failed_for_good_is_not_told_as_waiting(bus: Bus, tmp_path: P
     metrics.UNDELIVERED.set(-1)
 
     task = asyncio.create_task(own.deliverer._rechecks())
-    await until(lambda: metrics.UNDELIVERED.collect()[0].samples[0].value >= 0)
+    await until(lambda: value_of(metrics.UNDELIVERED) >= 0)
     task.cancel()
 
-    assert metrics.UNDELIVERED.collect()[0].samples[0].value == 1
-    assert 10 <= metrics.OLDEST_UNDELIVERED.collect()[0].samples[0].value < 100
+    assert value_of(metrics.UNDELIVERED) == 1
+    assert 10 <= value_of(metrics.OLDEST_UNDELIVERED) < 100
