@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,14 +13,15 @@ from crashbus.identity import boot_id, snapshot_id
 
 
 def snapshot(
-    pid: Annotated[int, typer.Argument(metavar="PID", help="A process of this host.", min=1)],
+    number: Annotated[int, typer.Argument(metavar="PID", help="A process of this host.", min=1)],
     core: Annotated[
         bool, typer.Option("--core", help="With all of its memory: it is held for longer.")
     ] = False,
 ) -> None:
     """Take backtrace, snapshot, info and configuration of a living process.
 
-    It is held for some milliseconds. The files go where those of crashes go.
+    It is held for some milliseconds, and some of what it waits for ends with EINTR. The files go
+    where those of crashes go.
     """
     if os.geteuid() != 0:
         raise Trouble("only root may look into any process", "run it with sudo")
@@ -31,10 +31,17 @@ def snapshot(
     from services.common.bus_settings import BusSettings
     from services.recorder import capturing, conditions, facts, finishing, pattern_file
     from services.recorder.errors import CaptureFailed
-    from services.recorder.live import LiveHold
+    from services.recorder.live import LiveHold, process_of
     from services.recorder.settings import RecorderSettings
 
     log.configure("warning", "text", "snapshot")
+    pid = process_of(number)
+    if pid is None:
+        raise Trouble(f"there is no process {number}", "ps -e shows those that there are")
+    if pid == os.getpid():
+        raise Trouble("that is this command itself", "name another process")
+    if pid != number:
+        console(stderr=True).print(f"crashbus: {number} is a thread: process {pid} is shown")
     shared = BusSettings.load()
     redact.also(shared.redact_names, shared.redact_forms)
     # A process that lives shall not be held until the bus has its core.
@@ -45,11 +52,7 @@ def snapshot(
         "snapshot_of": pid,
         "core_pattern": pattern_file.current(),
     }
-    if not Path(f"/proc/{pid}").exists():
-        raise Trouble(f"there is no process {pid}", "ps -e shows those that there are")
     on = conditions.Conditions.of(shared, settings, configuration)
-    if pid == os.getpid():
-        raise Trouble("that is this command itself", "name another process")
     try:
         process = facts.read_identity(pid, boot_id())
         hold = LiveHold(pid)

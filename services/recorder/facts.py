@@ -95,7 +95,7 @@ def read_identity(pid: int, boot_id: str, proc: Proc = LIVE) -> Process:
             f"{gone}, so its crash cannot be named",
             "nothing, if it was killed while it crashed (docker stop, OOM)",
         ) from gone
-    task = _living_task(pid, proc)
+    task = living_task(pid, proc)
     if task != pid:
         process = process.model_copy(
             update={
@@ -112,7 +112,7 @@ def read_rest(process: Process, proc: Proc = LIVE, found: Resources | None = Non
     Args:
         found: what it had in use, if that was read already.
     """
-    living = _living_task(process.pid, proc)
+    living = living_task(process.pid, proc)
     environment, cut = whole_variables(read_environment(living, proc))
     return Facts(
         process=process,
@@ -168,7 +168,7 @@ def _end_of_code(maps: bytes, address: int) -> int:
     return next(ends, address)
 
 
-def _living_task(pid: int, proc: Proc) -> int:
+def living_task(pid: int, proc: Proc = LIVE) -> int:
     """Return a thread that still has its memory, as a name in /proc; proc_tid(5).
 
     When the first thread has ended before the others, /proc/<pid> shows nothing of it.

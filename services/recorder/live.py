@@ -1,8 +1,9 @@
 """A living process, held for a moment so that it can be looked at like one that crashed.
 
-Its threads are stopped with ptrace(2), PTRACE_SEIZE, which nothing in it notices, and the head of
-a core is made of what is seen, in the form in which the kernel writes it (fs/binfmt_elf.c), so
-that all else is done as for a crash.
+Its threads are stopped with ptrace(2), PTRACE_SEIZE, which sends it no signal: what it waits for
+goes on, but for the system calls that end with EINTR after any stop, such as epoll_wait(2), see
+signal(7). The head of a core is made of what is seen, in the form in which the kernel writes it
+(fs/binfmt_elf.c), so that all else is done as for a crash.
 """
 
 import ctypes
@@ -19,6 +20,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 from services.common import proc
+from services.recorder import facts
 from services.recorder.core.registers import AARCH64, X86_64
 from services.recorder.errors import CaptureFailed
 from services.recorder.handover.hold import Hold
@@ -73,8 +75,9 @@ class LiveHold(Hold):
         self._tracer = _Tracer()
         self._stopped: dict[int, int] = {}  # thread to the signal that waits for it
         self._late: set[int] = set()  # threads that stop when they wake up
+        self._ended: set[int] = set()  # threads that are listed until all have ended
         self.notes: list[str] = []
-        changed = _changed_mappings(pid)  # long to read: before it is held
+        changed = _changed_mappings(facts.living_task(pid))  # long to read: before it is held
         content = os.memfd_create("core head", os.MFD_CLOEXEC)
         super().__init__(content, patience=1.0)
         try:
@@ -113,15 +116,17 @@ class LiveHold(Hold):
         began = time.monotonic()
         waiting: set[int] = set()
         while time.monotonic() - began < _STOP_WITHIN:
-            new = _threads(self._pid) - self._stopped.keys() - waiting
+            new = _threads(self._pid) - self._stopped.keys() - self._ended - waiting
             for thread in new:
                 if self._seize(thread):
                     waiting.add(thread)
             waiting -= {thread for thread in waiting if self._has_stopped(thread)}
             if not new and not waiting:
                 break
-            if time.monotonic() - began > _SLEEPS_FOR and all(map(self._sleeps, waiting)):
-                break
+            if time.monotonic() - began > _SLEEPS_FOR:
+                waiting = {thread for thread in waiting if not self._has_ended(thread)}
+                if all(map(self._sleeps, waiting)):
+                    break
             if not new:
                 time.sleep(_LOOK_AGAIN)
         self._late = waiting
@@ -130,9 +135,15 @@ class LiveHold(Hold):
             for thread in sorted(waiting)[:_MOST_NOTES]
         ]
         if not self._stopped:
-            raise CaptureFailed(
-                "process_gone", f"no thread of process {self._pid} stops", "see its state in ps"
-            )
+            raise self._not_stopped()
+
+    def _not_stopped(self) -> CaptureFailed:
+        if self._ended and not self._late:
+            text = f"process {self._pid} has ended, and stays until its parent asks for its status"
+            mend = "nothing of it is left but that: see to its parent, PPID in ps -l"
+        else:
+            text, mend = f"no thread of process {self._pid} stops", "see its state in ps"
+        return CaptureFailed("process_gone", text, mend)
 
     def _seize(self, thread: int) -> bool:
         try:
@@ -141,11 +152,20 @@ class LiveHold(Hold):
         except ProcessLookupError:
             return False
         except PermissionError as error:
+            # The kernel says so of one that has ended, too, ptrace_attach() in kernel/ptrace.c.
+            if self._has_ended(thread):
+                return False
             raise CaptureFailed(
                 "not_permitted",
                 f"process {self._pid} cannot be stopped: {error.strerror}",
                 "be root, end the debugger that traces it, and see whether it is a kernel thread",
             ) from error
+        return True
+
+    def _has_ended(self, thread: int) -> bool:
+        if _state(self._pid, thread)[0] not in "XZ":
+            return False
+        self._ended.add(thread)
         return True
 
     def _sleeps(self, thread: int) -> bool:
@@ -195,6 +215,15 @@ class _Tracer:
                 future.set_exception(error)
 
 
+def process_of(task: int) -> int | None:
+    """Return the process that a thread is of, itself if it is the first; None: there is none."""
+    with suppress(OSError):
+        for line in proc.lines(Path(f"/proc/{task}/status").read_bytes()):
+            if line.startswith(b"Tgid:"):
+                return int(line.split()[1])
+    return None
+
+
 def _state(pid: int, thread: int) -> str:
     """Return a thread's state as proc_pid_status(5) has it, such as ``D (disk sleep)``."""
     with suppress(OSError):
@@ -202,7 +231,7 @@ def _state(pid: int, thread: int) -> str:
         for line in proc.lines(status):
             if line.startswith(b"State:"):
                 return line.partition(b":")[2].strip().decode("ascii", "replace")
-    return "it has ended"
+    return "X (dead)"
 
 
 def _threads(pid: int) -> set[int]:
@@ -238,11 +267,11 @@ def _register_set(thread: int, kind: int) -> bytes:
     return room.raw[: vector.size]
 
 
-def _changed_mappings(pid: int) -> set[int]:
+def _changed_mappings(task: int) -> set[int]:
     """Return where mappings of files begin that have pages of the process's own."""
     changed, start = set(), 0
     try:
-        with Path(f"/proc/{pid}/smaps").open("rb") as smaps:
+        with Path(f"/proc/{task}/smaps").open("rb") as smaps:
             for line in proc.lines(smaps.read(_MAX_SMAPS)):
                 first, _, rest = line.partition(b" ")
                 if first in (b"Anonymous:", b"Swap:") and not rest.strip().startswith(b"0 "):
@@ -254,9 +283,9 @@ def _changed_mappings(pid: int) -> set[int]:
     return changed
 
 
-def _mappings(pid: int) -> Iterator[_Mapping]:
+def _mappings(task: int) -> Iterator[_Mapping]:
     try:
-        maps = Path(f"/proc/{pid}/maps").read_bytes()
+        maps = Path(f"/proc/{task}/maps").read_bytes()
     except OSError:
         return
     for one in proc.mappings(maps):
@@ -289,7 +318,7 @@ def _head(pid: int, threads: tuple[int, ...], changed: set[int]) -> bytes:
     registers = {thread: _register_set(thread, _NT_PRSTATUS) for thread in ordered}
     if len(registers[first]) != _REGISTERS.get(machine):
         return b""
-    mappings = list(_mappings(pid))[: _MAX_HEADERS - 1]
+    mappings = list(_mappings(first))[: _MAX_HEADERS - 1]
     notes = b"".join(_notes(pid, ordered, registers, mappings))
     begin = 64 + 56 * (len(mappings) + 1)
     place = -(-(begin + len(notes)) // _PAGE) * _PAGE
@@ -323,7 +352,7 @@ def _notes(
         yield _note(_NT_PRSTATUS, status.ljust(112, b"\0") + registers[thread] + bytes(8))
         if not number:
             with suppress(OSError):
-                yield _note(_NT_AUXV, Path(f"/proc/{pid}/auxv").read_bytes())
+                yield _note(_NT_AUXV, Path(f"/proc/{thread}/auxv").read_bytes())
             yield _note(_NT_FILE, _files(mappings))
         floating = _register_set(thread, _NT_PRFPREG)
         if floating:

@@ -1,4 +1,4 @@
-"""A snapshot of a living process: like a crash, but that it lives on and notices nothing."""
+"""A snapshot of a living process: like a crash, but that it lives on."""
 
 import asyncio
 import json
@@ -210,6 +210,104 @@ def test_what_cannot_be_taken_is_told(tmp_path: Path, pid: str, says: str) -> No
     assert done.returncode == 1
     assert done.stderr.startswith("crashbus: ")
     assert says in done.stderr
+
+
+def test_thread_is_taken_for_its_process(tmp_path: Path, living: Living) -> None:
+    thread = max(int(task.name) for task in Path(f"/proc/{living.pid}/task").iterdir())
+
+    done, _ = snapshot(tmp_path, thread)
+
+    assert done.returncode == 0, done.stderr
+    assert f"{thread} is a thread: process {living.pid} is shown" in done.stderr
+    assert record_of(tmp_path / "spool" / str(living.pid)).process.pid == living.pid
+
+
+_FIRST_THREAD_ENDS = """
+#include <pthread.h>
+#include <stdio.h>
+#include <unistd.h>
+static pthread_t first;
+static void *deep_inside(void *argument) {
+    pthread_join(first, 0);
+    puts("alone");
+    fflush(stdout);
+    for (;;) pause();
+}
+int main(void) {
+    pthread_t thread;
+    first = pthread_self();
+    pthread_create(&thread, 0, deep_inside, 0);
+    pthread_exit(0);
+}
+"""
+
+
+def test_process_whose_first_thread_has_ended_is_shown(tmp_path: Path) -> None:
+    need_root()
+    odd = Living(_compile(tmp_path / "headless", _FIRST_THREAD_ENDS))
+    try:
+        done, directory = snapshot(tmp_path, odd.pid, "--core")
+
+        assert done.returncode == 0, done.stderr
+        (backtrace,) = directory.glob("backtrace_*.json")
+        (thread,) = json.loads(backtrace.read_bytes())["threads"]
+        assert "deep_inside" in [frame["symbol"] for frame in thread["frames"]]
+        (core,) = directory.glob("core_*")
+        shown = gdb(tmp_path / "headless", core, "bt")
+        assert "deep_inside" in shown
+        assert odd.process.poll() is None
+    finally:
+        odd.process.kill()
+        odd.process.communicate()
+
+
+def test_process_that_has_ended_is_told(tmp_path: Path) -> None:
+    need_root()
+    ended = subprocess.Popen(["true"])
+    try:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+
+        done, _ = snapshot(tmp_path, ended.pid)
+    finally:
+        ended.wait()
+
+    assert done.returncode == 1
+    assert f"process {ended.pid} has ended, and stays until its parent" in done.stderr
+
+
+_WAITER = """
+#include <errno.h>
+#include <stdio.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+int main(void) {
+    struct epoll_event event = {.events = EPOLLIN};
+    int epoll = epoll_create1(0), interrupted = 0, n;
+    epoll_ctl(epoll, EPOLL_CTL_ADD, 0, &event);
+    puts("ready");
+    fflush(stdout);
+    while ((n = epoll_wait(epoll, &event, 1, -1)) != 1)
+        if (errno != EINTR) return 1;
+        else interrupted++;
+    printf("%d\\n", interrupted);
+}
+"""
+
+
+def test_wait_that_any_stop_ends_is_told_to_be_interrupted_once(tmp_path: Path) -> None:
+    """As docs/capture.md has it: a program that does not expect EINTR there may notice."""
+    need_root()
+    waiter = Living(_compile(tmp_path / "waiter", _WAITER))
+    try:
+        while "State:\tS" not in Path(f"/proc/{waiter.pid}/status").read_text():
+            pass
+
+        done, _ = snapshot(tmp_path, waiter.pid)
+    finally:
+        out, _ = waiter.process.communicate(b"x")
+
+    assert done.returncode == 0, done.stderr
+    assert out == b"1\n"
 
 
 def test_traced_process_is_told(tmp_path: Path, living: Living) -> None:
