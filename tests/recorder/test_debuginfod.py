@@ -242,6 +242,29 @@ def test_server_that_is_not_there_costs_nothing_but_the_lines(tmp_path: Path) ->
     assert not files(tmp_path)
 
 
+_FETCHING = """
+import sys
+from pathlib import Path
+from services.recorder.unwinding.debug_sources import Sources
+from services.recorder.unwinding.debuginfod import Debuginfod
+Debuginfod(Sources((sys.argv[1],)), Path(sys.argv[2]), 60, 1 << 20, 1 << 20).fetch(["00" * 20], 60)
+"""
+
+
+@pytest.mark.parametrize("bad", [(b"\x7fELF", 1000)], indirect=True)
+async def test_what_a_killed_recorder_was_fetching_is_removed(bad: Bad, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    killed = subprocess.Popen([sys.executable, "-c", _FETCHING, bad.url, str(cache)])
+    await until(lambda: bad.asked and files(cache))
+    killed.kill()
+    killed.wait()
+    assert files(cache)
+
+    fetcher(bad.url, cache)
+
+    assert not files(cache)
+
+
 def of_bucket(s3: S3Server, place: str, *keys: str) -> Sources:
     return Sources((place,), S3(s3.endpoint, "us-east-1", *keys))
 

@@ -31,6 +31,7 @@ _REMEMBERED = 10_000  # build IDs that no server has
 _KILLED_WITHIN = 2.0  # seconds from SIGKILL to its end
 _MAX_ANSWER = 1024 * 1024  # bytes; a thousand build IDs take about 100 KB
 _AT_LEAST = 0.5  # seconds; less is not worth a process
+_UNFINISHED = ".download-"  # how names of files begin that have not come whole
 # Of our environment: how to get out of this network, and whom to trust there.
 _PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "HTTPS_PROXY", "NO_PROXY")
 _TRUST = ("SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -56,6 +57,7 @@ class Debuginfod:
         self._max_bytes = max_bytes
         self._cache_bytes = cache_bytes
         self._missing: dict[str, float] = {}  # build ID to when it was asked for, monotonic
+        _remove_unfinished(cache)
 
     def fetch(self, build_ids: Iterable[str], within: float) -> None:
         """See to it that what the servers have is in the cache; what goes wrong is logged.
@@ -91,7 +93,7 @@ class Debuginfod:
         _make_directory(self._cache)
         try:
             for one in build_ids:
-                path = self._cache / f".{secrets.token_hex(8)}"
+                path = self._cache / f"{_UNFINISHED}{secrets.token_hex(8)}"
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
                 hidden[one] = path, os.open(path, flags, 0o644)
             order = Order(
@@ -148,6 +150,13 @@ class Debuginfod:
                 return
             path.unlink(missing_ok=True)
             total -= size
+
+
+def _remove_unfinished(cache: Path) -> None:
+    """Remove what a recorder that was killed had begun to fetch: no limit counts it."""
+    for path in cache.glob(f"{_UNFINISHED}*"):
+        with suppress(OSError):
+            path.unlink()
 
 
 def _make_directory(path: Path) -> None:
