@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Iterator
 
+_MAGIC = b"\x7fELF"
 _MAX_HEADERS = 128  # program headers; binaries have about a dozen
 _MAX_NOTES = 64 * 1024  # bytes of one note segment
 _PT_NOTE, _NT_GNU_BUILD_ID = 4, 3
@@ -25,14 +26,17 @@ def build_id(file: int) -> str | None:
         return None
 
 
+def is_elf(file: int) -> bool:
+    """Tell whether a file begins like a program or library."""
+    try:
+        return os.pread(file, len(_MAGIC), 0) == _MAGIC
+    except OSError:
+        return False
+
+
 def _build_id(file: int) -> str | None:
     ident = os.pread(file, 64, 0)
-    if (
-        len(ident) < 64
-        or ident[:4] != b"\x7fELF"
-        or ident[4] not in (1, 2)
-        or ident[5] not in (1, 2)
-    ):
+    if len(ident) < 64 or ident[:4] != _MAGIC or ident[4] not in (1, 2) or ident[5] not in (1, 2):
         return None
     wide, order = ident[4] == 2, "<" if ident[5] == 1 else ">"
     (table,) = struct.unpack_from(order + ("Q" if wide else "I"), ident, 32 if wide else 28)

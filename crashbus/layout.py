@@ -4,7 +4,7 @@ On the host the layout is AppScope's: ``/tmp/appscope/<pid>/<kind>_<epoch>``, on
 each set of files. At a destination a crash is a folder a human can find by host, day, time
 and process name, derived from the crash alone so that a second delivery writes the same
 objects: ``<host>/<YYYY-MM-DD>/<HHMMSS>-<process>-<crash ID>/``. Programs and libraries lie
-there once for each build ID, as debuginfod and gdb have them:
+there once for each build ID, or content where they have none, as debuginfod and gdb have them:
 ``build-id/<xx>/<rest>/{executable,debuginfo}``.
 """
 
@@ -93,6 +93,11 @@ def binary_name(kind: Kind, build_id: str, sha256: str) -> str:
     such as with and without symbols.
     """
     return f"{kind}_{build_id}_{sha256[:16]}"
+
+
+def stand_in_build_id(sha256: str) -> str:
+    """Return what stands for the build ID of a file that has none."""
+    return sha256[:40]  # as many digits as linkers write
 
 
 def binary_folder(name: str) -> str | None:

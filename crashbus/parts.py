@@ -121,6 +121,11 @@ class CrashFile(Part):
         return f"{name}.zst" if self.encoding == "zstd" else name
 
     @property
+    def only_if_free(self) -> bool:
+        """Whether it must replace nothing: a build's usual name belongs to its first content."""
+        return self.kind in layout.SHARED and self.stored_as is None
+
+    @property
     def beside_another(self) -> Self:
         """The same file, under the name that it gets where another content of the same build
         has the usual one.
@@ -141,6 +146,9 @@ class Module(Part):
 
     path: str = Field(max_length=4096, description="as the process saw it")
     build_id: BuildId
+    has_build_id: bool = Field(
+        True, description="false: the file has none, the first 40 digits of its SHA-256 stand in"
+    )
     kept: tuple[Binary, ...] = Field((), max_length=2)
 
     def files(self) -> Iterator[CrashFile]:

@@ -1,15 +1,14 @@
 """The programs and libraries of a crashed process, kept so that its core opens anywhere.
 
-Each is copied to ``<spool>/build-id`` once for each build ID and content; the collector ships
-it from there, once for each destination. Debug information of this host, where it has some, is
-kept beside it.
+Each is copied to ``<spool>/build-id`` once for each build ID and content (what has no build ID is
+named by content alone); the collector ships it from there, once for each destination. Debug
+information of this host, where it has some, is kept beside it.
 """
 
 import ctypes
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,46 +67,59 @@ class Binaries:
         self._known: dict[tuple[int, ...], Binary] = {}  # by what fstat(2) says of a file
 
     def keep(self, modules: tuple[MappedModule, ...]) -> tuple[Module, ...]:
-        """Return what the modules are, each kept if that can be."""
-        found = list(self._identified(modules))[:MAX_MODULES]
-        if not self._max_bytes or not found:
-            return tuple(module for module, _ in found)
+        """Return what the modules are, each kept if that can be; without a build ID, what is not
+        kept cannot be told either.
+        """
+        found = [one for one in modules if one.file >= 0 and elf.is_elf(one.file)][:MAX_MODULES]
+        directory = self._directory() if found and self._max_bytes else -1
         try:
-            directory = crash_directory.own_directory(self._spool, layout.BINARIES)
+            told = [self._keep(one, directory) for one in found]
+        finally:
+            if directory >= 0:
+                os.close(directory)
+        return tuple(one for one in told if one is not None)
+
+    def _directory(self) -> int:
+        try:
+            return crash_directory.own_directory(self._spool, layout.BINARIES)
         except SpoolUnusable as error:
             log.warning("binaries are not kept", error=str(error))
-            return tuple(module for module, _ in found)
-        try:
-            return tuple(self._keep(module, file, directory) for module, file in found)
-        finally:
-            os.close(directory)
+            return -1
 
-    def _identified(self, modules: tuple[MappedModule, ...]) -> Iterator[tuple[Module, int]]:
-        for module in modules:
-            build_id = elf.build_id(module.file) if module.file >= 0 else None
-            if build_id is not None:
-                yield Module(path=module.path[:_MAX_PATH], build_id=build_id), module.file
+    def _keep(self, mapped: MappedModule, directory: int) -> Module | None:
+        path, build_id = mapped.path[:_MAX_PATH], elf.build_id(mapped.file)
+        executable = self._kept(Kind.EXECUTABLE, path, build_id, mapped.file, directory)
+        if build_id is not None:
+            debug = self._kept_debug(path, build_id, directory)
+            kept = tuple(one for one in (executable, debug) if one)
+            return Module(path=path, build_id=build_id, kept=kept)
+        if executable is None:
+            return None
+        stand_in = layout.stand_in_build_id(executable.sha256)
+        return Module(path=path, build_id=stand_in, has_build_id=False, kept=(executable,))
 
-    def _keep(self, module: Module, file: int, directory: int) -> Module:
-        kept = [self._kept(Kind.EXECUTABLE, module, file, directory)]
+    def _kept_debug(self, path: str, build_id: str, directory: int) -> Binary | None:
         for place in self._debug_directories:
-            debug = _open_debug(place, module.build_id)
+            debug = _open_debug(place, build_id)
             if debug >= 0:
                 try:
-                    kept.append(self._kept(Kind.DEBUGINFO, module, debug, directory))
+                    return self._kept(Kind.DEBUGINFO, path, build_id, debug, directory)
                 finally:
                     os.close(debug)
-                break
-        return module.model_copy(update={"kept": tuple(one for one in kept if one)})
+        return None
 
-    def _kept(self, kind: Kind, module: Module, file: int, directory: int) -> Binary | None:
+    def _kept(
+        self, kind: Kind, path: str, build_id: str | None, file: int, directory: int
+    ) -> Binary | None:
+        if directory < 0:
+            return None
         try:
-            return self._stored(kind, module.build_id, file, directory)
+            return self._stored(kind, build_id, file, directory)
         except OSError as error:
-            log.warning("a binary is not kept", path=module.path, error=error.strerror)
+            log.warning("a binary is not kept", path=path, error=error.strerror)
             return None
 
-    def _stored(self, kind: Kind, build_id: str, file: int, directory: int) -> Binary | None:
+    def _stored(self, kind: Kind, build_id: str | None, file: int, directory: int) -> Binary | None:
         status = os.fstat(file)
         disk = os.fstatvfs(directory)
         room = (disk.f_bavail - disk.f_blocks * self._reserve / 100) * disk.f_frsize
@@ -117,7 +129,7 @@ class Binaries:
         key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         known = self._known.get(key)
         if known:
-            name = layout.binary_name(kind, build_id, known.sha256)
+            name = _name(kind, build_id, known.sha256)
             if crash_directory.has_file(name, directory):
                 return known
         if status.st_size > room:
@@ -138,7 +150,11 @@ def _open_debug(place: Path, build_id: str) -> int:
         return -1
 
 
-def _copy(kind: Kind, build_id: str, file: int, size: int, directory: int) -> Binary:
+def _name(kind: Kind, build_id: str | None, sha256: str) -> str:
+    return layout.binary_name(kind, build_id or layout.stand_in_build_id(sha256), sha256)
+
+
+def _copy(kind: Kind, build_id: str | None, file: int, size: int, directory: int) -> Binary:
     """Copy a file under the name that its content gives it."""
     hidden, copy = crash_directory.hidden_file(kind, directory)
     digest, done = hashlib.sha256(), 0
@@ -148,7 +164,7 @@ def _copy(kind: Kind, build_id: str, file: int, size: int, directory: int) -> Bi
             digest.update(block)
             _write(copy, block)
             done += len(block)
-        name = layout.binary_name(kind, build_id, digest.hexdigest())
+        name = _name(kind, build_id, digest.hexdigest())
         crash_directory.name_file(hidden, name, directory)
     except BaseException:
         with suppress(FileNotFoundError):

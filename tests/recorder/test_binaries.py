@@ -69,6 +69,27 @@ def test_program_is_kept_once_under_its_build_id(
     assert len(list((spool / layout.BINARIES).iterdir())) == 1
 
 
+def test_program_without_build_id_is_kept_by_its_content(spool: Path, tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    need_program("gcc")
+    command = ["gcc", "-o", str(program), "-Wl,--build-id=none", "-x", "c", "-"]
+    subprocess.run(command, input=b"int main() {}", check=True)
+    script = tmp_path / "script"
+    script.write_text("no program at all")
+    binaries = Binaries(spool, GIB, 0)
+    with program.open("rb") as file, script.open("rb") as other:
+        mapped = MappedModule("/program", 0, 1, file.fileno())
+
+        (module,) = binaries.keep((MappedModule("/script", 0, 1, other.fileno()), mapped))
+
+        (kept,) = (spool / layout.BINARIES).iterdir()
+        assert kept.read_bytes() == program.read_bytes()
+        assert (module.build_id, module.has_build_id) == (sha256(program)[:40], False)
+        assert [one.name for one in module.files()] == [kept.name]
+        assert binaries.keep((mapped,)) == (module,)
+        assert Binaries(spool, 0, 0).keep((mapped,)) == ()
+
+
 def test_what_was_removed_is_kept_again(spool: Path, mapped: MappedModule) -> None:
     binaries = Binaries(spool, GIB, 0)
     kept_by(binaries, mapped)
@@ -149,13 +170,12 @@ def test_file_of_which_a_read_may_not_end_is_not_read(spool: Path) -> None:
     process = subprocess.Popen(["sleep", "60"])
     try:
         with Path(f"/proc/{process.pid}/maps").open("rb") as maps:
-            mapped = MappedModule("/x", 0, 1, maps.fileno())
-            module = Module(path="/x", build_id="ab" * 20)
             binaries = Binaries(spool, GIB, 0)
             spool.mkdir()
             directory = os.open(spool, os.O_RDONLY)
+            build, file = "ab" * 20, maps.fileno()
             try:
-                assert binaries._keep(module, mapped.file, directory).kept == ()
+                assert binaries._kept(Kind.EXECUTABLE, "/x", build, file, directory) is None
             finally:
                 os.close(directory)
     finally:
