@@ -54,6 +54,7 @@ DELIVERY = {
     "object_vanished": "an object that was stored is not there",
     "upload_vanished": "an upload that was begun is not there",
     "conflict": "somebody else changed the same object at that moment",
+    "name_taken": "another shipper gave the same name to another binary at that moment",
     "clock_skew": "the clocks of shipper and server differ",
     "slow_down": "the server asks for fewer requests",
     "server_unavailable": "the server is not available just now",

@@ -39,7 +39,7 @@ class Unfit(Final):
 
 
 # Passing failures that say nothing of how the destination does.
-OF_ONE_ITEM = frozenset({"internal_error", "upload_vanished", "bucket_was_missing"})
+OF_ONE_ITEM = frozenset({"internal_error", "upload_vanished", "bucket_was_missing", "name_taken"})
 
 
 def not_configured(destination: str) -> Final:

@@ -1,5 +1,6 @@
 """Delivery to a directory."""
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -12,7 +13,7 @@ import zstandard
 from crashbus import Bus
 from crashbus.destination import parse
 from crashbus.layout import Kind, binary_name
-from services.shipper.destinations.file import TEMPORARY, Upload
+from services.shipper.destinations.file import TEMPORARY, FileDeliverer, Upload
 from tests.shipper.conftest import (
     MIB,
     Running,
@@ -87,6 +88,38 @@ async def test_binary_is_delivered_once_and_never_replaced_by_another(
     assert [receipt.url.rpartition("/")[2] for receipt in receipts] == [
         *("executable", other, "executable", other)
     ]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+async def test_binary_that_comes_while_another_is_delivered_is_not_replaced(
+    bus: Bus, shipping: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    place = tmp_path / "build-id" / "ab" / ("ab" * 19) / "executable"
+    looked = FileDeliverer.sha256_of
+
+    async def looked_too_early(self: FileDeliverer, folder: str, name: str) -> str | None:
+        found = await looked(self, folder, name)
+        if found is None and name == place.name and has_links:
+            place.write_bytes(b"of another shipper")
+        return found
+
+    def link(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # as FAT says it, link(2)
+
+    monkeypatch.setattr(FileDeliverer, "sha256_of", looked_too_early)
+    if not has_links:
+        monkeypatch.setattr(os, "link", link)
+    name = binary_name(Kind.EXECUTABLE, "ab" * 20, hashlib.sha256(b"ours").hexdigest())
+    sent = await send(bus, {name: b"ours"}, encoding="identity")
+    await bus.publish(sent.item(tmp_path.as_uri()))
+
+    async with shipping([tmp_path.as_uri()]):
+        (receipt,) = await receipts_of(bus, sent, 1)
+
+    delivered = place.parent / receipt.file.stored_name
+    assert delivered.read_bytes() == b"ours"
+    assert place.read_bytes() == (b"of another shipper" if has_links else b"ours")
+    assert set(files_below(place.parent)) == {place.name, delivered.name}
 
 
 @pytest.mark.parametrize("obstacle", ["link", "fifo", "directory"])
@@ -232,7 +265,7 @@ def test_leftovers_of_killed_shippers_are_removed_and_of_living_ones_not(tmp_pat
 
     further.open()
     further.close()
-    living.complete("name")
+    living.replace("name")
     living.close()
 
     assert files_below(tmp_path) == ["name"]

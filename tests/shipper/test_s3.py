@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import io
 import os
 
 import pytest
@@ -9,6 +10,7 @@ import zstandard
 
 from crashbus import Bus
 from crashbus.layout import Kind, binary_name
+from services.shipper.destinations.s3 import S3Deliverer
 from services.shipper.settings import ShipperSettings
 from tests.shipper.conftest import (
     MIB,
@@ -75,6 +77,32 @@ async def test_binary_is_uploaded_once_and_never_replaced_by_another(
     other = f"executable-{hashlib.sha256(contents[1]).hexdigest()[:16]}"
     assert keys == [f"{folder}/executable", f"{folder}/{other}", f"{folder}/executable"]
     assert [s3.read(bucket, key) for key in keys] == contents
+
+
+@pytest.mark.parametrize("size", [1000, 6 * MIB], ids=["whole", "in parts"])
+async def test_binary_that_comes_while_another_is_delivered_is_not_replaced(
+    bus: Bus, s3: S3Server, shipping: Running, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    bucket, key = s3.make_bucket(), f"build-id/ab/{'ab' * 19}/executable"
+    looked, other = S3Deliverer.sha256_of, b"of another shipper"
+
+    async def looked_too_early(self: S3Deliverer, folder: str, name: str) -> str | None:
+        found = await looked(self, folder, name)
+        if found is None and f"{folder}/{name}" == key:
+            s3.client().put_object(bucket, key, io.BytesIO(other), len(other))
+        return found
+
+    monkeypatch.setattr(S3Deliverer, "sha256_of", looked_too_early)
+    content = os.urandom(size)
+    name = binary_name(Kind.EXECUTABLE, "ab" * 20, hashlib.sha256(content).hexdigest())
+    sent = await send(bus, {name: content}, encoding="identity")
+    await bus.publish(sent.item(f"s3://{bucket}"))
+
+    async with shipping([f"s3://{bucket}"], s3_settings(s3)):
+        (receipt,) = await receipts_of(bus, sent, 1)
+
+    assert s3.read(bucket, key) == other
+    assert s3.read(bucket, receipt.url.removeprefix(f"s3://{bucket}/")) == content
 
 
 async def test_small_and_large_files_arrive_bit_for_bit(

@@ -8,10 +8,11 @@ import urllib3.exceptions as http
 from minio.error import InvalidResponseError, S3Error, ServerError
 from urllib3 import HTTPResponse
 
-from services.shipper.destinations.s3_api import Stat
+from services.shipper.destinations.s3_api import S3Api, Stat
 from services.shipper.destinations.s3_failures import as_failure, failure_of
 from services.shipper.destinations.s3_upload import META_SHA256, mismatch
 from services.shipper.failure import Failure, Final, Passing
+from services.shipper.settings import ShipperSettings
 
 
 def s3_error(code: str, status: int) -> S3Error:
@@ -28,6 +29,7 @@ def s3_error(code: str, status: int) -> S3Error:
         ("UserSuspended", 403, Final, "user_suspended"),
         ("AuthorizationHeaderMalformed", 400, Final, "wrong_region"),
         ("SomethingNew", 400, Final, "refused_by_server"),
+        ("PreconditionFailed", 412, Passing, "name_taken"),
         ("QuotaExceeded", 403, Passing, "quota_exceeded"),
         ("SlowDown", 503, Passing, "slow_down"),
         ("InternalError", 500, Passing, "server_error"),
@@ -107,3 +109,19 @@ def test_etag_that_is_no_md5_says_nothing() -> None:
     assert mismatch(stat(etag="opaque"), 5, MD5, SHA256) is None
     kms = stat(etag="c" * 32, x_amz_server_side_encryption="aws:kms")
     assert mismatch(kms, 5, MD5, SHA256) is None
+
+
+def test_server_that_knows_no_condition_is_asked_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    api = S3Api(ShipperSettings(s3_access_key="key", s3_secret_key="secret"))
+    asked: list[dict[str, str]] = []
+
+    def put(bucket: str, key: str, data: object, headers: dict[str, str]) -> None:
+        asked.append(headers)
+        if "If-None-Match" in headers:
+            raise s3_error("NotImplemented", 501)
+
+    monkeypatch.setattr(api._client, "_put_object", put)
+
+    api.put_if_free("bucket", "key", memoryview(b"x"), b"md5", {"a": "b"})
+
+    assert [one.get("If-None-Match") for one in asked] == ["*", None]

@@ -33,14 +33,14 @@ Start = Callable[..., Awaitable[ServiceProcess]]
 async def test_error_of_our_own_is_told_and_does_not_end_the_service(
     bus: Bus, shipping: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Upload.complete
+    whole = Upload.replace
 
     def broken(self: Upload, name: str) -> None:
         if name.startswith("cfg"):
             raise ZeroDivisionError("a bug")
         whole(self, name)
 
-    monkeypatch.setattr(Upload, "complete", broken)
+    monkeypatch.setattr(Upload, "replace", broken)
     sent = await send(bus, {"cfg_1": b"x", "info_1": b"y"})
     await sent.offer(bus, tmp_path.as_uri())
 

@@ -29,6 +29,8 @@ READ_SIZE = 1024 * 1024
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FOUND = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC  # it may be a pipe
+# How a file system says that it has no hard links, link(2).
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 # What may not pass by itself, and what may: reason and mend, by error number.
 FINAL = {
@@ -72,7 +74,8 @@ class FileDeliverer(Deliverer):
             async with aclosing(source.pieces()) as pieces:
                 async for piece in pieces:
                     await run_whole(upload.write, piece.stored)
-            await run_whole(upload.complete, source.file.stored_name)
+            name = upload.take if source.file.only_if_free else upload.replace
+            await run_whole(name, source.file.stored_name)
         finally:
             await run_whole(upload.close)
 
@@ -123,15 +126,29 @@ class Upload:
         self._hash.update(data)
         self._size += len(data)
 
-    def complete(self, name: str) -> None:
+    def replace(self, name: str) -> None:
         """Verify what was written, give it its name, and have both on the disk."""
-        os.fsync(self._file)
         self._verify()
         os.rename(self._name, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         self._name = ""
         os.fsync(self._directory)
 
+    def take(self, name: str) -> None:
+        """Do the same with a name that must be free, and may have been given meanwhile."""
+        self._verify()
+        here = {"src_dir_fd": self._directory, "dst_dir_fd": self._directory}
+        try:
+            os.link(self._name, name, **here, follow_symlinks=False)
+        except FileExistsError:
+            raise Passing("name_taken", f"{name} is there now", "nothing: it is compared") from None
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            self.replace(name)
+        os.fsync(self._directory)
+
     def _verify(self) -> None:
+        os.fsync(self._file)
         size = os.fstat(self._file).st_size
         if size != self._size or _sha256(self._file) != self._hash.hexdigest():
             raise Passing(

@@ -13,6 +13,7 @@ from typing import Any
 import urllib3
 from minio import Minio
 from minio.datatypes import Part as MinioPart
+from minio.error import S3Error
 
 from services.common.settings import SettingsError
 from services.shipper.destinations.s3_resume import Part
@@ -89,6 +90,17 @@ class S3Api:
     ) -> None:
         """Write a whole object."""
         self._client._put_object(bucket, key, data, {**headers, **_md5_header(md5)})
+
+    def put_if_free(
+        self, bucket: str, key: str, data: memoryview, md5: bytes, headers: Mapping[str, str]
+    ) -> None:
+        """Write a whole object where there is none; on a server that cannot tell, anyway."""
+        try:
+            self.put(bucket, key, data, md5, {**headers, "If-None-Match": "*"})
+        except S3Error as error:
+            if error.code != "NotImplemented":
+                raise
+            self.put(bucket, key, data, md5, headers)
 
     def begin(self, bucket: str, key: str, headers: Mapping[str, str]) -> str:
         """Begin a multipart upload and return its ID."""

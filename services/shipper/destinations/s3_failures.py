@@ -64,6 +64,8 @@ PASSING: dict[str, tuple[str, str]] = {
     "NoSuchUpload": ("upload_vanished", "nothing: it is begun anew"),
     "NoSuchKey": ("object_vanished", "see who removes objects from the bucket"),
     "OperationAborted": ("conflict", "nothing: it is tried again"),
+    "PreconditionFailed": ("name_taken", "nothing: it is compared"),
+    "ConditionalRequestConflict": ("name_taken", "nothing: it is compared"),
 }
 _PASSING_STATUS = frozenset({408, 409, 425, 429})
 

@@ -80,6 +80,7 @@ class Upload:
             META_SHA256: file.sha256,
             META_SIZE: str(file.size),
         }
+        self._only_if_free = file.only_if_free
         # Small files never wait for a buffer that large ones hold.
         self._is_small = file.stored_size <= place.part_size
         self._buffer = PartBuffer(file.stored_size) if self._is_small else None
@@ -203,13 +204,16 @@ class Upload:
     def _put_whole(self) -> None:
         content = self._buffer.content if self._buffer is not None else memoryview(b"")
         digest = _md5(content)
-        self._api.put(*self._at, content, digest, self._headers)
+        put = self._api.put_if_free if self._only_if_free else self._api.put
+        put(*self._at, content, digest, self._headers)
         self._verify(self._api.stat(*self._at), digest.hex())
 
     def _complete_parts(self) -> None:
         md5s = b"".join(bytes.fromhex(part.etag) for part in self._parts)
         expected = f"{_md5(md5s).hex()}-{len(self._parts)}"
         etags = [self._etags[part.number] for part in self._parts]
+        if self._only_if_free:
+            self._check_free()
         try:
             with as_failure(str(self._place)):
                 self._api.complete(*self._at, self._upload_id, etags)
@@ -222,6 +226,16 @@ class Upload:
             self._verify(self._api.stat(*self._at), expected)
         self._upload_id = ""
         remove_unfinished(self._api, *self._at)
+
+    def _check_free(self) -> None:
+        """See that no other object has the key: it was long ago that it was looked at."""
+        try:
+            with as_failure(str(self._place)):
+                found = self._api.stat(*self._at).headers.get(META_SHA256)
+        except Failure:
+            return
+        if found != self._headers[META_SHA256]:
+            raise Passing("name_taken", f"{self._place} is there now", "nothing: it is compared")
 
     def _is_complete(self, etag: str) -> bool:
         try:
