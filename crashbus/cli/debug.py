@@ -41,12 +41,8 @@ def debug(
         if not is_whole(path, core):
             refuse_to_overwrite(directory, [core])
             download(found, [core], directory)
-        binaries = sysroot.build(found, directory)
-        for text in binaries.missing:
-            _warn(text)
-        chosen = binaries.gdb_arguments if binaries.modules else _executable(found)
         # Ours first: whoever gives the same setting means it.
-        command = [gdb, *chosen, *(arguments or []), f"--core={path}"]
+        command = [gdb, *_binaries(found, directory), *(arguments or []), f"--core={path}"]
         raise typer.Exit(_run(command))
 
 
@@ -55,17 +51,32 @@ def _newest_core(found: Found) -> CrashFile:
     return max(cores, key=lambda file: (parse_crash_file_name(file.name) or (file.kind, 0))[1])
 
 
-def _executable(found: Found) -> list[str]:
-    """Return the executable as gdb's argument, if this host has it."""
+def _binaries(found: Found, directory: Path) -> list[str]:
+    """Return what has gdb use the crash's binaries; this machine's stand in for them only where
+    the crash's host told of none, and there is no container that had others.
+    """
     assert found.crash.manifest is not None
-    process = found.crash.manifest.process
-    path = process.executable or ""
-    if path.startswith("/") and Path(path).is_file():
-        if process.container:
-            _warn(f"{path} is this host's, the crash was in a container: symbols may be wrong")
-        return [f"--se={path}"]
-    _warn(f"the executable {path or '(unknown)'} is not on this host: gdb sees the core alone")
-    return []
+    manifest = found.crash.manifest
+    program = manifest.process.executable or "(unknown)"
+    if not manifest.modules and manifest.process.container is None:
+        return _of_this_machine(program)
+    made = sysroot.build(found, directory)
+    for text in made.missing:
+        _warn(text)
+    if made.executable is None:
+        _warn(f"the executable {program} is not there: gdb shows none of its names")
+    return made.gdb_arguments
+
+
+def _of_this_machine(program: str) -> list[str]:
+    if program.startswith("/") and Path(program).is_file():
+        _warn(
+            f"of which build {program} was is not known: this machine's is shown, and if that is "
+            "another one, so are wrong names and lines"
+        )
+        return sysroot.of_this_machine(Path(program))
+    _warn(f"the executable {program} is not on this host: gdb sees the core alone")
+    return sysroot.of_this_machine(None)
 
 
 def _warn(text: str) -> None:

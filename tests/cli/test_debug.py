@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from crashbus import elf
 from crashbus.cli import sysroot
 from crashbus.layout import BINARIES, Kind
-from crashbus.parts import Module
-from tests.cli.support import NO_BUS, binary_of, crashbus, make
+from crashbus.parts import Container, Module
+from tests.cli.support import NO_BUS, MadeCrash, binary_of, crashbus, make
 from tests.support.lease import leased
 from tests.support.requirements import need_program
 
@@ -54,6 +55,7 @@ async def test_debug_shows_the_crashing_line_in_gdb(
     assert debugged.status == 0, debugged.err
     assert "depth (p=0x0)" in debugged.out
     assert "main () at" in debugged.out
+    assert f"of which build {program} was is not known" in debugged.err
 
 
 async def test_debug_without_the_executable_says_so_and_goes_on(
@@ -76,6 +78,95 @@ async def test_debug_without_the_executable_says_so_and_goes_on(
     assert again.status == 1
     assert " exists; " in again.err
     assert kept.read_bytes() == b"of another crash"
+
+
+def deliver(made: MadeCrash, delivered: Path, modules: Mapping[Module, bytes | None]) -> None:
+    """Deliver a crash with what is kept of its modules."""
+    told = tuple(
+        module.model_copy(update={"kept": () if content is None else (binary_of(content),)})
+        for module, content in modules.items()
+    )
+    folder = made.deliver(delivered)
+    manifest = made.manifest.model_copy(update={"modules": told})
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    for module, content in modules.items():
+        if content is not None:
+            place = delivered / BINARIES / module.build_id[:2] / module.build_id[2:]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"executable-{binary_of(content).sha256[:16]}").write_bytes(content)
+
+
+async def test_binaries_lie_where_gdb_looks_for_them_and_are_those_that_were_mapped(
+    crashing: tuple[Path, Path], delivered: Path, tmp_path: Path
+) -> None:
+    program, core = crashing
+    forged = program.read_bytes() + b"of the same build ID"
+    twin = tmp_path / "twin"
+    name_it = ("-Wl,-soname,libtwin.so.1", "-Wl,--build-id=none")
+    subprocess.run(["gcc", "-shared", "-o", twin, "-x", "c", "/dev/null", *name_it], check=True)
+    system, bundled = twin.read_bytes(), twin.read_bytes() + b"bundled"
+    library, own = "/usr/lib/x86_64-linux-gnu/libtwin.so.1.2.3", "/opt/app/lib/libtwin.so.1"
+    made = make(core=core.read_bytes(), executable=str(program))
+    modules = {
+        Module(path=str(program), build_id=build_id_of(program)): forged,
+        Module(path=own, build_id="01" * 20): bundled,
+        Module(path=library, build_id="02" * 20): system,
+        Module(path=f"{library} (deleted)", build_id="03" * 20): b"the one before",
+        Module(path="/no/id", build_id="04" * 20, has_build_id=False): b"without",
+    }
+    deliver(made, delivered, modules)
+    out = tmp_path / "out"
+    arguments = ("-o", str(out), "--from", delivered.as_uri(), "--", "-batch", "-nx")
+
+    debugged = await crashbus("debug", made.id, *arguments, "-ex", "bt", env=NO_BUS)
+
+    assert "depth (p=0x0)" in debugged.out, debugged.err
+    root, builds = out / "sysroot", out / "debug" / ".build-id"
+    assert root.joinpath(*program.parts[1:]).read_bytes() == forged
+    for name in ("libtwin.so.1", "libtwin.so.1.2.3"):
+        for directory in ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"):
+            assert (root / directory / name).read_bytes() == system
+    assert (root / own[1:]).read_bytes() == bundled
+    assert f"{library} (deleted) of build {'03' * 20} is left out" in debugged.err
+    assert (builds / "03" / ("03" * 19)).read_bytes() == b"the one before"
+    assert (builds / "02" / ("02" * 19)).read_bytes() == system
+    assert (root / "no" / "id").read_bytes() == b"without"
+    assert not (builds / "04").exists()
+
+
+async def test_debug_shows_no_other_build_in_place_of_one_that_is_missing(
+    crashing: tuple[Path, Path], delivered: Path
+) -> None:
+    program, core = crashing
+    made = make(core=core.read_bytes(), executable=str(program))
+    deliver(made, delivered, {Module(path=str(program), build_id="cd" * 20): None})
+    arguments = ("--from", delivered.as_uri(), "--", "-batch", "-nx", "-ex", "bt")
+
+    debugged = await crashbus("debug", made.id, *arguments, env=NO_BUS)
+
+    assert debugged.status == 0, debugged.err
+    assert "depth" not in debugged.out
+    assert f"{program} is missing: the crash's host did not keep it" in debugged.err
+    assert f"the executable {program} is not there" in debugged.err
+
+
+async def test_debug_shows_nothing_of_this_machine_for_a_container(
+    crashing: tuple[Path, Path], delivered: Path
+) -> None:
+    program, core = crashing
+    made = make(core=core.read_bytes(), executable=str(program))
+    container = Container(id="ab" * 32, runtime="docker")
+    process = made.manifest.process.model_copy(update={"container": container})
+    (made.deliver(delivered) / "manifest.json").write_text(
+        made.manifest.model_copy(update={"process": process}).model_dump_json()
+    )
+    arguments = ("--from", delivered.as_uri(), "--", "-batch", "-nx", "-ex", "bt")
+
+    debugged = await crashbus("debug", made.id, *arguments, env=NO_BUS)
+
+    assert debugged.status == 0, debugged.err
+    assert "depth" not in debugged.out
+    assert f"the executable {program} is not there" in debugged.err
 
 
 async def test_debug_takes_the_binary_that_was_mapped_and_nothing_out_of_its_place(
@@ -124,31 +215,27 @@ __asm__(".pushsection .debug_gdb_scripts, \\"MS\\", @progbits, 1\\n"
 """
 
 
-async def test_gdb_runs_no_script_that_came_with_the_binaries(
+async def test_gdb_runs_no_script_that_came_with_the_binaries_or_lies_beside_them(
     delivered: Path, tmp_path: Path
 ) -> None:
     source, program, core = (tmp_path / name for name in ("null.c", "null", "core"))
     source.write_text(NULL_POINTER + SCRIPT.format(tmp_path))
     (tmp_path / "named.py").write_text(f"open('{tmp_path}/by-name', 'w')")
     make_core(source, program, core)
-    kept = {
-        "/gone/program": program.read_bytes(),
-        "/gone/program-gdb.gdb": f"shell touch {tmp_path}/beside".encode(),
-        "/gone/program-gdb.py": f"open('{tmp_path}/beside', 'w')".encode(),
+    beside = {
+        "-gdb.gdb": f"shell touch {tmp_path}/beside".encode(),
+        "-gdb.py": f"open('{tmp_path}/beside', 'w')".encode(),
     }
-    build_ids = dict(zip(kept, ("ab" * 20, "cd" * 20, "ef" * 20), strict=True))
+    kept = {"/gone/program": program.read_bytes()}
+    for ending, script in beside.items():
+        kept[f"/gone/program{ending}"] = script
+        program.with_name(f"{program.name}{ending}").write_bytes(script)
     made = make(core=core.read_bytes(), executable="/gone/program")
-    modules = tuple(
-        Module(path=path, build_id=build_ids[path], kept=(binary_of(content),))
-        for path, content in kept.items()
-    )
-    folder = made.deliver(delivered)
-    manifest = made.manifest.model_copy(update={"modules": modules})
-    (folder / "manifest.json").write_text(manifest.model_dump_json())
-    for path, content in kept.items():
-        at = delivered / BINARIES / build_ids[path][:2] / build_ids[path][2:]
-        at.mkdir(parents=True)
-        (at / "executable").write_bytes(content)
+    build_ids = ("ab" * 20, "cd" * 20, "ef" * 20)
+    modules = zip(kept.items(), build_ids, strict=True)
+    deliver(made, delivered, {Module(path=p, build_id=b): content for (p, content), b in modules})
+    here = make(4712, core=core.read_bytes(), executable=str(program))
+    here.deliver(delivered)
     home = tmp_path / "home"
     home.mkdir()
     trusting = "set auto-load safe-path /\nset auto-load scripts-directory /\n"  # many do
@@ -156,11 +243,14 @@ async def test_gdb_runs_no_script_that_came_with_the_binaries(
     (tmp_path / ".gdbinit").write_text(f"shell touch {tmp_path}/local\n")
     env = {**NO_BUS, "HOME": str(home), "XDG_CONFIG_HOME": str(home)}
 
-    arguments = ("-o", str(tmp_path / "out"), "--from", delivered.as_uri(), "--", "-batch")
-    debugged = await crashbus("debug", made.id, *arguments, "-ex", "bt", env=env, cwd=tmp_path)
+    arguments = ("--from", delivered.as_uri(), "--", "-batch", "-ex", "bt")
+    kept_here = ("-o", str(tmp_path / "out"))
+    debugged = await crashbus("debug", made.id, *kept_here, *arguments, env=env, cwd=tmp_path)
+    of_this_machine = await crashbus("debug", here.id, *arguments, env=env, cwd=tmp_path)
 
-    assert debugged.status == 0, debugged.err
-    assert "depth (p=0x0)" in debugged.out
+    for shown in (debugged, of_this_machine):
+        assert shown.status == 0, shown.err
+        assert "depth (p=0x0)" in shown.out
     assert (tmp_path / "out/sysroot/gone/program-gdb.gdb").exists()
     assert (tmp_path / "out/sysroot/gone/program-gdb.py").exists()
     for made_by in ("embedded", "by-name", "beside", "local"):
@@ -225,15 +315,14 @@ async def test_debug_opens_nothing_of_this_machine_but_files(
 
 def test_file_with_a_lease_is_not_waited_for(crashing: tuple[Path, Path], tmp_path: Path) -> None:
     own = Path(shutil.copy(crashing[0], tmp_path / "program"))
-    build_id = sysroot._build_id(own)
-    assert build_id is not None
+    module = Module(path=str(own), build_id=build_id_of(own))
     started = time.monotonic()
     with leased(own):
-        assert sysroot._build_id(own) is None
+        assert not sysroot._is_same(own, module, None)
         assert sysroot._soname(own) is None
     # fcntl(2): the kernel would have broken the lease after lease-break-time, 45 s.
     assert time.monotonic() - started < 20
-    assert sysroot._build_id(own) == build_id
+    assert sysroot._is_same(own, module, None)
 
 
 async def test_debug_of_a_crash_without_core(delivered: Path) -> None:
