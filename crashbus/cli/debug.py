@@ -1,9 +1,11 @@
 """``crashbus debug``: gdb on a crash's core dump."""
 
+import os
 import shutil
 import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,14 @@ from crashbus.cli.lookup import Found, files_of, find
 from crashbus.cli.terminal import console, plain
 from crashbus.layout import Kind, parse_crash_file_name
 from crashbus.parts import CrashFile
+
+# Devices that programs need get mounts of their own, which the last line leaves as they are.
+_NO_DEVICES = """
+mount --rbind /dev /dev
+for name in null zero tty; do mount --bind "/dev/$name" "/dev/$name"; done
+mount -o remount,bind,nodev /dev
+exec "$@"
+"""
 
 
 def debug(
@@ -43,7 +53,7 @@ def debug(
             download(found, [core], directory)
         # Ours first: whoever gives the same setting means it.
         command = [gdb, *_binaries(found, directory), *(arguments or []), f"--core={path}"]
-        raise typer.Exit(_run(command))
+        raise typer.Exit(_run([*_without_devices(), *command]))
 
 
 def _newest_core(found: Found) -> CrashFile:
@@ -77,6 +87,21 @@ def _of_this_machine(program: str) -> list[str]:
         return sysroot.of_this_machine(Path(program))
     _warn(f"the executable {program} is not on this host: gdb sees the core alone")
     return sysroot.of_this_machine(None)
+
+
+def _without_devices() -> list[str]:
+    """Return what root's command stands behind so that it can open no device.
+
+    gdb puts what the process's own list of libraries names behind the system root, and opens it:
+    `..` leads out, and to open a device may do something.
+    """
+    if os.geteuid() != 0:
+        return []
+    wrapper = ["unshare", "--mount", "sh", "-ec", _NO_DEVICES, "sh"]
+    with suppress(FileNotFoundError):
+        if subprocess.run([*wrapper, "true"], capture_output=True, check=False).returncode == 0:
+            return wrapper
+    return []  # a container may not mount, and has none of the host's devices
 
 
 def _warn(text: str) -> None:

@@ -1,5 +1,6 @@
 """crashbus debug: gdb on a core, with the binaries that lie beside it."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from crashbus.layout import BINARIES, Kind
 from crashbus.parts import Container, Module
 from tests.cli.support import NO_BUS, MadeCrash, binary_of, crashbus, make
 from tests.support.lease import leased
-from tests.support.requirements import need_program
+from tests.support.requirements import need_program, need_root
 
 NULL_POINTER = """
 int depth(int *p) { return *p; }
@@ -311,6 +312,38 @@ async def test_debug_opens_nothing_of_this_machine_but_files(
     finally:
         writer.kill()
         writer.wait()
+
+
+NAMES_A_DEVICE = """
+#include <link.h>
+int main(void) {
+    _r_debug.r_map->l_next->l_next->l_name = "%s/dev/full";
+    return *(volatile int *) 0;
+}
+"""
+
+
+async def test_gdb_opens_no_device_that_the_process_named_as_a_library(
+    delivered: Path, tmp_path: Path
+) -> None:
+    need_root()
+    source, program, core = (tmp_path / name for name in ("named.c", "named", "core"))
+    source.write_text(NAMES_A_DEVICE % ("/.." * 20))
+    make_core(source, program, core)
+    made = make(core=core.read_bytes(), executable=str(program))
+    deliver(made, delivered, {Module(path=str(program), build_id=build_id_of(program)): None})
+    libc = ctypes.CDLL(None)
+    seen = libc.inotify_init1(os.O_NONBLOCK)  # inotify(7)
+    libc.inotify_add_watch(seen, b"/dev/full", 0x20)  # IN_OPEN
+    try:
+        arguments = ("--from", delivered.as_uri(), "--", "-batch", "-nx", "-ex", "info shared")
+        debugged = await crashbus("debug", made.id, *arguments, env=NO_BUS)
+
+        assert "/dev/full" in debugged.out, debugged.err
+        with pytest.raises(BlockingIOError):
+            os.read(seen, 4096)
+    finally:
+        os.close(seen)
 
 
 def test_file_with_a_lease_is_not_waited_for(crashing: tuple[Path, Path], tmp_path: Path) -> None:
