@@ -18,26 +18,6 @@ from tests.support.victim import waiting
 from tests.support.wait import until
 
 
-@pytest.mark.parametrize("mechanism", ["socket", "pipe"])
-async def test_storm_of_fifty_crashes_at_once_loses_none(
-    recorder_with: MakeRecorder, mechanism: str
-) -> None:
-    recorder = recorder_with(recorder_mechanism=mechanism, recorder_backtrace_deadline=0.1)
-    await recorder.start()
-    processes = waiting(50)
-
-    for process in processes:
-        process.send_signal(signal.SIGSEGV)
-    for process in processes:
-        process.communicate(timeout=30)
-    records = [await recorder.captured(process.pid, 30) for process in processes]
-
-    for record in records:
-        assert len(record.files) == len(FILES)
-        assert not any(file.truncated for file in record.files.values())
-    assert len({record.crash_id for record in records}) == 50
-
-
 def memory_of(recorder: RecorderService) -> int:
     """Return the memory of a recorder and all its workers in bytes, shared pages in parts."""
     total = 0
@@ -48,16 +28,16 @@ def memory_of(recorder: RecorderService) -> int:
     return total * 1024
 
 
-async def test_storm_of_many_crashes_at_once_is_captured_in_constant_memory(
+async def test_storm_of_two_hundred_crashes_at_once_is_captured_in_constant_memory(
     recorder_with: MakeRecorder,
 ) -> None:
     recorder = recorder_with(
         recorder_loop_burst=0,
-        recorder_debug_directory="/nonexistent",  # this host may have any
+        recorder_debug_directory="/nonexistent",  # that of the C library costs 15 MiB a backtrace
         recorder_backtraces=2,
     )
     await recorder.start()
-    processes = waiting(120)
+    processes = waiting(200)
 
     for process in processes:
         process.send_signal(signal.SIGSEGV)
@@ -113,9 +93,11 @@ async def test_three_hundred_crashes_that_wait_for_two_workers_are_all_captured(
     for process in processes:
         await asyncio.to_thread(process.communicate)
         assert process.returncode == -signal.SIGSEGV
-    for process in processes:
-        record = await recorder.captured(process.pid)
+    records = [await recorder.captured(process.pid) for process in processes]
+    for record in records:
+        assert len(record.files) == len(FILES)
         assert not any(file.truncated for file in record.files.values())
+    assert len({record.crash_id for record in records}) == 300
 
 
 def is_dumping(pid: int) -> bool:
