@@ -13,7 +13,7 @@ from crashbus.chunks import Verifier
 from crashbus.parts import CrashFile
 from services.common import core_stream
 from services.common.core_stream import Announced
-from services.recorder.core import core_bus, core_copy
+from services.recorder.core import core_bus, core_copy, core_filter
 from services.recorder.core.core_bus import BusWay, NotSent
 from services.recorder.core.core_memory import LiveMemory
 from services.recorder.core.core_pages import Pages
@@ -121,6 +121,26 @@ async def test_core_on_the_bus_is_the_kernels(
     assert sent.missing == 0
     await collector.content(sent.file, tmp_path / "ours")
     assert same(tmp_path / "ours", tmp_path / "kernels")
+
+
+async def test_core_on_the_bus_has_what_the_filter_lets_in(
+    coredump_socket: socket.socket, collector: Collector, tmp_path: Path
+) -> None:
+    command = (crasher("kinds"), "0x1ff", tmp_path / "file")
+    crash = await asyncio.to_thread(Crash, coredump_socket, *command)
+    try:
+        whole = crash.head.size
+        crash.head = core_filter.narrowed(Pages(crash.pid, crash.head, crash.maps), 0x31)
+        sent = await asyncio.to_thread(send, crash, way(collector.spool), tmp_path / "stacks")
+    finally:
+        crash.end()
+
+    await collector.content(sent.file, tmp_path / "ours")
+    assert whole is not None and sent.file.size == crash.head.size and sent.file.size < whole
+    content = (tmp_path / "ours").read_bytes()
+    assert content.count(b"private-memory") >= MIB / 16
+    assert content.count(b"shared-memory") < 10  # the program has the words, too
+    assert "crash_here" in top_frames(crasher("kinds"), tmp_path / "ours")
 
 
 async def test_core_over_its_limit_is_laid_out_anew(

@@ -2,8 +2,11 @@
 
 import asyncio
 import socket
+import subprocess
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,11 +32,23 @@ def containerd() -> Iterator[Containerd]:
     made.close()
 
 
+@contextmanager
+def mounted_at(directory: Path) -> Iterator[Path]:
+    """Give a further place of a directory, as a bind mount."""
+    with tempfile.TemporaryDirectory(prefix="cb-", dir="/tmp") as place:
+        subprocess.run(["mount", "--bind", directory, place], check=True)
+        try:
+            yield Path(place)
+        finally:
+            subprocess.run(["umount", place], check=True)
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def recorder(containerd: Containerd) -> AsyncIterator[RecorderService]:
-    with core_pattern_kept():
+    # As in a container: of the socket, not its directory, a restart would leave the old one there.
+    with core_pattern_kept(), mounted_at(containerd.socket.parent) as place:
         service = RecorderService(
-            recorder_cri_socket=containerd.socket, recorder_core_off="label=no.core"
+            recorder_cri_socket=place / containerd.socket.name, recorder_core_off="label=no.core"
         )
         try:
             await service.start()
@@ -82,6 +97,19 @@ async def test_label_in_a_pod_forbids_a_core(
 
     assert not any(name.startswith("core") for name in record.files)
     assert "no core for label=no.core" in record.notes[0]
+
+
+async def test_runtime_that_was_restarted_is_asked(
+    recorder: RecorderService, containerd: Containerd
+) -> None:
+    before = containerd.socket.stat().st_mtime_ns
+    await asyncio.to_thread(containerd.restart)
+    assert containerd.socket.stat().st_mtime_ns != before  # another socket
+
+    record = await crash_in(recorder, containerd, "again")
+
+    assert record.process.container is not None
+    assert record.process.container.name == "again"
 
 
 async def test_recorder_that_asks_stays_small(

@@ -100,10 +100,8 @@ class Containerd:
         config = self._directory / "config.toml"
         config.write_text(_CONFIG.format(place=self._directory, image=IMAGE))
         self._log = (self._directory / "log").open("wb")
-        self._process = subprocess.Popen(
-            ["containerd", "--config", config], stdout=self._log, stderr=self._log
-        )
         self._pod = ""
+        self._start()
         try:
             self._wait_until_it_answers()
             self._import_image()
@@ -111,6 +109,17 @@ class Containerd:
         except BaseException:
             self.close()
             raise
+
+    def _start(self) -> None:
+        command = ["containerd", "--config", str(self._directory / "config.toml")]
+        self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
+
+    def restart(self) -> None:
+        """End it and start it anew, with a socket of its own; what runs goes on."""
+        self._process.terminate()
+        self._process.wait(30)
+        self._start()
+        self._wait_until_it_answers()
 
     @property
     def log(self) -> str:

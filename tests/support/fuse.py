@@ -9,10 +9,13 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-LOOKUP, FORGET, GETATTR, OPEN, READ, INIT, INTERRUPT, BATCH_FORGET = 1, 2, 3, 14, 15, 26, 36, 42
+LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS = 1, 2, 3, 14, 15, 17
+INIT, INTERRUPT, BATCH_FORGET = 26, 36, 42
 ROOT, FILE = 1, 2
 NOT_IMPLEMENTED, NO_ENTRY = 38, 2
 LAZY = 2  # umount2(2), MNT_DETACH
@@ -51,6 +54,20 @@ class StandingStill:
         ctypes.CDLL(None).umount2(bytes(self._directory), LAZY)
 
 
+@contextmanager
+def overlaid(lower: Path, place: Path) -> Iterator[None]:
+    """Mount an overlay at a place that is made, and shows what lies in another, mount(8)."""
+    place.mkdir()
+    empty = place.with_name(f"{place.name}-empty")  # one layer makes no overlay
+    empty.mkdir()
+    options = f"lowerdir={lower}:{empty}"
+    subprocess.run(["mount", "-t", "overlay", "-o", options, "none", place], check=True)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).umount2(bytes(place), LAZY)
+
+
 def serve(directory: str, source: str) -> None:
     """Mount and answer until killed."""
     content = Path(source).read_bytes()
@@ -78,6 +95,8 @@ def answer(operation: int, node: int, body: bytes, content: bytes) -> tuple[int,
         return 0, struct.pack("QQQQII", FILE, 0, 3600, 0, 0, 0) + attributes(FILE, len(content))
     if operation == GETATTR:
         return 0, struct.pack("QII", 0, 0, 0) + attributes(node, len(content))
+    if operation == STATFS:  # asked by an overlay
+        return 0, struct.pack("5Q4I24x", 0, 0, 0, 0, 0, 4096, 255, 4096, 0)
     if operation == OPEN:
         return 0, struct.pack("QII", 0, 0, 0)
     if operation == READ:
