@@ -23,7 +23,7 @@ from crashbus.parts import CrashFile
 # Devices that programs need get mounts of their own, which the last line leaves as they are.
 _NO_DEVICES = """
 mount --rbind /dev /dev
-for name in null zero tty; do mount --bind "/dev/$name" "/dev/$name"; done
+for name in null zero random urandom tty; do mount --bind "/dev/$name" "/dev/$name"; done
 mount -o remount,bind,nodev /dev
 exec "$@"
 """
