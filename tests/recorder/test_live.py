@@ -119,9 +119,14 @@ def test_snapshot_shows_every_thread_and_the_process_lives_on(
 def test_core_of_a_living_process_opens_in_gdb(
     tmp_path: Path, living: Living, program: Path
 ) -> None:
-    done, directory = snapshot(tmp_path, living.pid, "--core")
+    done, directory = snapshot(tmp_path, living.pid, "--core", "--json")
 
     assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["crash_id"], told["process"]["pid"]) == (record_of(directory).crash_id, living.pid)
+    assert {Path(one) for one in told["files"]} == {
+        one for one in directory.iterdir() if not one.name.startswith("capture_")
+    }
     (core,) = directory.glob("core_*")
     assert not record_of(directory).files[core.name].truncated
     shown = gdb(program, core, "thread apply all bt", "p heap_like[1000]", "info sharedlibrary")
