@@ -152,9 +152,9 @@ async def test_binaries_lie_at_each_destination_once_for_each_build(pipeline: Pi
     assert hashlib.sha256(program.read_bytes()).hexdigest() == kept.sha256
 
 
-@pytest.mark.parametrize("scheme", ["s3", "file"])
+@pytest.mark.parametrize(("scheme", "build_id"), [("s3", "sha1"), ("file", "none")])
 async def test_core_opens_where_none_of_its_binaries_are(
-    pipeline: Pipeline, tmp_path: Path, scheme: str
+    pipeline: Pipeline, tmp_path: Path, scheme: str, build_id: str
 ) -> None:
     need_program("gdb")
     library, program = tmp_path / f"libown-{scheme}.so.1.2+3", tmp_path / f"victim-{scheme}"
@@ -167,7 +167,7 @@ async def test_core_opens_where_none_of_its_binaries_are(
     _gcc(
         f"int deep_{scheme}(int *); int caller(void) {{ return deep_{scheme}(0); }}"
         "int main(void) { return caller(); }",
-        *("-o", program, alias, f"-Wl,-rpath,{tmp_path}"),
+        *("-o", program, alias, f"-Wl,-rpath,{tmp_path}", f"-Wl,--build-id={build_id}"),
     )
     pid = await run_to_its_end(program)
     manifest = await pipeline.manifest_of(pid)
