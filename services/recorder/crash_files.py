@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from crashbus import signals
-from crashbus.fingerprint import frames
 from crashbus.identity import boot_id
 from crashbus.parts import Container, Process
 from services.common import resources
@@ -26,6 +25,7 @@ from services.recorder.unwinding.backtrace import (
     LoadedModule,
     Thread,
 )
+from services.recorder.unwinding.fingerprint import frames
 
 _REGISTERS_IN_A_LINE = 4
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import structlog
 
-from crashbus import elf, fingerprint
+from crashbus import elf
 from crashbus.layout import Kind, crash_file_name
 from crashbus.parts import Module
 from services.common import drafts
@@ -18,7 +18,7 @@ from services.recorder.conditions import Conditions
 from services.recorder.errors import CaptureFailed
 from services.recorder.facts import Facts
 from services.recorder.recording import Recording, add_container, keep_record, write_file
-from services.recorder.unwinding import backtrace_json, unwinder
+from services.recorder.unwinding import backtrace_json, fingerprint, unwinder
 from services.recorder.unwinding.backtrace import Backtrace
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()

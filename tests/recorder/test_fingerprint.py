@@ -1,228 +1,204 @@
-"""Fingerprints of real crashes: the same for each build of the same bug."""
-
-import json
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+"""The same bug has the same fingerprint, another bug has another."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from crashbus import elf
-from tests.recorder.conftest import MakeRecorder
-from tests.support.recorder import RecorderService, crash
-from tests.support.requirements import need_program
-
-_SOURCE = """
-#include <stdlib.h>
-#include <string.h>
-static inline int look(volatile int *at) { return *at + 1; }
-__attribute__((noinline)) int BUG(volatile int *at) { return look(at) + 2; }
-__attribute__((noinline)) int deeper(int left, volatile int *at) {
-    return (left ? deeper(left - 1, at) : BUG(at)) + 3;
-}
-int main(int count, char **arguments) {
-    return deeper(count > 1 ? atoi(arguments[1]) : 2, NULL) == 4 && arguments[0];
-}
-"""
+from services.recorder.unwinding.fingerprint import (
+    FRAMES,
+    Call,
+    fingerprint,
+    frames,
+    normalise,
+    of_build,
+)
 
 
-def build(directory: Path, *options: str, bug: str = "parse") -> Path:
-    directory.mkdir()
-    (directory / "bug.c").write_text(_SOURCE)
-    program = directory / "program"
-    subprocess.run(
-        ["gcc", "-g", f"-DBUG={bug}", *options, "-o", program, directory / "bug.c"], check=True
+def of(*symbols: str | None, program: str = "/usr/bin/app", signal: str = "SIGSEGV") -> str | None:
+    return fingerprint(signal, program, [Call(symbol, "/usr/bin/app") for symbol in symbols])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("parse", "read", "main"), ("parse.isra.0", "read.part.3.cold", "main")),
+        (("parse", "main"), ("parse.constprop.0", "main [clone .lto_priv.12]")),
+        (("parse", "main"), ("parse.llvm.8842", "main", "__libc_start_call_main", "_start")),
+        (("memcpy", "main"), ("memcpy@@GLIBC_2.14", "main")),
+        (
+            ("die", "main"),
+            ("__pthread_kill_implementation", "raise", "abort", "__assert_fail", "die", "main"),
+        ),
+        (("f", "g", "main"), ("f", "f", "f", "g", "main")),
+        (("even", "odd", "main"), ("even", "odd", "even", "odd", "even", "main")),
+        (("Map<int, A<b>>::at(int) const", "main"), ("Map<char>::at(char) const", "main")),
+        (
+            ("a::(anonymous namespace)::f()", "main"),
+            ("a::_GLOBAL__N_1::f(int)", "main"),
+        ),
+        (
+            ("run()::{lambda(int)#1}::operator()(int) const",),
+            ("run()::{lambda()#7}::operator()()",),
+        ),
+        (("core::f::h0123456789abcdef", "m"), ("core::f::hfedcba9876543210", "m")),
+        (("__asan_memcpy", "copy", "main"), ("__interceptor_memcpy", "copy", "main")),
+        (
+            (
+                "(anonymous namespace)::Box<int>::peek(int) const"
+                " [clone .constprop.0] [clone .isra.0]",
+            ),
+            ("(anonymous namespace)::Box<long>::peek(long) const",),
+        ),
+        (("int app::run<int>(int*)", "main"), ("long app::run<long>(long*)", "main")),
+        (("Text::cut[abi:cxx11](int)",), ("Text::cut(int)",)),
+        (("void f<A<B>, (C)1>(D (*)(E))", "main"), ("void f<F>()", "main")),
+        (  # who says that nobody caught it
+            *(("die(int)", "main"),),
+            (
+                *("raise", "abort", "__gnu_cxx::__verbose_terminate_handler()"),
+                *("__cxxabiv1::__terminate(void (*)())", "std::terminate()", "__cxa_throw"),
+                *("std::__throw_out_of_range_fmt(char const*, ...)", "die(int)", "main"),
+            ),
+        ),
+        # Rust: both ways of mangling, each with what one build gives to a name.
+        (("<a::A as a::Run>::go::h0123456789abcdef", "m"), ("<a::A as a::Run>::go", "m")),
+        (("a::main::{{closure}}::h0123456789abcdef",), ("a::main::{{closure}}",)),
+        (("a::main::{{closure}}::h0123456789abcdef",), ("a::main::{closure#1}",)),
+        (("a::Map<u8>::at<&str>", "m"), ("a::Map<_>::at<u8>", "m")),
+        (("_RNvCs7qoMWBoZgYL_3app5parse", "m"), ("_RNvCsaZ1_3app5parse", "m")),
+        (("_RNvCs7qoMWBoZgYL_3app5parse", "m"), ("_RNvC3app5parse", "m")),
+        (
+            ("core::panicking::panic_fmt::h0123456789abcdef", "a::parse::h0123456789abcdef"),
+            ("core::result::unwrap_failed::hfedcba9876543210", "a::parse::hfedcba9876543210"),
+        ),
+        # Go numbers its closures in the order of the source, and names what it generates.
+        (("main.main.func1", "main.main"), ("main.main.func12.3", "main.main")),
+        (("main.(*T).Read-fm", "main.main"), ("main.(*T).Read", "main.main")),
+        (("main.walk.func1.gowrap2", "m"), ("main.walk.func3", "m")),
+        (("main.Map[go.shape.int_0]", "m"), ("main.Map[...]", "m")),
+        (
+            (
+                "runtime.raise.abi0",
+                "runtime.sigtramp",
+                "runtime.gopanic",
+                "runtime.sigpanic",
+                "m.f",
+            ),
+            ("runtime.raise", "runtime.fatalpanic", "runtime.goPanicIndex", "m.f"),
+        ),
+    ],
+)
+def test_pairs_that_must_match(one: tuple[str, ...], other: tuple[str, ...]) -> None:
+    assert of(*one) is not None
+    assert of(*one) == of(*other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("parse", "main"), ("print", "main")),
+        (("parse", "read", "main"), ("read", "parse", "main")),
+        (("parse", "main"), ("parse", "read", "main")),
+        (("A::f(int)", "main"), ("B::f(int)", "main")),
+        (("main.parse", "main.main"), ("main.print", "main.main")),  # Go
+        (("operator<", "main"), ("operator>", "main")),
+        (("abort", "main"), ("abort", "check", "main")),
+        (("parse", "main"), (None, "main")),
+        (("main.(*A).f", "main.main"), ("main.(*B).f", "main.main")),
+        (("main.f.func1", "main.main"), ("main.f", "main.main")),
+        (("A::operator[](int)", "main"), ("A::operator()(int)", "main")),
+        (("A::operator int() const", "main"), ("B::operator int() const", "main")),
+        (("<a::A as a::Run>::go", "m"), ("<a::B as a::Run>::go", "m")),
+        (("<Vec<T> as a::Run>::go", "m"), ("<Box<T> as a::Run>::go", "m")),
+        (("_RNvCs7qo_3app5parse", "m"), ("_RNvCs7qo_3app5print", "m")),
+        (("(anonymous namespace)::f(int)", "main"), ("f(int)", "main")),
+    ],
+)
+def test_pairs_that_must_not_match(
+    one: tuple[str | None, ...], other: tuple[str | None, ...]
+) -> None:
+    assert of(*one) != of(*other)
+
+
+def test_program_and_signal_tell_bugs_apart_and_its_place_does_not() -> None:
+    assert of("f") == of("f", program="/opt/v2/app") == of("f", program="/opt/app (deleted)")
+    assert of("f") != of("f", program="/usr/bin/other")
+    assert of("f") != of("f", signal="SIGABRT")
+
+
+def test_function_without_a_name_is_known_by_its_module() -> None:
+    one, newer, other = (
+        fingerprint("SIGSEGV", "app", [Call(None, path)])
+        for path in ("/lib/libssl.so.3", "/usr/lib64/libssl.so.3.0.11", "/lib/libm.so.6")
     )
-    return program
 
-
-async def fingerprint_of(recorder: RecorderService, *command: str | Path) -> str:
-    pid, _ = crash(*command)
-    record = await recorder.captured(pid)
-    snapshot = json.loads(recorder.file(pid, "snapshot").read_bytes())
-    assert record.fingerprint is not None, snapshot["Notes"]
-    assert snapshot["Fingerprint"] == record.fingerprint
-    return record.fingerprint
-
-
-@pytest.mark.parametrize("options", [("-O2",), ("-O0", "-no-pie"), ("-O2", "-static")])
-async def test_builds_of_the_same_bug_match(
-    recorder_with: MakeRecorder, tmp_path: Path, options: tuple[str, ...]
-) -> None:
-    recorder = recorder_with()
-    await recorder.start()
-
-    plain = await fingerprint_of(recorder, build(tmp_path / "one", "-O0"))
-    built = await fingerprint_of(recorder, build(tmp_path / "two", *options), "7")
-
-    assert plain == built
-
-
-async def test_place_of_memory_and_of_files_does_not_count(
-    recorder_with: MakeRecorder, tmp_path: Path
-) -> None:
-    recorder = recorder_with()
-    await recorder.start()
-    program = build(tmp_path / "one", "-O0")
-    other = tmp_path / "another" / "host"
-    other.mkdir(parents=True)
-    moved = Path(shutil.copy(program, other))
-
-    by_chance = await fingerprint_of(recorder, program)
-    by_none = await fingerprint_of(recorder, need_program("setarch"), "-R", moved)
-
-    assert by_chance == by_none
-
-
-_CPP = """
-namespace {
-template <class T> struct Box {
-    T *at;
-    __attribute__((noinline)) long get(long add) const { return *at + add; }
-};
-struct Base { virtual long go(int *at) = 0; };
-struct One : Base {
-    __attribute__((noinline)) long go(int *at) override {
-        return Box<CONTENT>{(CONTENT *)at}.get(1) + 1;
-    }
-};
-struct Two : Base {
-    __attribute__((noinline)) long go(int *at) override {
-        return Box<CONTENT>{(CONTENT *)at}.get(1) + 2;
-    }
-};
-}
-namespace app {
-template <class F> __attribute__((noinline)) long call(F f) { return f() + 1; }
-}
-int main(int count, char **) {
-    One one;
-    Two two;
-    Base *base = count > 1 ? (Base *)&two : &one;
-    return app::call([=]() __attribute__((noinline)) { return base->go(nullptr) + 3; }) + 1;
-}
-"""
-
-
-def build_cpp(directory: Path, *options: str) -> Path:
-    need_program("g++")
-    directory.mkdir()
-    (directory / "bug.cc").write_text(_CPP)
-    program = directory / "program"
-    options = (*options, "-Wl,--build-id")
-    subprocess.run(["g++", *options, "-o", program, directory / "bug.cc"], check=True)
-    return program
-
-
-async def test_builds_of_the_same_bug_match_in_cpp(
-    recorder_with: MakeRecorder, tmp_path: Path
-) -> None:
-    """Templates, lambdas, anonymous namespaces and virtual functions, with and without -g."""
-    recorder = recorder_with()
-    await recorder.start()
-    builds = [("-g", "-O0"), ("-g", "-O2"), ("-O2",), ("-g", "-O2", "-no-pie")]
-    contents = ["int", "int", "int", "short"]
-
-    found = [
-        await fingerprint_of(
-            recorder, build_cpp(tmp_path / str(number), *options, f"-DCONTENT={content}")
-        )
-        for number, (options, content) in enumerate(zip(builds, contents, strict=True))
-    ]
-    other = await fingerprint_of(recorder, tmp_path / "1" / "program", "another class")
-
-    assert len(set(found)) == 1, found
-    assert other not in found
-
-
-def stripped(program: Path, debug_directory: Path) -> Path:
-    """Return the program without symbols, and lay these down by its build ID."""
-    bare = program.with_name("stripped") / program.name
-    bare.parent.mkdir()
-    with program.open("rb") as file:
-        build_id = elf.build_id(file.fileno())
-    assert build_id
-    place = debug_directory / ".build-id" / build_id[:2] / f"{build_id[2:]}.debug"
-    place.parent.mkdir(parents=True)
-    subprocess.run(["objcopy", "--only-keep-debug", program, place], check=True)
-    subprocess.run(["strip", "-o", bare, program], check=True)
-    return bare
-
-
-@pytest.fixture
-def debug_directory() -> Iterator[Path]:
-    """A directory that everyone can read, as the unwinder's user has to."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as made:
-        directory = Path(made)
-        directory.chmod(0o755)
-        yield directory
-
-
-@pytest.mark.parametrize("language", ["c", "c++"])
-async def test_stripped_program_with_its_debug_file_matches(
-    recorder_with: MakeRecorder, tmp_path: Path, debug_directory: Path, language: str
-) -> None:
-    recorder = recorder_with(recorder_debug_directory=debug_directory)
-    await recorder.start()
-    if language == "c":
-        program = build(tmp_path / "one", "-O2")
-    else:
-        program = build_cpp(tmp_path / "one", "-g", "-O2", "-DCONTENT=int")
-
-    whole = await fingerprint_of(recorder, program)
-    bare = await fingerprint_of(recorder, stripped(program, debug_directory))
-
-    assert whole == bare
-
-
-async def test_stripped_program_is_known_by_its_build(
-    recorder_with: MakeRecorder, tmp_path: Path, debug_directory: Path
-) -> None:
-    """Without any name the same bug matches on each host, and another bug does not."""
-    recorder = recorder_with()
-    await recorder.start()
-    program = stripped(build_cpp(tmp_path / "x", "-O2", "-DCONTENT=int"), debug_directory)
-    moved = Path(shutil.copy(program, tmp_path))
-
-    first, again = [await fingerprint_of(recorder, one) for one in (program, moved)]
-    other = await fingerprint_of(recorder, program, "another class")
-
-    assert first == again
-    assert first != other
-
-
-async def test_stripped_program_is_linked_with_the_same_build_with_symbols(
-    recorder_with: MakeRecorder, tmp_path: Path, debug_directory: Path
-) -> None:
-    recorder = recorder_with()
-    await recorder.start()
-    whole = build_cpp(tmp_path / "x", "-g", "-O2", "-DCONTENT=int")
-    bare = stripped(whole, debug_directory)
-    rebuilt = build_cpp(tmp_path / "y", "-g", "-O1", "-DCONTENT=int")
-    commands = [(whole,), (bare,), (bare, "another class"), (rebuilt,)]
-
-    found = []
-    for command in commands:
-        pid, _ = crash(*command)
-        found.append(await recorder.captured(pid))
-
-    with_symbols, without, other, another_build = found
-    assert with_symbols.fingerprint != without.fingerprint
-    assert with_symbols.build_fingerprint == without.build_fingerprint is not None
-    assert other.build_fingerprint not in (None, without.build_fingerprint)
-    assert another_build.fingerprint == with_symbols.fingerprint
-    assert another_build.build_fingerprint not in (None, with_symbols.build_fingerprint)
-
-
-async def test_another_bug_of_the_same_program_does_not_match(
-    recorder_with: MakeRecorder, tmp_path: Path
-) -> None:
-    recorder = recorder_with()
-    await recorder.start()
-
-    one = await fingerprint_of(recorder, build(tmp_path / "one", "-O0"))
-    other = await fingerprint_of(recorder, build(tmp_path / "two", "-O0", bug="print"))
-
+    assert one == newer
     assert one != other
+
+
+def test_program_s_function_without_a_name_is_known_by_its_place() -> None:
+    one, other = (
+        [Call(None, "/bin/app", f"abcdef+{place}"), Call(None, "/bin/app")] for place in "12"
+    )
+    moved = [Call(None, "/opt/app", "abcdef+1"), Call(None, "/opt/app")]
+
+    assert fingerprint("SIGSEGV", "app", one) == fingerprint("SIGSEGV", "app", moved)
+    assert fingerprint("SIGSEGV", "app", one) != fingerprint("SIGSEGV", "app", other)
+
+
+def test_build_is_told_by_places_in_the_program_alone() -> None:
+    libc = Call("raise", "/lib/libc.so.6")
+    named = [libc, Call("parse", "/bin/app", "ab+1"), Call("main", "/bin/app", "ab+2")]
+    bare = [Call(None, "/lib/libc.so.6"), *(Call(None, "/bin/app", f"ab+{n}") for n in "12")]
+    other = [libc, Call("parse", "/bin/app", "ab+3"), Call("main", "/bin/app", "ab+2")]
+
+    assert of_build("SIGSEGV", named) == of_build("SIGSEGV", bare) is not None
+    assert of_build("SIGSEGV", named) != of_build("SIGABRT", named)
+    assert of_build("SIGSEGV", named) != of_build("SIGSEGV", other)
+    assert of_build("SIGSEGV", [libc]) is None
+
+
+def test_base_of_a_stack_does_not_count_whether_it_has_symbols_or_not() -> None:
+    libc = "/lib/x86_64-linux-gnu/libc.so.6"
+    top = [Call("parse"), Call(None, libc), Call("main")]
+    bases = (
+        [
+            Call("__libc_start_call_main", libc),
+            Call("__libc_start_main_impl", libc),
+            Call("_start"),
+        ],
+        [Call(None, libc), Call("__libc_start_main", libc), Call("_start")],
+        [Call(None, libc), Call(None, libc)],
+    )
+
+    assert {frames(top + base) for base in bases} == {("parse", "? in libc.so", "main")}
+    assert frames([Call(None, libc), Call("_start")]) == ("? in libc.so",)
+
+
+def test_deep_frames_do_not_count() -> None:
+    top = [f"f{n}" for n in range(FRAMES)]
+
+    assert of(*top, "from_here") == of(*top, "from_there")
+
+
+def test_crash_without_a_stack_has_none() -> None:
+    assert of() is None
+    assert of("_start") is None
+    assert of("start") is not None  # anybody's function
+
+
+def test_abort_alone_is_a_stack() -> None:
+    assert frames([Call("raise"), Call("abort"), Call("main")]) == ("main",)
+    assert frames([Call("raise"), Call("abort")]) == ("raise", "abort")
+
+
+@settings(deadline=None)
+@given(st.text(max_size=2000))
+def test_any_symbol_is_normalised_once_and_for_all(symbol: str) -> None:
+    assert normalise(normalise(symbol)) is not None
+    assert len(normalise(symbol)) <= 600
+
+
+def test_hostile_symbol_takes_no_long_time() -> None:
+    for part in ("<", "(", "<()", ".a", " [clone ", "{lambda", "@"):
+        assert isinstance(normalise(part * 1_000_000), str)

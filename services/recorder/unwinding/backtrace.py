@@ -1,12 +1,11 @@
 """What the unwinding worker is asked and what it answers: validated, because it handles what
 an attacker may have written."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-if TYPE_CHECKING:
-    from crashbus.fingerprint import Call
+from services.recorder.unwinding.fingerprint import Call
 
 MAX_FRAMES = 1024  # of one thread
 MAX_THREADS = 4096
@@ -170,11 +169,8 @@ class Backtrace(Part):
     instruction: Instruction | None = None
     fault: Text | None = None
 
-    def calls(self) -> "tuple[Call, ...]":
+    def calls(self) -> tuple[Call, ...]:
         """Return the crashing thread's frames for the fingerprint."""
-        # Only here: it brings the whole bus, and no worker needs it.
-        from crashbus.fingerprint import Call
-
         calls: list[Call] = []
         around: Frame | None = None  # the function that what is inlined is in
         for frame in reversed(self.threads[0].frames if self.threads else ()):

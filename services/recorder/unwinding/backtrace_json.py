@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from crashbus import signals
-from crashbus.fingerprint import frames
 from services.recorder.core.core_head import Cause
 from services.recorder.unwinding.backtrace import Backtrace, Frame, Instruction, Thread
+from services.recorder.unwinding.fingerprint import frames
 
 
 def content(
