@@ -60,6 +60,27 @@ def of(*symbols: str | None, program: str = "/usr/bin/app", signal: str = "SIGSE
                 *("std::__throw_out_of_range_fmt(char const*, ...)", "die(int)", "main"),
             ),
         ),
+        (("Box<int>::value() const &", "main"), ("Box<long>::value() const &", "main")),
+        (("A::f() volatile", "main"), ("A::f()", "main")),
+        (("A::f(int (&) [3]) const volatile &&", "main"), ("A::f(int)", "main")),
+        (("void (*pick<int>(int))(int)", "main"), ("pick(int)", "main")),
+        (("int (A::*ns::pick(int))(char)", "main"), ("ns::pick", "main")),
+        (  # noexcept, as GCC and Clang have it
+            *(("die(int)", "main"),),
+            (
+                *("std::terminate()", "__cxa_call_terminate", "__gxx_personality_v0"),
+                *("_Unwind_RaiseException_Phase2", "_Unwind_RaiseException", "__cxa_throw"),
+                *("die(int)", "main"),
+            ),
+        ),
+        (
+            ("die(int)", "main"),
+            (
+                *("abort", "abort_message", "demangling_terminate_handler()"),
+                *("std::__terminate(void (*)())", "std::terminate()", "__clang_call_terminate"),
+                *("die(int)", "main"),
+            ),
+        ),
         # Rust: both ways of mangling, each with what one build gives to a name.
         (("<a::A as a::Run>::go::h0123456789abcdef", "m"), ("<a::A as a::Run>::go", "m")),
         (("a::main::{{closure}}::h0123456789abcdef",), ("a::main::{{closure}}",)),
@@ -70,6 +91,21 @@ def of(*symbols: str | None, program: str = "/usr/bin/app", signal: str = "SIGSE
         (
             ("core::panicking::panic_fmt::h0123456789abcdef", "a::parse::h0123456789abcdef"),
             ("core::result::unwrap_failed::hfedcba9876543210", "a::parse::hfedcba9876543210"),
+        ),
+        (
+            (
+                *("abort", "std::process::abort", "__rustc::__rust_abort"),
+                *("panic_abort::__rust_start_panic::abort", "__rustc::__rust_start_panic"),
+                *("__rustc::rust_panic", "std::panicking::panic_with_hook"),
+                "std::panicking::panic_handler::{closure#0}",
+                "std::sys::backtrace::__rust_end_short_backtrace::<std::panicking::f, !>",
+                *("__rustc::rust_begin_unwind", "core::panicking::panic_fmt", "a::parse"),
+            ),
+            (
+                *("abort", "std::sys::unix::abort_internal", "std::process::abort"),
+                *("rust_panic", "std::sys_common::backtrace::__rust_end_short_backtrace::<f>"),
+                *("rust_begin_unwind", "core::panicking::panic", "a::parse"),
+            ),
         ),
         # Go numbers its closures in the order of the source, and names what it generates.
         (("main.main.func1", "main.main"), ("main.main.func12.3", "main.main")),
@@ -86,6 +122,21 @@ def of(*symbols: str | None, program: str = "/usr/bin/app", signal: str = "SIGSE
             ),
             ("runtime.raise", "runtime.fatalpanic", "runtime.goPanicIndex", "m.f"),
         ),
+        (
+            (
+                *("runtime.raise.abi0", "runtime.dieFromSignal", "runtime.crash"),
+                *("runtime.fatalthrow.func1", "runtime.systemstack.abi0", "runtime.fatalthrow"),
+                *("runtime.throw", "sync.throw", "sync.(*Mutex).unlockSlow", "main.f"),
+            ),
+            ("runtime.fatal", "internal/sync.fatal", "sync.(*Mutex).unlockSlow", "main.f"),
+        ),
+        (  # too deep
+            ("runtime.throw.func1", "runtime.newstack", "runtime.morestack.abi0", "m.f", "m.f"),
+            ("m.f",),
+        ),
+        # The C library: by processor, by version, and in a static program.
+        (("__memmove_avx_unaligned_erms", "copy", "main"), ("__memmove_evex", "copy", "main")),
+        (("_int_free", "cfree", "drop", "main"), ("__GI___libc_free", "drop", "main")),
     ],
 )
 def test_pairs_that_must_match(one: tuple[str, ...], other: tuple[str, ...]) -> None:
@@ -112,6 +163,14 @@ def test_pairs_that_must_match(one: tuple[str, ...], other: tuple[str, ...]) -> 
         (("<Vec<T> as a::Run>::go", "m"), ("<Box<T> as a::Run>::go", "m")),
         (("_RNvCs7qo_3app5parse", "m"), ("_RNvCs7qo_3app5print", "m")),
         (("(anonymous namespace)::f(int)", "main"), ("f(int)", "main")),
+        (("A::f() const &", "main"), ("A::g() const &", "main")),
+        (("int (&f(int)) [3]", "main"), ("int (&g(int)) [3]", "main")),
+        (
+            ("runtime.fatal", "runtime.mapassign", "m.f"),
+            ("runtime.fatal", "runtime.mapassign", "m.g"),
+        ),
+        (("strlen_utf8", "main"), ("strlen", "main")),
+        (("free", "drop", "main"), ("drop", "main")),
     ],
 )
 def test_pairs_that_must_not_match(
@@ -171,8 +230,65 @@ def test_base_of_a_stack_does_not_count_whether_it_has_symbols_or_not() -> None:
         [Call(None, libc), Call(None, libc)],
     )
 
-    assert {frames(top + base) for base in bases} == {("parse", "? in libc.so", "main")}
-    assert frames([Call(None, libc), Call("_start")]) == ("? in libc.so",)
+    assert {frames(top + base) for base in bases} == {("parse", "libc.so", "main")}
+    assert frames([Call(None, libc), Call("_start")]) == ("libc.so",)
+
+
+LIBC = "/lib/x86_64-linux-gnu/libc.so.6"
+LIBSTDCXX = "/usr/lib/x86_64-linux-gnu/libstdc++.so.6"
+
+
+@pytest.mark.parametrize(
+    ("symbols", "none"),
+    [
+        (
+            [("pthread_kill_implementation", LIBC), ("raise", LIBC), ("abort", LIBC)],
+            [(None, LIBC), ("raise", LIBC), ("abort", LIBC)],
+        ),
+        (
+            [
+                *(("raise", LIBC), ("abort", LIBC)),
+                ("__gnu_cxx::__verbose_terminate_handler() [clone .cold]", LIBSTDCXX),
+                *(("std::terminate()", LIBSTDCXX), ("__cxa_throw", LIBSTDCXX)),
+            ],
+            [
+                *((None, LIBC), ("raise", LIBC), ("abort", LIBC), (None, LIBSTDCXX)),
+                *(("std::terminate()", LIBSTDCXX), ("__cxa_throw", LIBSTDCXX)),
+            ],
+        ),
+        (
+            [("raise", LIBC), ("__assert_fail_base", LIBC), ("__assert_fail", LIBC)],
+            [("raise", LIBC), (None, LIBC), ("__assert_fail", LIBC)],
+        ),
+        ([("abort", LIBC)], [("abort", "/lib/ld-musl-x86_64.so.1")]),
+    ],
+)
+def test_what_carries_out_an_abort_does_not_count_whether_it_has_symbols_or_not(
+    symbols: list[tuple[str | None, str]], none: list[tuple[str | None, str]]
+) -> None:
+    bug = [Call("parse"), Call("main")]
+
+    for top in (symbols, none):
+        assert frames([*(Call(*one) for one in top), *bug]) == ("parse", "main")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(LIBC, "/lib/libc-2.31.so", "/lib/libpthread-2.31.so", "/lib/libm.so.6"),
+        *("/lib64/ld-linux-x86-64.so.2", "/lib/ld-2.31.so", "/lib/ld-musl-aarch64.so.1"),
+    ],
+)
+def test_c_library_is_told_as_one(module: str) -> None:
+    stack = [Call("less"), Call(None, module), Call("qsort_r", module), Call("main")]
+
+    assert frames([*stack, Call("start_thread", module)]) == ("less", "libc.so", "main")
+
+
+def test_musl_s_start_does_not_count() -> None:
+    bases = (["libc_start_main_stage2", "_start_c"], ["__libc_start_main", "_start"])
+
+    assert {frames([Call("main"), *map(Call, base)]) for base in bases} == {("main",)}
 
 
 def test_deep_frames_do_not_count() -> None:
@@ -197,6 +313,7 @@ def test_abort_alone_is_a_stack() -> None:
 def test_any_symbol_is_normalised_once_and_for_all(symbol: str) -> None:
     assert normalise(normalise(symbol)) is not None
     assert len(normalise(symbol)) <= 600
+    assert normalise(symbol) or not symbol  # no two become one by losing all of their names
 
 
 def test_hostile_symbol_takes_no_long_time() -> None:

@@ -3,7 +3,9 @@
 It is a hash of the signal, the program's name and the functions at the top of the crashing
 thread's stack, after everything is taken out that differs between hosts, builds and runs:
 addresses, offsets, paths, whether a function was inlined, what compilers append to names,
-template arguments, how deep a recursion went, and the functions that only carry out an abort.
+template arguments, how deep a recursion went, and the functions that only carry out an abort. The
+C library's are told as one: which of several memcpy(3) is chosen depends on the processor, how
+free(3) is called on the version, and most have no name where its debug information is missing.
 
 What it cannot even out:
 
@@ -13,13 +15,12 @@ What it cannot even out:
   offset, so that two bugs of it do not look alike: the same bug matches on every host that runs
   this very build, but in no other build, and not where its debug information is at hand: there
   `of_build` links them. A
-  library's function without a name is known by the library alone, since such ones are chosen by
-  processor (memcpy).
+  library's function without a name is known by the library alone.
 """
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -42,42 +43,66 @@ _LAMBDA = re.compile(
     r"\{lambda[^{}]*\}|'lambda\d*'|\$_\d+|\{\{closure\}\}|\{closure#\d+\}|<lambda[^<>]*>"
 )
 _ANONYMOUS = re.compile(r"\(anonymous namespace\)|<unnamed>|_GLOBAL__N_1")
-# Template arguments, parameters, Go's type arguments; not Rust's <Type as Trait>, nor operator[].
-_INNERMOST = re.compile(r"<(?![^<>()]*\{as\})[^<>()]*>|\([^<>()]*\)(?: const)?|\[[^\[\]]+\]")
-_RESERVED = re.compile(r"(^|::)_+")
+# Template arguments, parameters with what qualifies the object, Go's type arguments; not Rust's
+# <Type as Trait>, nor operator[].
+_INNERMOST = re.compile(
+    r"<(?![^<>()]*\{as\})[^<>()]*>|\([^<>()]*\)(?: (?:const|volatile|&&?))*|\[[^\[\]]+\]"
+)
+_RETURNS_POINTER = re.compile(r"\((?:[\w:{}]*::)?\*([\w:{}~]+)\)")  # to a function: void (*f)
+_WORD = re.compile(r"\w")
+_RESERVED = re.compile(r"(^|::)_+(?:GI_+)?")
 _SHARED_OBJECT = re.compile(r"^(.+?)(?:-[\d.]+)?\.so(?:\.[\d.]+)?$")
+
+_C_LIBRARY = "libc.so"  # as all frames of it are told
+_C_LIBRARIES = re.compile(r"(?:libc|libm|libpthread|ld|ld64|ld-(?:linux|musl).*|libc\.musl-.*)\.so")
+# In a static program: what crashes there on behalf of its caller, and its kinds for processors.
+_C_FUNCTIONS = re.compile(
+    r"(?:libc_|int_)?(?:c?free|[cm]alloc|realloc|mem(?:p?cpy|move|set|r?chr|cmp)|rawmemchr"
+    r"|(?:str|wcs)(?:n?(?:len|cpy|cat|cmp|casecmp|dup)|r?chr(?:nul)?|str|c?spn|pbrk|tok)|stpn?cpy"
+    r"|wmem(?:p?cpy|move|set|chr|cmp))(?:_chk)?"
+    r"(?:_(?:avx|evex|s?sse|erms|unaligned|rtm|generic|a?simd|sve|mops|a64fx|thunderx|falkor)\w*)?"
+)
+# Their functions carry out an abort, too, and have no name where symbols are missing.
+_RUNTIMES = re.compile(r"(?:libstdc\+\+|libc\+\+|libc\+\+abi|libgcc_s|libunwind)\.so|\[vdso\]")
 
 # Who ends a process on behalf of the function that found the fault.
 _MESSENGERS = frozenset(
     """
     raise gsignal abort kill killpg tgkill pthread_kill pthread_sigqueue
-    pthread_kill_implementation pthread_kill_internal libc_signal_restore_set GI_raise GI_abort
+    pthread_kill_implementation pthread_kill_internal libc_signal_restore_set
     assert_fail assert_fail_base assert_perror_fail fortify_fail chk_fail stack_chk_fail
-    libc_message libc_fatal malloc_printerr restore_rt kernel_vsyscall kernel_rt_sigreturn syscall
-    std::terminate cxa_throw cxa_rethrow cxa_pure_virtual
-    gnu_cxx::verbose_terminate_handler cxxabiv1::terminate
-    rust_panic rust_begin_unwind rust_start_panic rustc::rust_panic rustc::rust_begin_unwind
-    rustc::rust_start_panic std::process::abort core::option::unwrap_failed
-    core::option::expect_failed core::result::unwrap_failed
-    runtime.raise runtime.dieFromSignal runtime.crash runtime.fatalpanic runtime.gopanic
-    runtime.throw runtime.fatalthrow runtime.fatal
+    libc_message libc_message_impl libc_fatal malloc_printerr
+    restore_rt kernel_vsyscall kernel_rt_sigreturn syscall
+    std::terminate cxa_throw cxa_rethrow cxa_pure_virtual cxa_call_terminate cxa_bad_cast
+    clang_call_terminate abort_message demangling_terminate_handler cxxabiv1::failed_throw
+    gnu_cxx::verbose_terminate_handler cxxabiv1::terminate gxx_personality_v0
+    std::rethrow_exception std::glibcxx_assert_fail std::replacement_assert
+    rust_panic rust_begin_unwind rust_start_panic rust_abort std::process::abort
+    core::option::unwrap_failed core::option::expect_failed core::result::unwrap_failed
+    runtime.raise runtime.dieFromSignal runtime.crash runtime.gopanic runtime.mcall
+    runtime.newstack runtime.morestack runtime.morestack_noctxt
+    runtime.maps_fatal internal/runtime/maps.fatal
+    sync.throw sync.fatal internal/sync.throw internal/sync.fatal
     os::abort VMError::report_and_die JVM_handle_linux_signal g_log g_logv
-    """.split()  # noqa: SIM905 - forty quoted names are harder to read
+    """.split()  # noqa: SIM905 - ninety quoted names are harder to read
 )
 _MESSENGER_PREFIXES = (
     *("asan", "ubsan", "tsan", "msan", "sanitizer", "interceptor", "hwasan"),
-    *("core::panicking::", "std::panicking::", "std::throw_"),
+    *("std::throw_", "std::1::throw_", "std::1::libcpp_verbose_abort", "Unwind_"),
+    *("core::panicking::", "std::panicking::", "rustc::rust_", "panic_abort::"),
+    *("std::sys::", "std::sys_common::backtrace::"),
     *("runtime.sig", "runtime.panic", "runtime.goPanic"),
+    *("runtime.throw", "runtime.fatal", "runtime.dopanic", "runtime.systemstack"),
 )
 
-# What lies below every stack; it differs between C libraries and their versions.
+# What lies below every stack, beside the C library; it differs between versions.
 _BASE = frozenset(
     """
-    _start __libc_start_main __libc_start_main_impl __libc_start_call_main runtime.goexit
+    _start _start_c __libc_start_main __libc_start_main_impl __libc_start_call_main
+    libc_start_main_stage2 __libc_csu_init runtime.goexit
     start_thread thread_start clone clone3 __clone __clone3 __GI___clone3
     """.split()  # noqa: SIM905 - as above
 )
-_BASE_UNNAMED = frozenset(("? in libc.so", "? in libpthread.so"))
 
 
 @dataclass(frozen=True)
@@ -105,7 +130,7 @@ def fingerprint(signal_name: str, program: str, calls: Iterable[Call]) -> str | 
     names = frames(calls)
     if not names:
         return None
-    return _digest("crashbus fingerprint 1", signal_name, _program(program), *names)
+    return _digest("crashbus fingerprint 2", signal_name, _program(program), *names)
 
 
 def of_build(signal_name: str, calls: Iterable[Call]) -> str | None:
@@ -128,24 +153,68 @@ def _digest(*told: str) -> str:
 
 def frames(calls: Iterable[Call]) -> tuple[str, ...]:
     """Return the names that the fingerprint is made of, innermost first."""
-    known = _above_base(list(map(_name, calls)))
+    known = _above_base(list(map(_step, calls)))
     # All of them, if nothing but a messenger is there: a program can abort by itself.
-    said = list(_without_messengers(known)) or known
-    return tuple(islice(dict.fromkeys(said), FRAMES))
+    said = known[_messengers(known) :] or known
+    return tuple(islice(dict.fromkeys(step.name for step in said), FRAMES))
 
 
-def _above_base(names: list[str]) -> list[str]:
-    """Return what lies above the base of a stack, whether the C library has symbols or not."""
-    end = len(names)
-    while end and (names[end - 1] in _BASE or names[end - 1] in _BASE_UNNAMED):
+@dataclass(frozen=True)
+class _Step:
+    """A frame as it is told.
+
+    Attributes:
+        is_messenger: by its name.
+        is_runtime: it is the C library's, or of another that carries out an abort.
+    """
+
+    name: str
+    is_messenger: bool = False
+    is_runtime: bool = False
+
+    @property
+    def is_base(self) -> bool:
+        return self.name == _C_LIBRARY or self.name in _BASE
+
+
+def _step(call: Call) -> _Step:
+    name, module = _name(call), _module(call.module)
+    bare = _RESERVED.sub(r"\1", name)
+    is_messenger = bare in _MESSENGERS or bare.startswith(_MESSENGER_PREFIXES)
+    if _C_LIBRARIES.fullmatch(module) or _C_FUNCTIONS.fullmatch(bare):
+        return _Step(_C_LIBRARY, is_messenger, is_runtime=True)
+    return _Step(name, is_messenger, _RUNTIMES.fullmatch(module) is not None)
+
+
+def _above_base(steps: list[_Step]) -> list[_Step]:
+    """Return what lies above the base of a stack."""
+    end = len(steps)
+    while end and steps[end - 1].is_base:
         end -= 1
     # If nothing else is there, the C library's own thread crashed.
-    return [name for name in names[:end] or names if name not in _BASE]
+    return [step for step in steps[:end] or steps if step.name not in _BASE]
+
+
+def _messengers(steps: list[_Step]) -> int:
+    """Return how many frames at the top carry out what a function below them wanted."""
+    count = 0
+    for number, step in enumerate(steps, 1):
+        if step.is_messenger:
+            count = number
+        elif not step.is_runtime:
+            break
+    return count
 
 
 def normalise(symbol: str) -> str:
     """Return a function's name without what compilers, linkers and builds add to it."""
-    name = _SYMBOL_VERSION.sub("", symbol[:_LONGEST])
+    whole = symbol[:_LONGEST]
+    name = _shortened(whole)
+    return name if _WORD.search(name) else whole  # a form that is not known here
+
+
+def _shortened(symbol: str) -> str:
+    name = _SYMBOL_VERSION.sub("", symbol)
     name = _GO_CLOSURE.sub("{closure}", name.removesuffix("-fm"))
     name = _CLONE.sub("", name) or name
     name = _RUST_HASH.sub("", name)
@@ -154,23 +223,10 @@ def normalise(symbol: str) -> str:
     name = _LAMBDA.sub("{lambda}", name)
     name = name.replace("operator()", "operator{call}").replace(" as ", "{as}")
     name = _GO_RECEIVER.sub(r".\1.", name)
-    while (shorter := _INNERMOST.sub("", name)) != name:
+    while (shorter := _INNERMOST.sub("", _RETURNS_POINTER.sub(r"\1", name))) != name:
         name = shorter
     before, operator, behind = name.partition("operator")
     return before.rpartition(" ")[2] + operator + (behind if operator else "")
-
-
-def _without_messengers(names: list[str]) -> Iterator[str]:
-    speaking = False
-    for name in names:
-        speaking = speaking or not _is_messenger(name)
-        if speaking:
-            yield name
-
-
-def _is_messenger(name: str) -> bool:
-    bare = _RESERVED.sub(r"\1", name)
-    return bare in _MESSENGERS or bare.startswith(_MESSENGER_PREFIXES)
 
 
 def _name(call: Call) -> str:
