@@ -215,6 +215,46 @@ async def test_library_with_gaps_between_its_parts(
     assert found["modules"][first["module"]]["path"] == str(library)
 
 
+_MAPPED_TWICE = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <unistd.h>
+int main(int count, char **arguments) {
+    Dl_info found;
+    dladdr((void *)puts, &found);
+    int file = open(found.dli_fname, O_RDONLY);
+    void *low = mmap((void *)0x100000000000, 4096, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, 0);
+    if (low == MAP_FAILED) return 1;
+    void *library = dlopen(arguments[1], RTLD_NOW);
+    unlink(arguments[1]);  /* so that its names come from the very file or not at all */
+    return ((int (*)(int *))dlsym(library, "crash_here"))(0);
+}
+"""
+
+
+@by_one_mechanism
+async def test_file_that_is_mapped_once_more_hides_none_of_those_between(
+    recorder: RecorderService, tmp_path: Path
+) -> None:
+    """As a second namespace of dlmopen(3) has it, or who reads its symbols."""
+    (tmp_path / "part.c").write_text("int crash_here(int *at) { return *at + 1; }")
+    (tmp_path / "main.c").write_text(_MAPPED_TWICE)
+    library, program = tmp_path / "libpart.so", tmp_path / "program"
+    for options in (("-shared", "-fPIC", "-o", library, "part.c"), ("-o", program, "main.c")):
+        subprocess.run(["gcc", "-g", *options], check=True, cwd=tmp_path)
+
+    pid, _ = await capture(recorder, program, library)
+
+    lines = recorder.file(pid, "backtrace").read_text()
+    assert [name for _, _, name in frames(lines)][:2] == ["crash_here", "main"]
+    found = json.loads(recorder.file(pid, "backtrace_json").read_bytes())
+    first = found["threads"][0]["frames"][0]
+    assert found["modules"][first["module"]]["path"] == f"{library} (deleted)"
+
+
 @by_one_mechanism
 async def test_rust(recorder: RecorderService) -> None:
     pid, _ = await capture(recorder, sys.executable, "-c", _RUST)

@@ -59,6 +59,9 @@ class Program:
     def read_u64(self, address: int) -> int:
         return self.words[address]
 
+    def module(self, address: int) -> None:
+        raise LookupError
+
     def symbol(self, address: int) -> Symbol:
         try:
             return self.symbols[address]

@@ -24,12 +24,13 @@ class Part(BaseModel):
 
 
 class ModuleFile(Part):
-    """An open file of the process, and where it was mapped."""
+    """An open file of the process, and where it was mapped: from the first place to the last."""
 
     path: str
     start: int
     end: int
     file: int
+    build_id: str | None = None
 
 
 class Stack(Part):

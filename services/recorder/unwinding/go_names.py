@@ -9,22 +9,15 @@ import drgn
 
 from services.recorder.unwinding.backtrace import ModuleFile
 from services.recorder.unwinding.go_table import BadTable, Function, GoTable, Read
+from services.recorder.unwinding.module_files import file_of
+from services.recorder.unwinding.sections import Section, Sections, sections_of
 
 # The second, and relocated, where a program may lie anywhere.
 _NAMES = (b".gopclntab", b".data.rel.ro.gopclntab")
 # Since Go 1.26 its struct moduledata has a section. It begins with where the table is, and its word
 # 22 is where the code is.
 _MODULE_NAME, _MODULE = b".go.module", struct.Struct("<Q168xQ")
-_MOST_SECTIONS = 4096
-_LONGEST_NAMES = 256 * 1024  # bytes
 _LARGEST = 1 << 30  # bytes of a table
-# Elf64_Ehdr and Elf64_Shdr, elf(5)
-_HEADER = struct.Struct("<16sHHI3QI6H")
-_SECTION = struct.Struct("<IIQQQQIIQQ")
-_WIDE, _LITTLE = 2, 1  # ELFCLASS64, ELFDATA2LSB
-
-Section = tuple[int, int, int]  # address, offset and size
-Sections = dict[bytes, Section]
 
 
 class GoNames:
@@ -50,16 +43,22 @@ class GoNames:
         return self._known[pc]
 
     def _table_of(self, pc: int) -> GoTable | None:
-        file = next((one.file for one in self._files if one.start <= pc < one.end), -1)
-        if file >= 0 and file not in self._tables:
-            self._tables[file] = None
-            with suppress(BadTable, LookupError, OSError):
-                bias = self._program.module(pc).loaded_file_bias
-                self._tables[file] = None if bias is None else self._opened(file, bias)
-        return self._tables.get(file)
+        try:
+            module = self._program.module(pc)
+        except LookupError:
+            return None
+        found = file_of(module, self._files)
+        if found is None:
+            return None
+        if found.file not in self._tables:
+            self._tables[found.file] = None
+            with suppress(BadTable, OSError):
+                bias = module.loaded_file_bias
+                self._tables[found.file] = None if bias is None else self._opened(found.file, bias)
+        return self._tables[found.file]
 
     def _opened(self, file: int, bias: int) -> GoTable | None:
-        sections = _sections(file)
+        sections = sections_of(file)
         for name in _NAMES:
             if name in sections:
                 read = self._reader(file, bias, sections[name])
@@ -91,26 +90,3 @@ class GoNames:
             return b""
 
         return read
-
-
-def _sections(file: int) -> Sections:
-    """Return address, offset and size of each section by its name.
-
-    Raises:
-        BadTable: this is no such file.
-    """
-    try:
-        header = _HEADER.unpack(os.pread(file, _HEADER.size, 0))
-        ident, place, entry_size, count, names_at = header[0], header[6], *header[-3:]
-        if ident[:6] != b"\x7fELF" + bytes((_WIDE, _LITTLE)) or entry_size != _SECTION.size:
-            raise BadTable("no 64-bit ELF file with sections")
-        raw = os.pread(file, min(count, _MOST_SECTIONS) * _SECTION.size, place)
-        entries = list(_SECTION.iter_unpack(raw[: len(raw) // _SECTION.size * _SECTION.size]))
-        _, _, _, _, at, size, *_ = entries[names_at]
-        names = os.pread(file, min(size, _LONGEST_NAMES), at)
-    except (OSError, OverflowError, struct.error, IndexError) as error:
-        raise BadTable(f"sections cannot be read: {error}") from None
-    found: Sections = {}
-    for name, _, _, address, offset, size, *_ in entries:
-        found.setdefault(names[name : name + 64].partition(b"\0")[0], (address, offset, size))
-    return found

@@ -10,7 +10,7 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,7 @@ from services.recorder.unwinding.backtrace import (
     Stack,
     Thread,
 )
+from services.recorder.unwinding.module_files import bounds, file_of
 from services.recorder.unwinding.naming import Namer, short
 
 _PYTHON = re.compile(r"python(\d)\.(\d{1,3})[^/]*$")  # python3.11, libpython3.11.so.1.0
@@ -121,10 +122,10 @@ def _python(program: drgn.Program) -> dict[int, tuple[PythonFrame, ...]]:
         return {}
 
 
-def _load(program: drgn.Program, files: Iterable[ModuleFile]) -> None:
+def _load(program: drgn.Program, files: Sequence[ModuleFile]) -> None:
     """Give each module its file, then look for debug information on this host."""
     for module, _ in program.loaded_modules():
-        found = _file_of(module, files)
+        found = file_of(module, files)
         if found is not None:
             # drgn compares build IDs. Without one it has to be told: it is what was mapped.
             with suppress(OSError, ValueError, drgn.FaultError):
@@ -133,30 +134,16 @@ def _load(program: drgn.Program, files: Iterable[ModuleFile]) -> None:
         program.load_default_debug_info()
 
 
-def _file_of(module: drgn.Module, files: Iterable[ModuleFile]) -> ModuleFile | None:
-    bounds = _bounds(module)
-    for file in files:
-        if (bounds and file.start <= bounds[0] < file.end) or module.name == file.path:
-            return file
-    return None
-
-
-def _bounds(module: drgn.Module) -> tuple[int, int] | None:
-    """Return where a module begins and ends; between its parts there may be gaps, for alignment."""
-    parts = module.address_ranges
-    return (min(low for low, _ in parts), max(high for _, high in parts)) if parts else None
-
-
-def _modules(program: drgn.Program, files: Iterable[ModuleFile]) -> Iterator[LoadedModule]:
+def _modules(program: drgn.Program, files: Sequence[ModuleFile]) -> Iterator[LoadedModule]:
     for module in program.modules():
-        bounds = _bounds(module)
-        if not bounds:
+        lies = bounds(module)
+        if not lies:
             continue
-        found = _file_of(module, files)
+        found = file_of(module, files)
         yield LoadedModule(
             path=short(found.path if found else module.name),
-            start=bounds[0],
-            end=bounds[1],
+            start=lies[0],
+            end=lies[1],
             build_id=module.build_id.hex() if module.build_id else None,
             is_program=isinstance(module, drgn.MainModule),
         )
