@@ -125,8 +125,14 @@ def of(*symbols: str | None, program: str = "/usr/bin/app", signal: str = "SIGSE
         (
             (
                 *("runtime.raise.abi0", "runtime.dieFromSignal", "runtime.crash"),
-                *("runtime.fatalthrow.func1", "runtime.systemstack.abi0", "runtime.fatalthrow"),
-                *("runtime.throw", "sync.throw", "sync.(*Mutex).unlockSlow", "main.f"),
+                *("runtime.fatalthrow.func1", "runtime.systemstack.abi0"),
+                *(
+                    "runtime.fatalthrow",
+                    "runtime.throw",
+                    "sync.throw",
+                    "sync.(*Mutex).unlockSlow",
+                    "main.f",
+                ),
             ),
             ("runtime.fatal", "internal/sync.fatal", "sync.(*Mutex).unlockSlow", "main.f"),
         ),
@@ -168,6 +174,20 @@ def test_pairs_that_must_match(one: tuple[str, ...], other: tuple[str, ...]) -> 
         (
             ("runtime.fatal", "runtime.mapassign", "m.f"),
             ("runtime.fatal", "runtime.mapassign", "m.g"),
+        ),
+        (
+            (
+                "runtime.throw",
+                "runtime.findObject",
+                "runtime.systemstack",
+                "runtime.gcBgMarkWorker",
+            ),
+            (
+                "runtime.throw",
+                "runtime.greyobject",
+                "runtime.systemstack",
+                "runtime.gcBgMarkWorker",
+            ),
         ),
         (("strlen_utf8", "main"), ("strlen", "main")),
         (("free", "drop", "main"), ("drop", "main")),

@@ -62,8 +62,10 @@ _C_FUNCTIONS = re.compile(
     r"|wmem(?:p?cpy|move|set|chr|cmp))(?:_chk)?"
     r"(?:_(?:avx|evex|s?sse|erms|unaligned|rtm|generic|a?simd|sve|mops|a64fx|thunderx|falkor)\w*)?"
 )
-# Their functions carry out an abort, too, and have no name where symbols are missing.
+# Their functions carry out an abort, too, and have no name where symbols are missing; so do those
+# of Go's runtime.
 _RUNTIMES = re.compile(r"(?:libstdc\+\+|libc\+\+|libc\+\+abi|libgcc_s|libunwind)\.so|\[vdso\]")
+_GO_RUNTIME = "runtime."
 
 # Who ends a process on behalf of the function that found the fault.
 _MESSENGERS = frozenset(
@@ -73,13 +75,14 @@ _MESSENGERS = frozenset(
     assert_fail assert_fail_base assert_perror_fail fortify_fail chk_fail stack_chk_fail
     libc_message libc_message_impl libc_fatal malloc_printerr
     restore_rt kernel_vsyscall kernel_rt_sigreturn syscall
-    std::terminate cxa_throw cxa_rethrow cxa_pure_virtual cxa_call_terminate cxa_bad_cast
+    std::terminate cxa_throw cxa_rethrow cxa_pure_virtual cxa_call_terminate
+    cxa_bad_cast cxa_bad_typeid cxa_throw_bad_array_new_length
     clang_call_terminate abort_message demangling_terminate_handler cxxabiv1::failed_throw
     gnu_cxx::verbose_terminate_handler cxxabiv1::terminate gxx_personality_v0
     std::rethrow_exception std::glibcxx_assert_fail std::replacement_assert
     rust_panic rust_begin_unwind rust_start_panic rust_abort std::process::abort
     core::option::unwrap_failed core::option::expect_failed core::result::unwrap_failed
-    runtime.raise runtime.dieFromSignal runtime.crash runtime.gopanic runtime.mcall
+    runtime.raise runtime.dieFromSignal runtime.crash runtime.gopanic
     runtime.newstack runtime.morestack runtime.morestack_noctxt
     runtime.maps_fatal internal/runtime/maps.fatal
     sync.throw sync.fatal internal/sync.throw internal/sync.fatal
@@ -92,7 +95,7 @@ _MESSENGER_PREFIXES = (
     *("core::panicking::", "std::panicking::", "rustc::rust_", "panic_abort::"),
     *("std::sys::", "std::sys_common::backtrace::"),
     *("runtime.sig", "runtime.panic", "runtime.goPanic"),
-    *("runtime.throw", "runtime.fatal", "runtime.dopanic", "runtime.systemstack"),
+    *("runtime.throw", "runtime.fatal", "runtime.dopanic"),
 )
 
 # What lies below every stack, beside the C library; it differs between versions.
@@ -165,7 +168,8 @@ class _Step:
 
     Attributes:
         is_messenger: by its name.
-        is_runtime: it is the C library's, or of another that carries out an abort.
+        is_runtime: it is the C library's, or of another that carries out an abort: a messenger if
+            one comes below it.
     """
 
     name: str
@@ -183,7 +187,8 @@ def _step(call: Call) -> _Step:
     is_messenger = bare in _MESSENGERS or bare.startswith(_MESSENGER_PREFIXES)
     if _C_LIBRARIES.fullmatch(module) or _C_FUNCTIONS.fullmatch(bare):
         return _Step(_C_LIBRARY, is_messenger, is_runtime=True)
-    return _Step(name, is_messenger, _RUNTIMES.fullmatch(module) is not None)
+    is_runtime = _RUNTIMES.fullmatch(module) is not None or name.startswith(_GO_RUNTIME)
+    return _Step(name, is_messenger, is_runtime)
 
 
 def _above_base(steps: list[_Step]) -> list[_Step]:

@@ -7,11 +7,14 @@ import drgn
 
 from services.recorder.unwinding.backtrace import MANGLED, MAX_TEXT, Frame, LoadedModule, ModuleFile
 from services.recorder.unwinding.demangling import Demangler
+from services.recorder.unwinding.frame_pointers import across_stacks
 from services.recorder.unwinding.go_names import GoNames
 from services.recorder.unwinding.go_table import Function
 
 _TRAMPOLINES = ("__restore_rt", "__kernel_rt_sigreturn", "runtime.sigreturn")
 _GO_FAULT = "runtime.sigpanic"
+_GO_SWITCHES = ("runtime.systemstack", "runtime.morestack")  # to a stack of its own
+_FRAME_POINTERS = ("rbp", "x29")
 
 
 class Namer:
@@ -58,8 +61,26 @@ class Namer:
                 named = self._go_frame(frame.pc, go) if go else self._frame(frame, symbol, called)
                 called = named.symbol
                 yield named
+                if called and called.removesuffix(".abi0") in _GO_SWITCHES:
+                    yield from self._left_by_go(frame)
+                    return
             if not frame.is_inline:
                 seen.add(place)
+
+    def _left_by_go(self, frame: drgn.StackFrame) -> Iterator[Frame]:
+        """Give the frames of the stack that Go's runtime left to do something on its own.
+
+        What else lies on its own looks like frames, or the stack ends there. The chain of frame
+        pointers leads back; with Go's debug information, which tells nothing of it, from the
+        innermost frame on.
+        """
+        counters = list(across_stacks(self._program, _frame_pointer(frame)))
+        if frame.pc in counters:
+            counters = counters[counters.index(frame.pc) + 1 :]
+        for pc in counters:
+            found = self._plain(pc, pc - 1)
+            go = None if found.symbol else self._go.find(pc - 1)
+            yield self._go_frame(pc, go) if go else found
 
     def at(self, counters: Iterable[int]) -> Iterator[Frame]:
         """Give the frames of program counters, innermost first.
@@ -170,6 +191,13 @@ def _symbol_of(frame: drgn.StackFrame) -> drgn.Symbol | None:
     with suppress(LookupError):
         return frame.symbol()
     return None
+
+
+def _frame_pointer(frame: drgn.StackFrame) -> int:
+    for name in _FRAME_POINTERS:
+        with suppress(LookupError, ValueError):
+            return int(frame.register(name))
+    return 0
 
 
 def _is_trampoline(name: str) -> bool:
