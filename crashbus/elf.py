@@ -47,11 +47,19 @@ def _build_id(file: int) -> str | None:
         header = os.pread(file, size, table + number * size)
         kind, offset, length = _segment(header, order, wide)
         if kind == _PT_NOTE:
-            notes = os.pread(file, min(length, _MAX_NOTES), offset)
-            found = next(_build_ids(notes, order), None)
+            found = noted(os.pread(file, min(length, _MAX_NOTES), offset), order)
             if found:
                 return found
     return None
+
+
+def noted(notes: bytes, order: str = "<") -> str | None:
+    """Return the build ID that is among notes; None where there is none.
+
+    Args:
+        order: of bytes, as `struct` has it.
+    """
+    return next(_build_ids(notes, order), None)
 
 
 def _segment(header: bytes, order: str, wide: bool) -> tuple[int, int, int]:

@@ -145,7 +145,9 @@ class Manifest(PlacedMessage):
     code_meaning: str | None = None
     fault_address: Word | None = None
     fingerprint: Fingerprint | None = Field(
-        None, description="the same for crashes of the same bug, on all hosts and builds"
+        None,
+        description="the same for crashes of a program by one signal in the same functions, on all "
+        "hosts and builds that tell these functions alike",
     )
     build_fingerprint: Fingerprint | None = Field(
         None,

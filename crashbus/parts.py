@@ -141,6 +141,13 @@ class Binary(Part):
     sha256: Sha256
 
 
+class Supplement(Part):
+    """Debug information that a module's own refers to, kept under a build ID of its own."""
+
+    build_id: BuildId
+    kept: Binary
+
+
 class Module(Part):
     """A program or library that a crashed process had mapped as code."""
 
@@ -150,18 +157,34 @@ class Module(Part):
         True, description="false: the file has none, the first 40 digits of its SHA-256 stand in"
     )
     kept: tuple[Binary, ...] = Field((), max_length=2)
+    supplement: Supplement | None = Field(
+        None,
+        description="what its debug information refers to, as dwz makes it of what several have "
+        "in common",
+    )
 
     def files(self) -> Iterator[CrashFile]:
         """Give what is kept of it, as crash files."""
-        for one in self.kept:
-            yield CrashFile(
-                name=layout.binary_name(one.kind, self.build_id, one.sha256),
-                kind=one.kind,
-                size=one.size,
-                sha256=one.sha256,
-                encoding="identity",
-                stored_size=one.size,
-                chunks=0,
+        for _, file in self.files_by_build():
+            yield file
+
+    def files_by_build(self) -> Iterator[tuple[str, CrashFile]]:
+        """Give them, each behind its build ID."""
+        kept = [(self.build_id, one) for one in self.kept]
+        if self.supplement is not None:
+            kept.append((self.supplement.build_id, self.supplement.kept))
+        for build_id, one in kept:
+            yield (
+                build_id,
+                CrashFile(
+                    name=layout.binary_name(one.kind, build_id, one.sha256),
+                    kind=one.kind,
+                    size=one.size,
+                    sha256=one.sha256,
+                    encoding="identity",
+                    stored_size=one.size,
+                    chunks=0,
+                ),
             )
 
 

@@ -24,7 +24,7 @@ others=(
   nats-server gdb nginx-light           # bus, crashbus debug, the demo's victim
   ceph-mon ceph-osd radosgw             # tests: a real S3 server
   prometheus openssl                    # tests: alert rules and metrics, TLS to the bus
-  debuginfod                            # tests: a real server of debug information
+  debuginfod libc6-dbg dwz              # tests: a real server of debug information, and some of it
 )
 
 # make test-kernels: machines with older kernels

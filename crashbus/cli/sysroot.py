@@ -99,7 +99,7 @@ def build(found: Found, directory: Path) -> Sysroot:
             place = _place(module, made.directory / "sysroot")
             binary = _binary(found, module, made.directory / "binaries")
             if module.has_build_id:
-                _link_build(made, module, binary)
+                _link_build(made, module.build_id, binary)
             if not _link(made, binary, place):
                 made.missing.append(_beside_another(module))
                 continue
@@ -220,19 +220,19 @@ def _fetch(found: Found, file: CrashFile, directory: Path) -> Path:
 
 
 def _add_debuginfo(found: Found, module: Module, made: Sysroot) -> Iterator[str]:
-    for file in module.files():
+    for build_id, file in module.files_by_build():
         if file.kind is Kind.DEBUGINFO:
             try:
                 fetched = _fetch(found, file, made.directory / "binaries")
-                _link_build(made, module, fetched, ".debug")
+                _link_build(made, build_id, fetched, ".debug")
             except (Trouble, OSError) as error:
                 yield plain(f"debug information of {module.path} is missing: {error}")
 
 
-def _link_build(made: Sysroot, module: Module, binary: Path, ending: str = "") -> None:
+def _link_build(made: Sysroot, build_id: str, binary: Path, ending: str = "") -> None:
     """Give a file the name that its build ID has; of two contents, the first has it."""
-    folder = made.directory / "debug" / ".build-id" / module.build_id[:2]
-    _link(made, binary, folder / f"{module.build_id[2:]}{ending}")
+    folder = made.directory / "debug" / ".build-id" / build_id[:2]
+    _link(made, binary, folder / f"{build_id[2:]}{ending}")
 
 
 def _link(made: Sysroot, binary: Path, place: Path) -> bool:

@@ -16,11 +16,13 @@ import structlog
 
 from crashbus import elf, layout
 from crashbus.layout import Kind
-from crashbus.parts import MAX_MODULES, Binary, Module
+from crashbus.parts import MAX_MODULES, Binary, Module, Supplement
 from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
 from services.recorder import metrics
 from services.recorder.modules import Module as MappedModule
+from services.recorder.unwinding import debug_files
+from services.recorder.unwinding.debug_files import Link
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -88,25 +90,33 @@ class Binaries:
 
     def _keep(self, mapped: MappedModule, directory: int) -> Module | None:
         path, build_id = mapped.path[:_MAX_PATH], elf.build_id(mapped.file)
-        executable = self._kept(Kind.EXECUTABLE, path, build_id, mapped.file, directory)
         if build_id is not None:
-            debug = self._kept_debug(path, build_id, directory)
-            kept = tuple(one for one in (executable, debug) if one)
-            return Module(path=path, build_id=build_id, kept=kept)
+            return self._of_build(path, build_id, mapped.file, directory)
+        executable = self._kept(Kind.EXECUTABLE, path, None, mapped.file, directory)
         if executable is None:
             return None
         stand_in = layout.stand_in_build_id(executable.sha256)
         return Module(path=path, build_id=stand_in, has_build_id=False, kept=(executable,))
 
-    def _kept_debug(self, path: str, build_id: str, directory: int) -> Binary | None:
-        for place in self._debug_directories:
-            debug = _open_debug(place, build_id)
-            if debug >= 0:
-                try:
-                    return self._kept(Kind.DEBUGINFO, path, build_id, debug, directory)
-                finally:
-                    os.close(debug)
-        return None
+    def _of_build(self, path: str, build_id: str, file: int, directory: int) -> Module:
+        executable = self._kept(Kind.EXECUTABLE, path, build_id, file, directory)
+        debug, supplement = None, None
+        link = debug_files.link_of(file) if executable else None  # a read of it ends
+        with debug_files.opened(self._debug_directories, build_id) as found:
+            if found >= 0:
+                debug = self._kept(Kind.DEBUGINFO, path, build_id, found, directory)
+                link = debug_files.link_of(found)
+        if link is not None:
+            supplement = self._supplement(path, link, directory)
+        kept = tuple(one for one in (executable, debug) if one)
+        return Module(path=path, build_id=build_id, kept=kept, supplement=supplement)
+
+    def _supplement(self, path: str, link: Link, directory: int) -> Supplement | None:
+        with debug_files.opened_supplement(self._debug_directories, link) as found:
+            if found < 0:
+                return None
+            kept = self._kept(Kind.DEBUGINFO, path, link.build_id, found, directory)
+        return Supplement(build_id=link.build_id, kept=kept) if kept else None
 
     def _kept(
         self, kind: Kind, path: str, build_id: str | None, file: int, directory: int
@@ -139,15 +149,6 @@ class Binaries:
             self._known.clear()
         self._known[key] = binary
         return binary
-
-
-def _open_debug(place: Path, build_id: str) -> int:
-    """Open the debug information of a build; -1 where there is none."""
-    name = place / ".build-id" / build_id[:2] / f"{build_id[2:]}.debug"
-    try:
-        return os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return -1
 
 
 def _name(kind: Kind, build_id: str | None, sha256: str) -> str:

@@ -266,9 +266,9 @@ async def crashbus(
         return await command.result()
 
 
-def binary_of(content: bytes) -> Binary:
+def binary_of(content: bytes, kind: Kind = Kind.EXECUTABLE) -> Binary:
     digest = hashlib.sha256(content).hexdigest()
-    return Binary(kind=Kind.EXECUTABLE, size=len(content), sha256=digest)
+    return Binary(kind=kind, size=len(content), sha256=digest)
 
 
 async def get(directory: Path, *arguments: str, cwd: Path) -> Result:

@@ -12,10 +12,11 @@ import pytest
 
 from crashbus import elf
 from crashbus.cli import sysroot
-from crashbus.layout import BINARIES, Kind
-from crashbus.parts import Container, Module
+from crashbus.layout import BINARIES, Kind, binary_key
+from crashbus.parts import Container, Module, Supplement
 from tests.cli.support import NO_BUS, MadeCrash, binary_of, crashbus, make
 from tests.support.lease import leased
+from tests.support.packaged import lay_down, packaged
 from tests.support.requirements import need_program, need_root
 
 NULL_POINTER = """
@@ -37,8 +38,12 @@ def crashing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def make_core(source: Path, program: Path, core: Path) -> None:
     compiler = "g++" if source.suffix == ".cc" else "gcc"
     need_program(compiler)
-    need_program("gdb")
     subprocess.run([compiler, "-g", "-O0", "-o", program, source], check=True)
+    dump_core(program, core)
+
+
+def dump_core(program: Path, core: Path) -> None:
+    need_program("gdb")
     script = ("run", f"generate-core-file {core}", "kill")
     arguments = [part for command in script for part in ("-ex", command)]
     subprocess.run(["gdb", "-batch", "-nx", *arguments, program], check=True, capture_output=True)
@@ -205,6 +210,37 @@ async def test_debug_takes_the_binary_that_was_mapped_and_nothing_out_of_its_pla
     assert not list(tmp_path.rglob("*escaped*"))
     for path in ("/../../escaped", "relative", "/gone/program/below-a-file", "/not/kept"):
         assert f"{path} is missing: " in debugged.err
+
+
+async def test_debug_information_and_what_it_refers_to_are_at_hand(
+    delivered: Path, tmp_path: Path
+) -> None:
+    files, core = packaged(tmp_path / "made"), tmp_path / "core"
+    dump_core(files.program, core)
+    debug = binary_of(files.debug.read_bytes(), Kind.DEBUGINFO)
+    common = binary_of(files.common.read_bytes(), Kind.DEBUGINFO)
+    module = Module(
+        path="/gone/program",
+        build_id=files.build_id,
+        kept=(binary_of(files.program.read_bytes()), debug),
+        supplement=Supplement(build_id=files.common_id, kept=common),
+    )
+    made = make(core=core.read_bytes(), executable="/gone/program")
+    folder = made.deliver(delivered)
+    manifest = made.manifest.model_copy(update={"modules": (module,)})
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    for key, file in (
+        (binary_key(Kind.EXECUTABLE, files.build_id), files.program),
+        (binary_key(Kind.DEBUGINFO, files.build_id), files.debug),
+        (binary_key(Kind.DEBUGINFO, files.common_id), files.common),
+    ):
+        lay_down(file, delivered / key)
+
+    arguments = ("--from", delivered.as_uri(), "--", "-batch", "-nx", "-ex", "bt")
+    debugged = await crashbus("debug", made.id, *arguments, env=NO_BUS)
+
+    assert debugged.status == 0, debugged.err
+    assert "crash_here (at=0x0) at" in debugged.out
 
 
 SCRIPT = """

@@ -1,6 +1,8 @@
 """Recorders of the real service, one at a time: core_pattern is the machine's."""
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -13,6 +15,17 @@ class MakeRecorder(Protocol):
     """Makes a recorder that is removed at the end of the test; start it yourself."""
 
     def __call__(self, **settings: object) -> RecorderService: ...
+
+
+@pytest.fixture(scope="module")
+def readable_directory() -> Iterator[Path]:
+    """A directory that everyone can read, as the unwinder's user has to.
+
+    Those of pytest are closed to others again whenever another pytest starts.
+    """
+    with tempfile.TemporaryDirectory(dir="/tmp") as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
 
 
 @pytest.fixture

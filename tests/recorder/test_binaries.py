@@ -14,8 +14,10 @@ from crashbus.layout import Kind
 from crashbus.parts import Module
 from services.recorder.binaries import Binaries
 from services.recorder.modules import Module as MappedModule
+from services.recorder.unwinding import debug_files
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
+from tests.support.packaged import lay_down, packaged
 from tests.support.recorder import crash
 from tests.support.requirements import need_program, need_root
 
@@ -196,20 +198,18 @@ def test_full_disk_leaves_nothing_behind(
 
 
 async def test_separate_debug_information_is_found_and_kept(
-    recorder_with: MakeRecorder, tmp_path: Path
+    recorder_with: MakeRecorder, tmp_path: Path, readable_directory: Path
 ) -> None:
     need_program("objcopy")
     program = Path(shutil.copy(crasher("null_pointer"), tmp_path / "stripped"))
     with program.open("rb") as file:
         build_id = elf.build_id(file.fileno())
     assert build_id
-    debug = tmp_path / "debug" / ".build-id" / build_id[:2] / f"{build_id[2:]}.debug"
+    debug = debug_files.path_of(readable_directory, build_id)
     debug.parent.mkdir(parents=True)
     subprocess.run(["objcopy", "--only-keep-debug", program, debug], check=True)
     subprocess.run(["strip", program], check=True)
-    for directory in (tmp_path, *tmp_path.parents[:3]):
-        directory.chmod(0o755)  # the unwinder is nobody
-    recorder = recorder_with(recorder_debug_directory=tmp_path / "debug")
+    recorder = recorder_with(recorder_debug_directory=readable_directory)
     await recorder.start()
 
     pid, _ = crash(program)
@@ -220,3 +220,43 @@ async def test_separate_debug_information_is_found_and_kept(
     assert [file.kind for file in module.files()] == [Kind.EXECUTABLE, Kind.DEBUGINFO]
     (kept,) = (recorder.spool / "build-id").glob(f"debuginfo_{build_id}_*")
     assert kept.read_bytes() == debug.read_bytes()
+
+
+@pytest.mark.parametrize("place", [".build-id", ".dwz"])
+def test_what_debug_information_refers_to_is_kept_beside_it(
+    spool: Path, tmp_path: Path, place: str
+) -> None:
+    made, debug = packaged(tmp_path / "made"), tmp_path / "debug"
+    lay_down(made.debug, debug_files.path_of(debug, made.build_id))
+    by_id = debug_files.path_of(debug, made.common_id)
+    lay_down(made.common, by_id if place == ".build-id" else debug / ".dwz/some/common.debug")
+
+    with made.program.open("rb") as file:
+        module = kept_by(
+            Binaries(spool, GIB, 0, (tmp_path / "none", debug)),
+            MappedModule("/x", 0, 1, file.fileno()),
+        )
+
+    _, kept, supplement = module.files()
+    assert kept.name.startswith(f"debuginfo_{made.build_id}_")
+    assert supplement.name.startswith(f"debuginfo_{made.common_id}_")
+    assert (spool / layout.BINARIES / kept.name).read_bytes() == made.debug.read_bytes()
+    assert (spool / layout.BINARIES / supplement.name).read_bytes() == made.common.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["{0}/away/.dwz/common.debug", "/x/.dwz/../away/common.debug"])
+def test_what_debug_information_refers_to_is_nowhere_but_in_debug_directories(
+    spool: Path, tmp_path: Path, name: str
+) -> None:
+    """The name was written by whoever built what crashed."""
+    made, debug = packaged(tmp_path / "made", name.format(tmp_path)), tmp_path / "debug"
+    lay_down(made.debug, debug_files.path_of(debug, made.build_id))
+    for away in (tmp_path / "away/.dwz", debug / "away"):
+        lay_down(made.common, away / "common.debug")
+    lay_down(made.debug, debug / ".dwz/common.debug")  # of another build
+
+    with made.program.open("rb") as file:
+        module = kept_by(Binaries(spool, GIB, 0, (debug,)), MappedModule("/x", 0, 1, file.fileno()))
+
+    assert len(module.kept) == 2
+    assert module.supplement is None

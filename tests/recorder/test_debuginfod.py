@@ -20,12 +20,13 @@ from pydantic import ValidationError
 from crashbus import elf
 from services.recorder import metrics
 from services.recorder.settings import RecorderSettings
-from services.recorder.unwinding import debuginfod
+from services.recorder.unwinding import debug_files, debuginfod
 from services.recorder.unwinding.debug_sources import S3, Sources
 from services.recorder.unwinding.debuginfod import Debuginfod
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
 from tests.support.nats import free_port
+from tests.support.packaged import packaged
 from tests.support.recorder import RecorderService, crash
 from tests.support.requirements import need_program
 from tests.support.s3 import S3Server
@@ -82,34 +83,35 @@ async def backtrace_of(recorder: RecorderService, program: Path) -> str:
 
 
 async def test_lines_come_from_a_server_that_is_asked_once(
-    recorder_with: MakeRecorder, tmp_path: Path
+    recorder_with: MakeRecorder, tmp_path: Path, readable_directory: Path
 ) -> None:
-    program, debug, build_id = stripped(tmp_path)
-    server = Server(debug.parent)
+    made = packaged(tmp_path / "served")
+    program = Path(shutil.copy(made.program, tmp_path))
+    server = Server(made.debug.parent)
+    cache = readable_directory / "cache"
     recorder = recorder_with(
         recorder_debuginfod_urls=f"http://127.0.0.1:1 {server.url}",
-        recorder_debuginfod_cache=tmp_path / "cache",
+        recorder_debuginfod_cache=cache,
         recorder_debug_directory=tmp_path / "nothing",
         recorder_debuginfod_deadline=30,
         recorder_backtrace_deadline=60,
     )
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:3]:
-        parent.chmod(parent.stat().st_mode | 0o055)  # the unwinder is nobody
     try:
-        await server.has(build_id)
+        for build_id in (made.build_id, made.common_id):
+            await server.has(build_id)
         await recorder.start()
         first = await backtrace_of(recorder, program)
     finally:
         server.stop()
     second = await backtrace_of(recorder, program)
 
-    assert "null_pointer.c:" in first
-    assert "null_pointer.c:" in second
-    kept = tmp_path / "cache" / ".build-id" / build_id[:2] / f"{build_id[2:]}.debug"
-    assert kept.read_bytes() == debug.read_bytes()
-    # It is shipped with the core as well.
-    assert list((recorder.spool / "build-id").glob(f"debuginfo_{build_id}_*"))
+    assert "bug.c:" in first
+    assert "bug.c:" in second
+    for file, build_id in ((made.debug, made.build_id), (made.common, made.common_id)):
+        kept = debug_files.path_of(cache, build_id)
+        assert kept.read_bytes() == file.read_bytes()
+        # It is shipped with the core as well.
+        assert list((recorder.spool / "build-id").glob(f"debuginfo_{build_id}_*"))
 
 
 class Bad:

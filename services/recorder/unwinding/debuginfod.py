@@ -10,15 +10,15 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import structlog
 from pydantic import ValidationError
 
-from crashbus import elf
 from services.recorder import metrics
+from services.recorder.unwinding import debug_files
 from services.recorder.unwinding.debug_sources import Sources
 from services.recorder.unwinding.debuginfod_worker import Fetched, Order, Wanted
 from services.recorder.unwinding.unwind_process import receive, send
@@ -65,16 +65,32 @@ class Debuginfod:
         Args:
             within: seconds that there are.
         """
-        if not self._sources or min(within, self._within) < _AT_LEAST:
+        if not self._sources:
             return
+        end = time.monotonic() + min(within, self._within)
+        wanted = tuple(dict.fromkeys(build_ids))
+        self._fetch_new(wanted, end)
+        self._fetch_new(self._supplements(wanted), end)
+
+    def _fetch_new(self, build_ids: Iterable[str], end: float) -> None:
         new = [one for one in dict.fromkeys(build_ids) if self._is_new(one)]
-        if new:
-            try:
-                self._fetch(new, min(within, self._within))
-                self._prune()
-            except Exception as error:  # noqa: BLE001 - it costs names, and must not cost the crash
-                metrics.DEBUGINFO.labels("failed").inc(len(new))
-                log.warning("no debug information is fetched", error=repr(error))
+        within = end - time.monotonic()
+        if not new or within < _AT_LEAST:
+            return
+        try:
+            self._fetch(new, within)
+            self._prune()
+        except Exception as error:  # noqa: BLE001 - it costs names, and must not cost the crash
+            metrics.DEBUGINFO.labels("failed").inc(len(new))
+            log.warning("no debug information is fetched", error=repr(error))
+
+    def _supplements(self, build_ids: Iterable[str]) -> Iterator[str]:
+        """Give the build IDs of what the files in the cache refer to."""
+        for build_id in build_ids:
+            with debug_files.opened([self._cache], build_id) as file:
+                link = debug_files.link_of(file) if file >= 0 else None
+            if link is not None:
+                yield link.build_id
 
     def _is_new(self, build_id: str) -> bool:
         asked = self._missing.get(build_id)
@@ -86,7 +102,7 @@ class Debuginfod:
         return True
 
     def _place(self, build_id: str) -> Path:
-        return self._cache / ".build-id" / build_id[:2] / f"{build_id[2:]}.debug"
+        return debug_files.path_of(self._cache, build_id)
 
     def _fetch(self, build_ids: list[str], within: float) -> None:
         hidden: dict[str, tuple[Path, int]] = {}
@@ -114,7 +130,7 @@ class Debuginfod:
         """Give its name to what came whole and is of the right build."""
         for build_id in fetched.whole:
             path, file = hidden.get(build_id, (Path(), -1))
-            if file < 0 or elf.build_id(file) != build_id:
+            if file < 0 or debug_files.build_id_of(file) != build_id:
                 log.warning("debug information of another build came", build_id=build_id)
                 metrics.DEBUGINFO.labels("refused").inc()
                 self._remember(build_id)

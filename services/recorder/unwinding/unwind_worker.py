@@ -132,6 +132,19 @@ def _load(program: drgn.Program, files: Sequence[ModuleFile]) -> None:
                 module.try_file(found.path, fd=os.dup(found.file), force=module.build_id is None)
     with suppress(drgn.MissingDebugInfoError):
         program.load_default_debug_info()
+    for module in program.modules():
+        if module.debug_file_status is drgn.ModuleFileStatus.WANT_SUPPLEMENTARY:
+            _add_supplement(program, module)
+
+
+def _add_supplement(program: drgn.Program, module: drgn.Module) -> None:
+    """Find what a module's debug file refers to by its build ID; drgn has looked by its name."""
+    build_id = module.wanted_supplementary_debug_file().checksum.hex()
+    for directory in program.debug_info_options.directories:
+        with suppress(OSError, ValueError, drgn.FaultError):
+            module.try_file(f"{directory}/.build-id/{build_id[:2]}/{build_id[2:]}.debug")
+        if module.debug_file_status is drgn.ModuleFileStatus.HAVE:
+            return
 
 
 def _modules(program: drgn.Program, files: Sequence[ModuleFile]) -> Iterator[LoadedModule]:
