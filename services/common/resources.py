@@ -167,8 +167,9 @@ def _end(ask: Callable[[], Any]) -> str | None:
         return None
     if isinstance(end, tuple) and len(end) >= 2:
         host = f"[{end[0]}]" if ":" in str(end[0]) else end[0]
-        return f"{host}:{end[1]}"
-    return (names.text(end) if isinstance(end, bytes) else str(end)) or None
+        end = f"{host}:{end[1]}"
+    # Of a path that is no UTF-8 Python makes surrogates, which no JSON can hold.
+    return names.text(end if isinstance(end, bytes) else os.fsencode(str(end))) or None
 
 
 def _cgroup(path: str | None) -> dict[str, bytes]:

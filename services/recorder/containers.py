@@ -164,4 +164,5 @@ def _label(name: str, value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    return redact.text(str(value))[:_MAX_TEXT]
+    readable = str(value).encode("utf-8", "backslashreplace").decode()
+    return redact.text(readable)[:_MAX_TEXT]

@@ -231,7 +231,7 @@ def _ns_tid(task: int, place: str, proc: Proc) -> int:
 def username(uid: int) -> str:
     """Return a user's name, or the UID where it has none on this host."""
     try:
-        return pwd.getpwuid(uid).pw_name
+        return names.text(os.fsencode(pwd.getpwuid(uid).pw_name))
     except KeyError:
         return str(uid)
 

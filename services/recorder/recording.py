@@ -185,9 +185,16 @@ def keep_record(recording: Recording) -> bool:
 
 def keep_for_another(recording: Recording, facts: Facts) -> None:
     """Keep what was read for the recorder that finishes the crash if this one is killed."""
-    if recording.draft >= 0:
-        with suppress(OSError):  # no room: then it will know less
-            drafts.keep(recording.draft, known.encoded(facts, recording.code, recording.fault))
+    if recording.draft < 0:
+        return
+    try:
+        drafts.keep(recording.draft, known.encoded(facts, recording.code, recording.fault))
+    except (OSError, ValueError) as error:  # no room, or no JSON: it will know less
+        log.warning(
+            "another recorder would know little of this crash",
+            crash_id=recording.record.crash_id,
+            error=str(error),
+        )
 
 
 def say_what_is_there(recording: Recording) -> None:

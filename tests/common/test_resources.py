@@ -50,6 +50,17 @@ def test_open_files_and_sockets_of_this_process(tmp_path: Path) -> None:
     assert shown["Status"]["Pid"] == str(os.getpid())
 
 
+def test_socket_with_a_name_that_is_no_utf8_is_told_as_text(tmp_path: Path) -> None:
+    """Python makes surrogates of it, which no JSON can hold."""
+    with socket.socket(socket.AF_UNIX) as local:
+        local.bind(os.fsencode(tmp_path) + b"/\xff")
+
+        found = resources.read(os.getpid(), None).sockets
+
+        (path,) = [one["Path"] for one in found if one["Fd"] == local.fileno()]
+    assert path == f"{tmp_path}/\\xff"
+
+
 @pytest.mark.parametrize(("resident", "is_read"), [(256 * 1024, True), (256 * 1024 + 1, False)])
 def test_memory_of_a_large_process_is_not_added_up(resident: int, is_read: bool) -> None:
     """The kernel would walk all of it while the process is held."""

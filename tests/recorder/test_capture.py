@@ -273,16 +273,18 @@ async def test_snapshot_shows_what_was_in_use(recorder: RecorderService, tmp_pat
     opened = tmp_path / "open \n file"
     script = """
 import ctypes, socket, sys
-kept = open(sys.argv[1], "w"), socket.create_server(("127.0.0.1", 0))
+kept = open(sys.argv[1], "w"), socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX)
+kept[2].bind(sys.argv[2].encode() + b"/\\xff")
 ctypes.string_at(0)
 """
-    pid, _ = await capture(recorder, "/usr/bin/python3", "-c", script, opened)
+    pid, _ = await capture(recorder, "/usr/bin/python3", "-c", script, opened, tmp_path)
 
     snapshot = json.loads(recorder.file(pid, "snapshot").read_bytes())
     assert str(opened) in [file["Target"] for file in snapshot["OpenFiles"]]
     (listening,) = [one for one in snapshot["Sockets"] if one["Family"] == "AF_INET"]
     assert listening["State"] == "LISTEN"
     assert listening["Local"].startswith("127.0.0.1:")
+    assert f"{tmp_path}/\\xff" in [one.get("Path") for one in snapshot["Sockets"]]
     assert int(snapshot["Status"]["VmRSS"].split()[0]) > 1000
     assert snapshot["Status"]["PPid"] == str(os.getpid())
     assert int(snapshot["Memory"]["Rss"].split()[0]) > 1000

@@ -285,6 +285,14 @@ async def test_what_is_no_answer_leaves_the_container_as_it_is(
     assert await asyncio.to_thread(ask, runtime, 0.5) is None
 
 
+async def test_name_that_no_record_could_hold_is_made_readable() -> None:
+    one = Container(id="a" * 64, runtime="docker")
+
+    told = containers.described(one, one.id, "\udcff", "i", {"l": "\ud800"})
+
+    assert (told.name, told.labels) == ("\\udcff", {"l": "\\ud800"})
+
+
 async def test_container_is_asked_for_once_unless_it_failed(runtime: _Runtime) -> None:
     address = runtime.server_address
     assert isinstance(address, str)
