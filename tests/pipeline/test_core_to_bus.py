@@ -202,6 +202,7 @@ def cores(stack: Stack, *pids: int) -> list[int]:
 async def test_core_is_delivered_with_no_copy_in_the_spool(stack_with: MakeStack) -> None:
     # A file of more than 8 MiB is more than this recorder could write.
     stack = await stack_with("prlimit", f"--fsize={8 * MIB}", core_to="bus")
+    giant = await asyncio.create_subprocess_exec(crasher("sparse_giant"))
 
     small = await ended(await asyncio.create_subprocess_exec(crasher("threads"), "40"))
     large = await ended(await crash_of(LARGE))
@@ -216,6 +217,7 @@ async def test_core_is_delivered_with_no_copy_in_the_spool(stack_with: MakeStack
     assert not cores(stack, small, large)
     assert {path.name.partition("_")[0] for path in stack.made} >= {"info", "backtrace", "snapshot"}
     assert stack.collector.metric("crashbus_collector_streamed_total") >= 2
+    assert giant.pid == await ended(giant) and giant.returncode == -signal.SIGKILL
     await until(stack.has_no_chunks)
 
 

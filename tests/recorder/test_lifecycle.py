@@ -230,6 +230,20 @@ async def test_core_without_an_end_does_not_hold_its_process(
     assert note in (core.note or "")
 
 
+async def test_kernel_does_not_dump_on_when_a_sparse_giant_is_captured(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with()
+    await recorder.start()
+
+    pid, number = await asyncio.to_thread(crash, crasher("sparse_giant"))
+
+    assert number == signal.SIGKILL  # it goes over terabytes of nothing
+    record = await recorder.captured(pid)
+    assert record.signal_name == "SIGSEGV"
+    assert not any(file.truncated for file in record.files.values())
+
+
 @pytest.mark.parametrize("mechanism", ["socket", "pipe"])
 async def test_process_that_waits_for_a_busy_recorder_is_let_go_and_kept_or_told(
     recorder_with: MakeRecorder, nats_server: NatsServer, bus: Bus, mechanism: str

@@ -25,7 +25,8 @@ from services.recorder.core import core_copy
 from services.recorder.core.core_pages import Pages
 from services.recorder.errors import CaptureFailed
 from services.recorder.handover import arrival
-from services.recorder.handover.hold import Hold
+from services.recorder.handover import hold as hold_module
+from services.recorder.handover.hold import Hold, end_those_let_go
 from services.recorder.handover.mechanism import Mechanism
 from services.recorder.settings import RecorderSettings
 from services.recorder.taker import taking
@@ -171,8 +172,10 @@ def test_crash_that_there_is_no_memory_for_is_let_go(
     else:
         owner, name = of
         monkeypatch.setattr(owner, name, no_memory)
+    monkeypatch.setattr(hold_module, "_END_WITHIN", 0)
     with knocking(tmp_path) as (listening, kernels):
         gc.collect()
+        end_those_let_go()
         before = len(list(Path("/proc/self/fd").iterdir()))
         kernels.sendall(request_)
         with suppress(MemoryError):  # one of both is not called
@@ -181,6 +184,7 @@ def test_crash_that_there_is_no_memory_for_is_let_go(
         kernels.recv(64)
         with suppress(ConnectionResetError):
             assert kernels.recv(64) == b""
+        end_those_let_go()
         assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 

@@ -1,12 +1,14 @@
 """A hold on a crashing process: while its descriptor is open, the kernel keeps the process."""
 
 import os
+import re
 import select
 import signal
 import socket
 import threading
 import time
-from collections import deque
+from contextlib import suppress
+from pathlib import Path
 
 import structlog
 
@@ -16,7 +18,9 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 _NULL = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 _END_WITHIN = 5.0  # seconds for a process that was let go to end by itself
 # Pidfds of those, each with when it was let go.
-_let_go: "deque[tuple[int, float]]" = deque()
+_let_go: list[tuple[int, float]] = []
+_let_go_lock = threading.Lock()
+_PID = re.compile(rb"^Pid:\t(\d+)$", re.MULTILINE)
 
 
 def end_those_let_go() -> None:
@@ -26,18 +30,40 @@ def end_those_let_go() -> None:
     for hours that nobody reads any more (fs/coredump.c, dump_user_range()). Only then, because
     a parent sees SIGKILL where its child had another signal.
     """
-    for _ in range(len(_let_go)):
-        pidfd, since = _let_go.popleft()
-        if _has_ended(pidfd):
-            os.close(pidfd)
-        elif time.monotonic() - since < _END_WITHIN:
-            _let_go.append((pidfd, since))
-        else:
-            try:
+    with _let_go_lock:
+        _let_go[:] = [one for one in _let_go if not _is_over(*one)]
+
+
+def _see_it_end(pidfd: int) -> None:
+    """Have it broken off if need be; the descriptor is closed when it has ended."""
+    end_those_let_go()  # who has ended by now needs no descriptor any more
+    with _let_go_lock:
+        _let_go.append((pidfd, time.monotonic()))
+
+
+def _is_over(pidfd: int, since: float) -> bool:
+    """Tell whether a process needs nobody any more, and close its pidfd then."""
+    if not _has_ended(pidfd):
+        if time.monotonic() - since < _END_WITHIN:
+            return False
+        try:
+            if _is_dumping(pidfd):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            except OSError as error:
-                log.error("a dump without an end cannot be broken off", error=error.strerror)
-            os.close(pidfd)
+        except OSError as error:
+            log.error("a dump without an end cannot be broken off", error=error.strerror)
+    os.close(pidfd)
+    return True
+
+
+def _is_dumping(pidfd: int) -> bool:
+    """Tell whether it dumps core, proc_pid_status(5): it may be none that crashed, or be ending."""
+    pid = _PID.search(Path(f"/proc/self/fdinfo/{pidfd}").read_bytes())
+    with suppress(OSError):  # a thread ends, or all do
+        for task in Path(f"/proc/{int(pid[1]) if pid else 0}/task").iterdir():
+            status = (task / "status").read_bytes()
+            if b"\nCoreDumping:" in status:  # a thread that has ended does not tell
+                return b"\nCoreDumping:\t1\n" in status
+    return False
 
 
 def _has_ended(pidfd: int) -> bool:
@@ -163,8 +189,10 @@ class Hold:
     def let_go(self, because: str | None = None) -> None:
         """Let the process go, if it still is held.
 
+        Whether the kernel notices is for `end_those_let_go` to see.
+
         Args:
-            because: why before the end of its core; see also `end_those_let_go`.
+            because: why before the end of its core.
         """
         with self._lock:
             if not self._held:
@@ -173,9 +201,9 @@ class Hold:
             self._held = False
             self.held_for = time.monotonic() - self._arrived
             os.dup2(_NULL, self.descriptor, inheritable=False)
-            if because and self._process >= 0:
-                _let_go.append((self._process, time.monotonic()))
-                self._process = -1
+            process, self._process = self._process, -1
+        if process >= 0:
+            _see_it_end(process)
 
     def hand_on(self) -> "Hold":
         """Return another hold that keeps the process from here on; this one has let it go."""
