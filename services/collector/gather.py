@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Set
 from contextlib import aclosing, suppress
-from functools import partial
 from heapq import heappush, heappushpop
 from pathlib import Path
 
@@ -29,8 +28,9 @@ from services.collector.entering import Entering
 from services.collector.found import FoundSet, is_stale, look_at
 from services.collector.judge import Verdict
 from services.collector.lanes import Lane
-from services.common import crash_directory, drafts
+from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
+from services.common.drafts import Awaited
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -80,7 +80,7 @@ class Gatherer:
         self._bus = bus
         self._on_core = on_core
         self._on_ready = on_ready
-        self._is_awaited = partial(drafts.is_awaited, root, patience)
+        self._is_awaited = Awaited(root, patience).is_awaited
         self._settled: dict[str, int] = {}  # directory to its ctime when nothing was left to do
         self._waiting: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._lock = asyncio.Lock()  # one look at a time: each is short

@@ -117,12 +117,25 @@ def private_directory(path: Path, name: str) -> int:
             directory = _directory(name, spool)
             if directory is None:
                 continue
-            status = os.fstat(directory)
-            if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o700:
+            if _is_private_directory(os.fstat(directory)):
                 return directory
             os.close(directory)
             _put_aside(name, spool, "it is not root's alone")
     raise OSError(None, "it is swapped again and again")
+
+
+def existing_private_directory(path: Path, name: str) -> int:
+    """Return a descriptor of what `private_directory` made.
+
+    Raises:
+        FileNotFoundError: it is not there; what another user made in its place is none.
+        OSError: it cannot be had.
+    """
+    directory = os.open(path / name, _DIRECTORY)
+    if _is_private_directory(os.fstat(directory)):
+        return directory
+    os.close(directory)
+    raise FileNotFoundError(errno.ENOENT, "it is not root's alone", str(path / name))
 
 
 def private_file(path: Path, name: str) -> int:
@@ -153,6 +166,10 @@ def _private_file(name: str, spool: int) -> int:
             os.close(file)
         _put_aside(name, spool, "it is not root's alone")
     raise OSError(None, "it is swapped again and again")
+
+
+def _is_private_directory(status: os.stat_result) -> bool:
+    return status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o700
 
 
 def _is_private(status: os.stat_result) -> bool:

@@ -9,8 +9,8 @@ the record's lock may read the draft, and removes it to have the set taken as it
 import os
 import struct
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,42 +94,47 @@ def take_up(spool: Path, pid: int, epoch: int) -> Draft | None:
         OSError: it cannot be read now.
     """
     try:
-        draft = os.open(_path(spool, pid, epoch), _THERE)
+        with _opened(spool, pid, epoch) as file:
+            raw = os.pread(file, _MOST, 0)
+            draft = _unpacked(raw)
+            os.pwrite(file, _COUNT.pack(draft.taken_up + 1), _COUNT_AT)
     except FileNotFoundError:
         return None
-    try:
-        raw = os.pread(draft, _MOST, 0)
-        final, taken_up, expected, why = _HEAD.unpack_from(raw.ljust(_HEAD.size, b"\0"))
-        os.pwrite(draft, _COUNT.pack(taken_up + 1), _COUNT_AT)
-    finally:
-        os.close(draft)
+    return draft
+
+
+def read(spool: Path, pid: int, epoch: int) -> Draft | None:
+    """Read a draft and leave it as it is; None where it cannot be read."""
+    with suppress(OSError), _opened(spool, pid, epoch) as file:
+        return _unpacked(os.pread(file, _MOST, 0))
+    return None
+
+
+def _unpacked(raw: bytes) -> Draft:
+    final, taken_up, expected, why = _HEAD.unpack_from(raw.ljust(_HEAD.size, b"\0"))
     left_out = why.rstrip(b"\0").decode("utf-8", "replace")
     return Draft(final, taken_up, left_out, expected, raw[_HEAD.size :])
 
 
 def count_back(spool: Path, pid: int, epoch: int) -> None:
     """Take back what `take_up` counted: the recorder did not die of the set."""
-    with suppress(OSError):
-        draft = os.open(_path(spool, pid, epoch), _THERE)
-        try:
-            raw = os.pread(draft, _COUNT.size, _COUNT_AT)
-            (taken_up,) = _COUNT.unpack(raw.ljust(_COUNT.size, b"\0"))
-            os.pwrite(draft, _COUNT.pack(max(0, taken_up - 1)), _COUNT_AT)
-        finally:
-            os.close(draft)
+    with suppress(OSError), _opened(spool, pid, epoch) as file:
+        raw = os.pread(file, _COUNT.size, _COUNT_AT)
+        (taken_up,) = _COUNT.unpack(raw.ljust(_COUNT.size, b"\0"))
+        os.pwrite(file, _COUNT.pack(max(0, taken_up - 1)), _COUNT_AT)
 
 
 def remove(spool: Path, pid: int, epoch: int) -> None:
     """Remove a draft: the set is whole, or nobody is to finish it."""
-    with suppress(OSError):
-        _path(spool, pid, epoch).unlink()
+    with suppress(OSError), _directory(spool) as place:
+        os.unlink(_name(pid, epoch), dir_fd=place)
 
 
 def left(spool: Path) -> list[tuple[int, int]]:
     """Return PID and epoch of each set that has one, the oldest first."""
     found = []
-    with suppress(OSError):
-        for name in os.listdir(spool / layout.DRAFTS):  # noqa: PTH208 - names alone
+    with suppress(OSError), _directory(spool) as place:
+        for name in os.listdir(place):  # noqa: PTH208 - names alone
             pid, _, epoch = name.partition("-")
             if pid.isdecimal() and epoch.isdecimal():
                 found.append((int(pid), int(epoch)))
@@ -138,37 +143,69 @@ def left(spool: Path) -> list[tuple[int, int]]:
 
 def keep_waiting(spool: Path, pid: int, epoch: int) -> None:
     """Say that a recorder is there that will finish the set."""
-    with suppress(OSError):
-        os.utime(_path(spool, pid, epoch))
+    with suppress(OSError), _directory(spool) as place:
+        os.utime(_name(pid, epoch), dir_fd=place, follow_symlinks=False)
 
 
-def is_awaited(
-    spool: Path, patience: float, pid: int, epoch: int, lock: Callable[[], bool]
-) -> bool:
-    """Tell whether a set that nobody is at may be finished by another recorder.
+class Awaited:
+    """Tells of sets that nobody is at whether another recorder may finish them.
 
     Args:
-        patience: seconds since a recorder was seen after which that is not awaited any more.
-        lock: locks the set's capture record; False where a recorder has.
+        patience: seconds for which one is waited for that is not there yet.
     """
-    path = _path(spool, pid, epoch)
+
+    def __init__(self, spool: Path, patience: float) -> None:
+        self._spool = spool
+        self._patience = patience
+        # Monotonic seconds. A draft tells when its recorder last wrote, not when it ended.
+        self._first_seen: dict[tuple[int, int], float] = {}
+
+    def is_awaited(self, pid: int, epoch: int, lock: Callable[[], bool]) -> bool:
+        """Tell it of a set whose capture record is not locked.
+
+        Args:
+            lock: locks that; False where a recorder has.
+        """
+        one = pid, epoch
+        since = self._since(one)
+        try:
+            with _directory(self._spool) as place:
+                status = os.stat(_name(*one), dir_fd=place, follow_symlinks=False)
+        except OSError:
+            return False
+        # A clock that was set back must not keep a set waiting for long.
+        renewed = abs(time.time() - status.st_mtime)
+        if min(time.monotonic() - since, renewed) < self._patience or not lock():
+            return True
+        remove(self._spool, *one)
+        return False
+
+    def _since(self, one: tuple[int, int]) -> float:
+        if one not in self._first_seen:
+            there = set(left(self._spool))  # what is finished needs not be known any more
+            known = {seen: at for seen, at in self._first_seen.items() if seen in there}
+            self._first_seen = known | {one: time.monotonic()}
+        return self._first_seen[one]
+
+
+@contextmanager
+def _directory(spool: Path) -> Iterator[int]:
+    """Give the directory of all drafts; what another user made in its place is none."""
+    place = crash_directory.existing_private_directory(spool, layout.DRAFTS)
     try:
-        status = path.lstat()
-    except OSError:
-        return False
-    if status.st_uid != os.geteuid():
-        return False
-    # A clock that was set back must not keep a set waiting for long.
-    if abs(time.time() - status.st_mtime) < patience:
-        return True
-    if not lock():
-        return True
-    remove(spool, pid, epoch)
-    return False
+        yield place
+    finally:
+        os.close(place)
 
 
-def _path(spool: Path, pid: int, epoch: int) -> Path:
-    return spool / layout.DRAFTS / _name(pid, epoch)
+@contextmanager
+def _opened(spool: Path, pid: int, epoch: int) -> Iterator[int]:
+    with _directory(spool) as place:
+        file = os.open(_name(pid, epoch), _THERE, dir_fd=place)
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 def _name(pid: int, epoch: int) -> str:

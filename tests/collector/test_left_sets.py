@@ -14,6 +14,7 @@ from services.collector.found import look_at
 from services.collector.judge import Verdict
 from services.common import capture, drafts
 from services.common.capture import CapturedFile
+from services.common.drafts import Awaited
 from tests.collector.conftest import Setup
 from tests.support.records import EPOCH, Writing, process
 from tests.support.requirements import need_root
@@ -137,7 +138,7 @@ async def test_clock_that_was_set_back_keeps_no_set_waiting(setup: Setup) -> Non
     left = Left(setup)
     os.utime(left.draft, (time.time() + 86400,) * 2)
 
-    await start(setup, 60)
+    await start(setup, 1)
 
     await until(lambda: _is_entered(setup, left.crash_id))
 
@@ -145,12 +146,41 @@ async def test_clock_that_was_set_back_keeps_no_set_waiting(setup: Setup) -> Non
 def test_only_one_of_recorder_and_collector_gets_a_set(tmp_path: Path) -> None:
     """Whoever is first: the other finds it locked, or no draft."""
     os.close(drafts.begin(tmp_path, PID, EPOCH))
+    patient, impatient = (Awaited(tmp_path, patience).is_awaited for patience in (60, 0))
 
-    assert drafts.is_awaited(tmp_path, 60, PID, EPOCH, lambda: True)
-    assert drafts.is_awaited(tmp_path, 0, PID, EPOCH, lambda: False)
-    assert not drafts.is_awaited(tmp_path, 0, PID, EPOCH, lambda: True)
+    assert patient(PID, EPOCH, lambda: True)
+    assert impatient(PID, EPOCH, lambda: False)
+    assert not impatient(PID, EPOCH, lambda: True)
     assert drafts.take_up(tmp_path, PID, EPOCH) is None
-    assert not drafts.is_awaited(tmp_path, 60, PID, EPOCH, lambda: True)
+    assert not patient(PID, EPOCH, lambda: True)
+
+
+def test_set_is_awaited_from_when_nobody_is_at_it_not_from_its_recorder_s_last_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.close(drafts.begin(tmp_path, PID, EPOCH))
+    os.utime(tmp_path / layout.DRAFTS / f"{PID}-{EPOCH}", (0, 0))
+    awaited = Awaited(tmp_path, 60)
+    assert awaited.is_awaited(PID, EPOCH, lambda: True)
+    later = time.monotonic() + 61
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+
+    # A collector that was started again begins to wait anew.
+    assert Awaited(tmp_path, 60).is_awaited(PID, EPOCH, lambda: True)
+    drafts.keep_waiting(tmp_path, PID, EPOCH)
+    assert awaited.is_awaited(PID, EPOCH, lambda: True)
+    os.utime(tmp_path / layout.DRAFTS / f"{PID}-{EPOCH}", (0, 0))
+    assert not awaited.is_awaited(PID, EPOCH, lambda: True)
+
+
+def test_sets_that_are_finished_are_not_remembered(tmp_path: Path) -> None:
+    awaited = Awaited(tmp_path, 60)
+    for epoch in range(9):
+        os.close(drafts.begin(tmp_path, PID, epoch))
+        assert awaited.is_awaited(PID, epoch, lambda: True)
+        drafts.remove(tmp_path, PID, epoch)
+
+    assert len(awaited._first_seen) == 1
 
 
 def test_draft_tells_what_was_kept(tmp_path: Path) -> None:
