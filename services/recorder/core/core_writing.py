@@ -164,9 +164,10 @@ def _to_disk(
     )
     if copied.streamed and head.sent is not None:
         _say_nothing_is_left_out(recording, _BY_STREAM)
-    if copied.fault is None:
-        recording.tell_final(copied.size)
     fault = copied.fault or (head.fault if head.cause is None else None)
+    if fault is not None:
+        _tell_left_out(recording, decision, head.size, fault)
+    recording.tell_final(copied.size)
     if decision.extent is Extent.NOTHING:
         recording.notes.append(decision.because)
     else:
@@ -180,6 +181,7 @@ def _to_disk(
 def _tell_left_out(
     recording: Recording, decision: Decision, expected: int | None, why: str
 ) -> None:
+    """Keep why the core has less than the kernel's, for the recorder that finishes the set."""
     if decision.extent is not Extent.NOTHING:  # which was told
         recording.tell_left_out(why, expected)
 

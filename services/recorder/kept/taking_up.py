@@ -280,7 +280,7 @@ def _take_core(recording: Recording, draft: Draft, on: Conditions) -> None:
     if head.cause is not None:
         understand(recording, head)
     if told is None:
-        told = _as_decided(_as_far_as_it_goes(recording, head, draft.core_final), draft)
+        told = _as_decided(_as_far_as_it_goes(recording, head, draft), draft)
     if recording.record.process.boot_id != on.boot_id:
         told = _with_doubt(told)
     recording.files[name], recording.core_size = told, told.size
@@ -309,17 +309,19 @@ def _with_doubt(told: CapturedFile) -> CapturedFile:
     return told.model_copy(update={"truncated": True, "note": note})
 
 
-def _as_far_as_it_goes(recording: Recording, head: Head, final: int) -> CapturedFile:
+def _as_far_as_it_goes(recording: Recording, head: Head, draft: Draft) -> CapturedFile:
     """Tell how much there is of a core that was being copied.
 
     The file has its whole size from the beginning, if it is not made of the kernel's stream, and
     its stacks soon: so it is cut when the backtrace is made.
     """
     size = os.fstat(recording.core_file).st_size
+    if draft.left_out and draft.core_final == size:
+        return CapturedFile(size=size)  # it had come to its end, wherever that is
     if head.size is None:
         return CapturedFile(size=size, truncated=True, note=f"{head.fault}: {_KILLED}")
     if size >= head.size:
-        size = min(head.size, max(final, head.data))
+        size = min(head.size, max(draft.core_final, head.data))
         recording.core_ends = size
     if size >= head.size:
         return CapturedFile(size=size)
