@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -17,14 +18,19 @@ import pytest
 from crashbus import layout
 from crashbus.identity import boot_id
 from services.common import capture, drafts
+from services.common.bus_settings import BusSettings
 from services.common.capture import CaptureRecord
+from services.recorder.conditions import Conditions
 from services.recorder.kept import orphan, taking_up
 from services.recorder.kept.taking_up import TakingUp
+from services.recorder.recording import keep_for_another
+from services.recorder.settings import RecorderSettings
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_capture import frames, gdb
 from tests.support.crashers import HOG, crasher
 from tests.support.recorder import FILES, RecorderService, crash
 from tests.support.records import EPOCH, Writing, process
+from tests.support.requirements import need_root
 from tests.support.victim import Victim
 from tests.support.wait import until
 
@@ -339,6 +345,22 @@ async def test_crash_that_its_helper_kept_is_whole_once_whenever_its_recorder_is
     assert sum("pipe helper kept it" in note for note in record.notes) == 1
 
 
+async def test_core_that_was_cut_at_its_limit_is_told_to_be_cut_for_that_reason(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with(recorder_core_source="stream", recorder_max_core_bytes=100_000)
+    await killed(recorder, BEFORE_IT_IS_TOLD)
+    pid, _ = await asyncio.to_thread(crash, crasher("null_pointer"))
+    await has_died(recorder)
+
+    await recorder.start()
+
+    core = (await recorder.captured(pid)).files[recorder.file(pid, "core").name]
+    assert (core.size, core.truncated) == (100_000, True)
+    assert core.note == "cut at the limit of 100000 bytes"
+    assert core.expected is not None and core.expected > core.size
+
+
 @pytest.mark.parametrize("place", [BEFORE_IT_IS_TOLD, BEFORE_BACKTRACE])
 async def test_core_that_was_not_to_be_kept_is_told_to_be_none_for_that_reason(
     recorder_with: MakeRecorder, place: str
@@ -370,6 +392,43 @@ async def test_core_that_outlived_a_restart_of_the_host_is_doubtful(
 
     core = (await recorder.captured(pid)).files[recorder.file(pid, "core").name]
     assert core.truncated and "the host went down" in (core.note or "")
+
+
+def test_set_does_not_wait_for_another_crash_of_its_pid(tmp_path: Path) -> None:
+    """What the pipe helper kept of that may be there for as long as it cannot be adopted."""
+    need_root()
+    writing = Writing(tmp_path, process(4194001))
+    writing.end()
+    os.close(drafts.begin(tmp_path, 4194001, EPOCH))
+    kept = tmp_path / layout.ORPHANS / f"{EPOCH + 1}-4194001"
+    kept.mkdir(parents=True)
+    (kept / "crash").write_bytes(b"4194001 4194001 11 1795396543\n")
+    (kept / "boot_id").write_bytes(b"boot\n")
+    (kept / "stat").write_bytes(b"4194001 (x) S " + b"0 " * 18 + b"2\n")
+    on = Conditions.of(BusSettings(spool=tmp_path), RecorderSettings(), {})
+
+    taken = taking_up.take_up(4194001, EPOCH, on)
+
+    assert taken is not None and taken.record.crash_id == writing.crash_id
+    taken.close()
+    (kept / "stat").write_bytes(b"4194001 (x) S " + b"0 " * 18 + b"1\n")
+    with pytest.raises(BlockingIOError, match="adopting"):
+        taking_up.take_up(4194001, EPOCH, on)
+
+
+def test_draft_that_cannot_be_made_costs_no_capture(tmp_path: Path) -> None:
+    need_root()
+    Writing(tmp_path, process(4194001)).end()
+    os.close(drafts.begin(tmp_path, 4194001, EPOCH))
+    on = Conditions.of(BusSettings(spool=tmp_path), RecorderSettings(), {})
+    recording = taking_up.take_up(4194001, EPOCH, on)
+    assert recording is not None and recording.facts is not None
+    recording.draft = os.open(tmp_path / "draft", os.O_RDWR | os.O_CREAT)
+
+    keep_for_another(recording, replace(recording.facts, cwd="no \udcff JSON"))
+
+    assert not (tmp_path / "draft").read_bytes()
+    recording.close()
 
 
 def test_one_that_stands_still_keeps_none_behind_it_waiting(tmp_path: Path) -> None:

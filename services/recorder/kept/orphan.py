@@ -13,7 +13,7 @@ from pathlib import Path
 from crashbus import layout, names
 from crashbus.layout import Kind
 from crashbus.parts import Process
-from services.common import crash_directory
+from services.common import crash_directory, unrecorded
 from services.common import process as processes
 from services.common.proc import Proc
 from services.common.resources import Resources
@@ -120,9 +120,24 @@ def is_there(directory: int) -> bool:
     return _exists(directory, "crash")
 
 
-def is_left(spool: Path, pid: int) -> bool:
-    """Tell whether there is still something kept of a crash of this process."""
-    return any((spool / layout.ORPHANS).glob(f"[0-9]*-{pid}"))
+def is_left(spool: Path, pid: int, crash_id: str | None = None) -> bool:
+    """Tell whether there is still something kept of a crash of this PID; None: of any."""
+    places = (spool / layout.ORPHANS).glob(f"[0-9]*-{pid}")
+    return any(crash_id in (None, _crash_id(place)) for place in places)
+
+
+def _crash_id(place: Path) -> str:
+    """Return which crash was kept; empty where that cannot be told."""
+    try:
+        directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        kept = _Kept(directory)
+        told = {name: kept.read(name) for name in ("crash", "boot_id", "stat")}
+        return unrecorded.name_of(told) or ""
+    finally:
+        os.close(directory)
 
 
 def was_adopted(directory: int) -> bool:

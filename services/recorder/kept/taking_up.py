@@ -148,10 +148,10 @@ def take_up(pid: int, epoch: int, on: Conditions) -> Recording | None:
         BlockingIOError: somebody is at it.
         OSError, CaptureFailed: it cannot be had now.
     """
-    if orphan.is_left(on.spool, pid):
-        raise BlockingIOError("`adopting` is at it, or will be: it was not begun, or not ended")
     draft, recording = None, locked(on.spool, pid, epoch)
     try:
+        if orphan.is_left(on.spool, pid, recording.record.crash_id if recording else None):
+            raise BlockingIOError("`adopting` is at it, or will be: it was not begun, or not ended")
         draft = drafts.take_up(on.spool, pid, epoch) if recording else None
         if recording is None or draft is None or _is_given_up(recording, draft):
             drafts.remove(on.spool, pid, epoch)
