@@ -94,6 +94,11 @@ def crash(at: Capturing) -> socket.socket:
     return kernels
 
 
+def test_listener_that_was_not_started_can_be_stopped(tmp_path: Path) -> None:
+    """What the start of a recorder fails of is not to be hidden by how it ends."""
+    Listener(tmp_path / "run" / "s", Arrivals(1), WITHIN).stop(WITHIN)
+
+
 async def test_who_is_idle_accepts_and_acknowledges_at_once(
     capturing: Callable[[int], Capturing],
 ) -> None:

@@ -75,7 +75,8 @@ class Listener:
         """Accept what is waiting, then close the socket."""
         os.write(self._wake_write, b"x")
         self._arrivals.stop_accepting()
-        self._thread.join(within)
+        if self._thread.is_alive():  # a recorder that could not start stops, too
+            self._thread.join(within)
 
     def _accept_all(self) -> None:
         waiting = select.poll()
