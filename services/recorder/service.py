@@ -119,7 +119,7 @@ class Recorder:
         self._listener = Listener(
             settings.socket, self._arrivals, settings.stall_deadline, self._takeover.greeting
         )
-        self._orphans = Orphans(self._spool, self._adopt, letters.add)
+        self._orphans = Orphans(self._spool, self._adopt, letters.add, self._takes_too_long)
         self._taking_up = TakingUp(self._spool, self._take_up, self._takes_too_long)
         self._plan = self._takeover.prepare(self._listener.path, self._orphans)
         self._chain = _chain(self._takeover.former, settings, self._shares)
@@ -172,6 +172,7 @@ class Recorder:
             self._captures.replace_stuck()
             self._finishers.replace_stuck()
             self._taking_up.replace_stuck()
+            self._orphans.replace_stuck()
             end_those_let_go()
             await asyncio.to_thread(self._patience.give_up_waiting)
             takeover.check(self._plan, self._health)

@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -278,7 +279,7 @@ def kept(tmp_path: Path, sleeper: int) -> Path:
 def looking(
     spool: Path, adopt: Callable[[Orphan], None], failed: Callable[[CaptureFailed], None]
 ) -> Iterator[None]:
-    looker = Orphans(spool, adopt, failed)
+    looker = Orphans(spool, adopt, failed, lambda *_: False)
     looker.start()
     yield
     looker.stop(60)
@@ -301,6 +302,47 @@ async def test_one_that_cannot_be_had_now_keeps_none_behind_it_waiting(kept: Pat
     with looking(kept.parent.parent, adopt, _not_wanted):
         await until(lambda: not later.exists())
         assert kept.exists()
+
+
+async def test_one_that_stands_still_keeps_none_behind_it_waiting(kept: Path) -> None:
+    """What it mapped lies on a disk that does not answer, say."""
+    later = kept.with_name("1795396544-1")
+    shutil.copytree(kept, later, symlinks=True)
+    begun: list[Orphan] = []
+    released = threading.Event()
+
+    def adopt(orphan: Orphan) -> None:
+        orphan.close()
+        begun.append(orphan)
+        if len(begun) == 1:
+            released.wait(60)
+
+    stuck = Orphans(kept.parent.parent, adopt, _not_wanted, lambda *_: True)
+    stuck.start()
+    try:
+        await until(lambda: begun)
+        stuck.replace_stuck()
+        await until(lambda: not later.exists())
+        assert (kept / "tried").exists()
+    finally:
+        released.set()
+        stuck.stop(60)
+
+
+async def test_one_that_was_tried_before_comes_after_all_others(kept: Path) -> None:
+    later = kept.with_name("1795396544-1")
+    shutil.copytree(kept, later, symlinks=True)
+    (kept / "tried").touch()
+    order = []
+
+    def adopt(orphan: Orphan) -> None:
+        order.append(Path(f"/proc/self/fd/{orphan.directory}").readlink())
+        orphan.close()
+
+    with looking(kept.parent.parent, adopt, _not_wanted):
+        await until(lambda: not kept.exists() and not later.exists())
+
+    assert order == [later, kept]
 
 
 async def test_those_that_cannot_be_read_are_told_once_each_though_they_have_one_name(

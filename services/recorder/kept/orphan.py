@@ -27,6 +27,7 @@ from services.recorder.unwinding import fault_address
 CORE = "core"
 LOST = "the recorder was killed before it had written what it had read"  # `left_behind`
 _ADOPTED = "adopted"  # file that says that crash files were begun, and the core is with them
+_TRIED = "tried"  # file that says that a recorder has begun to read it
 _NO_CORE = ("no memory may be kept", LOST)  # the first as the helper puts it
 _WHY = "no recorder took it, so its pipe helper kept it: no sockets and open files are known"
 _MAX_SMALL = 256 * 1024  # bytes, as in the helper
@@ -84,8 +85,7 @@ class Orphan:
 
     def is_adopted(self) -> None:
         """Say that nothing but rest is left here."""
-        with suppress(FileExistsError):
-            os.close(os.open(_ADOPTED, os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self.directory))
+        _mark(self.directory, _ADOPTED)
 
     def close(self) -> None:
         """Close its files, if nobody adopts it."""
@@ -143,6 +143,17 @@ def _crash_id(place: Path) -> str:
 def was_adopted(directory: int) -> bool:
     """Tell whether crash files were begun of it: its set is there, perhaps cut short."""
     return _exists(directory, _ADOPTED)
+
+
+def was_tried(name: str, orphans: int) -> bool:
+    """Tell whether one was tried and is still there: what it mapped may lie on a dead disk."""
+    return _exists(orphans, f"{name}/{_TRIED}")
+
+
+def is_tried(directory: int) -> None:
+    """Say that it is tried now."""
+    with suppress(OSError):  # no room: then it may be tried before others
+        _mark(directory, _TRIED)
 
 
 class _Kept(Proc):
@@ -260,6 +271,11 @@ def _open(directory: int, name: str) -> int:
         return os.open(name, _FLAGS if name != CORE else _FLAGS | os.O_RDWR, dir_fd=directory)
     except OSError:
         return -1
+
+
+def _mark(directory: int, name: str) -> None:
+    with suppress(FileExistsError):
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory))
 
 
 def _exists(directory: int, name: str) -> bool:

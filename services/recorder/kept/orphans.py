@@ -8,6 +8,7 @@ it: see `orphan`.
 
 import fcntl
 import os
+import queue
 import re
 import shutil
 import threading
@@ -23,11 +24,13 @@ from services.common import crash_directory
 from services.recorder.errors import CaptureFailed
 from services.recorder.kept import orphan
 from services.recorder.kept.orphan import Orphan, Unreadable
+from services.recorder.workers import Workers
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 _LOOK_EVERY = 5.0  # seconds
 _MADE_WITHIN = 60.0  # seconds from a helper's directory to the first file in it
+_IDLE_CHECK = 0.02  # seconds
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME = re.compile(r"\d{1,12}-\d{1,10}")
 _ASIDE = re.compile(rf"unreadable-({_NAME.pattern})")
@@ -35,12 +38,14 @@ _MOST_ASIDE = 8  # that cannot be read and are kept; each may have a core
 
 
 class Orphans:
-    """Looks for them, at the start and from then on, in a thread of its own.
+    """Looks for them, at the start and from then on, and takes one after the other.
 
     Args:
         spool: where crash files go.
         adopt: makes crash files of one; when it raises something, it is tried again later.
         failed: told of one that cannot be read.
+        stands_still: tells whether one that was begun at a monotonic time will not end, for a
+            crashed process may have mapped what lies on a disk that does not answer.
     """
 
     def __init__(
@@ -48,13 +53,17 @@ class Orphans:
         spool: Path,
         adopt: Callable[[Orphan], None],
         failed: Callable[[CaptureFailed], None],
+        stands_still: Callable[[object, float], bool],
     ) -> None:
         self._spool = spool
         self._adopt = adopt
         self._failed = failed
         self._is_prepared = False
         self._stopping = threading.Event()
-        # A daemon: what a crashed process mapped may lie on a disk that does not answer.
+        self._names: queue.Queue[str] = queue.Queue()
+        self._in_hand: set[str] = set()  # that wait in the queue, or are taken
+        self._workers = Workers("adopting", 1, self._names, self._try_to_take, stands_still)
+        # A daemon: the spool's disk may not answer.
         self._thread = threading.Thread(target=self._run, name="orphans", daemon=True)
 
     def prepare(self) -> Path:
@@ -69,13 +78,23 @@ class Orphans:
 
     def start(self) -> None:
         """Begin to look."""
+        self._workers.start()
         self._thread.start()
+
+    def replace_stuck(self) -> None:
+        """Have a thread at work; call it now and then.
+
+        Raises:
+            RecorderError: only a restart frees the threads that stand still.
+        """
+        self._workers.replace_stuck()
 
     def stop(self, within: float) -> None:
         """Take no other; wait for the one in hand."""
         self._stopping.set()
-        if self._thread.is_alive():  # a recorder that could not start stops, too
-            self._thread.join(within)
+        end = time.monotonic() + within
+        while self._workers.in_work() and time.monotonic() < end:
+            time.sleep(_IDLE_CHECK)
 
     def _directory(self) -> int:
         return crash_directory.private_directory(self._spool, layout.ORPHANS)
@@ -94,19 +113,31 @@ class Orphans:
         orphans = self._directory()
         try:
             with os.scandir(orphans) as entries:
-                found = sorted(entry.name for entry in entries)
-            for name in found:
-                if _NAME.fullmatch(name) and not self._stopping.is_set():
-                    self._try_to_take(name, orphans)
+                found = {entry.name for entry in entries if _NAME.fullmatch(entry.name)}
+            # One that let an earlier recorder wait may let this one wait as well.
+            order = ((orphan.was_tried(name, orphans), name) for name in found - self._in_hand)
+            for _, name in sorted(order):
+                self._in_hand.add(name)
+                self._names.put(name)
             _remove_old(orphans)
         finally:
             os.close(orphans)
 
-    def _try_to_take(self, name: str, orphans: int) -> None:
+    def _try_to_take(self, name: str) -> None:
         try:
-            self._take(name, orphans)
+            if not self._stopping.is_set():
+                self._open_and_take(name)
         except Exception as error:  # noqa: BLE001 - one must not keep those behind it waiting
             log.warning("a crash kept by the pipe helper waits", name=name, because=str(error))
+        finally:
+            self._in_hand.discard(name)
+
+    def _open_and_take(self, name: str) -> None:
+        orphans = self._directory()
+        try:
+            self._take(name, orphans)
+        finally:
+            os.close(orphans)
 
     def _take(self, name: str, orphans: int) -> None:
         directory = os.open(name, _DIRECTORY, dir_fd=orphans)
@@ -116,6 +147,7 @@ class Orphans:
             if not orphan.is_there(directory) and age < _MADE_WITHIN:
                 return  # just made, and not locked yet
             if not orphan.was_adopted(directory):  # by a recorder that died after that
+                orphan.is_tried(directory)
                 self._adopt(orphan.read(directory))
         except BlockingIOError:
             return  # its helper still writes it
