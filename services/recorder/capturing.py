@@ -71,8 +71,6 @@ def capture_process(
     except CaptureFailed as failure:
         failure.crash_id = name
         raise
-    if taken is not None:
-        taken.is_recorded()
     try:
         _fill(recording, hold, on, taken or Taken())
     except BaseException:
@@ -98,6 +96,7 @@ def _fill(recording: Recording, hold: Hold, on: Conditions, taken: Taken) -> Non
     found = modules.read(known.task, known.maps, on.module_files(), taken.take_files())
     recording.facts = replace(known, modules=found)
     keep_for_another(recording, recording.facts)
+    taken.is_recorded()
     write_core(recording, hold, head, on, taken)
     recording.close_draft()
     hold.let_go()

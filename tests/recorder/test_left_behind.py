@@ -82,7 +82,7 @@ async def test_crash_whose_record_is_there_is_not_told_twice(
     victim = Victim(crasher("null_pointer"), cwd=tmp_path)
     recorder.prefix = ()
 
-    await killed_at("_fill", recorder, victim)
+    await killed_at("write_core", recorder, victim)
 
     await recorder.start()
     later = Victim(crasher("null_pointer"), cwd=tmp_path).go()
@@ -90,6 +90,24 @@ async def test_crash_whose_record_is_there_is_not_told_twice(
     assert len(list(recorder.spool.glob(f"{victim.pid}/capture_*"))) == 1
     assert taking_up.NOTE in (await recorder.captured(victim.pid)).notes
     assert not list(recorder.spool.glob(f"{layout.ORPHANS}/*-{victim.pid}"))
+
+
+async def test_crash_whose_draft_tells_nothing_yet_is_told_by_its_note(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    recorder = recorder_with()
+    victim = Victim(crasher("null_pointer"), cwd=tmp_path, env={"LANG": "C"})
+
+    await killed_at("keep_for_another", recorder, victim)
+
+    await recorder.start()
+    record = await recorder.captured(victim.pid)
+    await until(lambda: not list((recorder.spool / layout.ORPHANS).iterdir()))
+    assert len(list(recorder.spool.glob(f"{victim.pid}/capture_*"))) == 1
+    assert f"no core: {orphan.LOST}" in record.notes
+    snapshot = json.loads(recorder.file(victim.pid, "snapshot").read_bytes())
+    assert (snapshot["Cwd"], "LANG=C" in snapshot["Environment"]) == (str(tmp_path), True)
+    assert not list((recorder.spool / layout.DRAFTS).iterdir())
 
 
 async def test_nothing_is_left_of_a_crash_that_was_written(

@@ -41,12 +41,23 @@ def decoded(raw: bytes, record: CaptureRecord) -> Known:
         raw: as `encoded` made it; what is empty or torn tells nothing.
         record: which tells who crashed.
     """
-    try:
-        known = Known.model_validate_json(raw)
-    except ValidationError:
+    known = _read(raw)
+    if known is None:
         return Known(facts=_nothing(record))
     facts_now = replace(known.facts, process=record.process)
     return known.model_copy(update={"facts": facts_now})
+
+
+def is_whole(raw: bytes) -> bool:
+    """Tell whether this is what `encoded` made."""
+    return _read(raw) is not None
+
+
+def _read(raw: bytes) -> Known | None:
+    try:
+        return Known.model_validate_json(raw)
+    except ValidationError:
+        return None
 
 
 def _identity(file: int) -> Identity | None:

@@ -14,10 +14,11 @@ from pathlib import Path
 import structlog
 
 from crashbus import layout
-from services.common import capture, crash_directory, unrecorded
-from services.common.capture import UnreadableRecord
+from services.common import capture, crash_directory, drafts, unrecorded
+from services.common.capture import CaptureRecord, UnreadableRecord
 from services.common.crash_directory import SpoolUnusable
 from services.recorder.kept import orphan
+from services.recorder.kept.known import is_whole
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -37,7 +38,7 @@ def take_over(spool: Path) -> None:
 
 def _take_one(spool: Path, note: Mapping[str, bytes]) -> None:
     try:
-        if not _has_record(spool, note):
+        if not _is_kept(spool, note):
             _lay_down(spool, note)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in _PASSES:
@@ -46,21 +47,30 @@ def _take_one(spool: Path, note: Mapping[str, bytes]) -> None:
         log.error("what a killed recorder left of a crash cannot be kept", error=str(error))
 
 
-def _has_record(spool: Path, note: Mapping[str, bytes]) -> bool:
-    """Tell whether it was killed a moment later, when the record was there."""
+def _is_kept(spool: Path, note: Mapping[str, bytes]) -> bool:
+    """Tell whether it was killed a moment later, when record and draft told as much."""
     name = unrecorded.name_of(note)
     if name is None:
         return False  # `orphans` will say so
     pid = int(note["crash"].split()[0])
     for place in (spool / str(pid)).glob(f"{layout.Kind.CAPTURE}_*"):
-        with suppress(OSError, UnreadableRecord):
-            file = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                if os.fstat(file).st_uid == os.geteuid() and capture.read(file).crash_id == name:
-                    return True
-            finally:
-                os.close(file)
+        parsed = layout.parse_crash_file_name(place.name)
+        record = _record(place) if parsed else None
+        if parsed and record is not None and record.crash_id == name:
+            draft = drafts.read(spool, pid, parsed[1])
+            return draft is None or is_whole(draft.known)  # None: complete, or it was taken so
     return False
+
+
+def _record(place: Path) -> CaptureRecord | None:
+    with suppress(OSError, UnreadableRecord):
+        file = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if os.fstat(file).st_uid == os.geteuid():
+                return capture.read(file)
+        finally:
+            os.close(file)
+    return None
 
 
 def _lay_down(spool: Path, note: Mapping[str, bytes]) -> None:

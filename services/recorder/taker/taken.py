@@ -30,7 +30,7 @@ class Taken:
         memory: all of it; None: the process is still held.
         code: at the program counter, if that is where it faulted.
         files: what it mapped as code, open, by name in proc_pid_map_files(5).
-        note: removes the note about it, until its record is there.
+        note: removes the note about it, until record and draft tell as much.
     """
 
     proc: Remembered = field(default_factory=Remembered)
@@ -43,7 +43,7 @@ class Taken:
     give_back: list[Callable[[], None]] = field(default_factory=list)
 
     def is_recorded(self) -> None:
-        """Say that its record is there."""
+        """Say that record and draft are there."""
         if self.note is not None:
             self.note()
             self.note = None
