@@ -93,7 +93,7 @@ def create(directory: int, epoch: int, record: CaptureRecord) -> int:
         write(descriptor, record)
         _reserve(descriptor)
         os.rename(hidden, name, src_dir_fd=directory, dst_dir_fd=directory)
-    except OSError as error:
+    except BaseException as error:
         os.close(descriptor)
         os.unlink(hidden, dir_fd=directory)
         if isinstance(error, IsADirectoryError):

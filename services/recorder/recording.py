@@ -110,9 +110,11 @@ def begin(name: str, process: Process, signal: int, crashed_at: float, on: Condi
         draft = -1 if is_full else _begin_draft(on.spool, process.pid, epoch)
         try:
             record_file = capture.create(directory, epoch, record)
-        except OSError as error:
+        except BaseException as error:
             _close(directory, draft)
             drafts.remove(on.spool, process.pid, epoch)
+            if not isinstance(error, OSError):
+                raise
             # Where there is room for one file alone, it is the record's.
             is_full = draft >= 0 and error.errno in _FULL
             if is_full or isinstance(error, FileExistsError | FileNotFoundError):

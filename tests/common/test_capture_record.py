@@ -98,6 +98,16 @@ def test_record_is_made_though_there_is_no_room_for_more(disk: Path, directory: 
     os.close(descriptor)
 
 
+def test_record_that_cannot_be_made_leaves_nothing_behind(disk: Path, directory: int) -> None:
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+
+    with pytest.raises(ValueError, match="surrogates"):
+        capture.create(directory, EPOCH, RECORD.model_copy(update={"notes": ("\udcff",)}))
+
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+    assert not list(disk.iterdir())
+
+
 def test_name_that_is_a_directory_can_be_tried_elsewhere(disk: Path, directory: int) -> None:
     (disk / f"capture_{EPOCH}").mkdir()
 
