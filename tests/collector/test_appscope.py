@@ -549,6 +549,29 @@ def test_thread_that_was_given_up_does_not_keep_the_process_from_ending(tmp_path
     assert ended.stdout == b"given up\n"
 
 
+async def test_who_is_told_to_stop_while_a_thread_stands_still_stops(
+    contained: Contained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "STILL", 0.1)
+    released, at_work = threading.Event(), threading.Event()
+
+    def stand_still() -> None:
+        at_work.set()
+        released.wait(60)
+
+    executor = threads.Threads()
+    look = threads.Shares().look(executor, contained.event.process, stand_still)
+    task = asyncio.create_task(look)
+    try:
+        await until(at_work.is_set)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    finally:
+        released.set()
+        executor.shutdown()
+
+
 _MANY_MOUNTS = """
 import ctypes, os, sys
 BIND = 4096

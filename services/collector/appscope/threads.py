@@ -62,10 +62,14 @@ class StandsStill(CrashbusError):
         self._working = working
         self._is_cancelled = is_cancelled
 
-    async def left(self) -> None:
-        """Wait until the thread comes back, unless we were told to stop meanwhile."""
+    def stop_if_cancelled(self) -> None:
+        """Stop, if we were told to while we waited."""
         if self._is_cancelled:
             raise asyncio.CancelledError
+
+    async def left(self) -> None:
+        """Wait until the thread comes back, unless we were told to stop meanwhile."""
+        self.stop_if_cancelled()
         await asyncio.wait([self._working])
         with suppress(Exception):
             self._working.result()
@@ -184,6 +188,7 @@ class Shares:
                     share.give_up()
                     taken.callback(share.hope)
                 still.when_left(taken.pop_all().close)
+                still.stop_if_cancelled()
                 raise
 
     def _shares(self, process: Process) -> list[_Share]:
