@@ -252,6 +252,9 @@ class Helper:
 @pytest.fixture
 def sleeper() -> Iterator[int]:
     process = subprocess.Popen(["/bin/sleep", "600"])
+    # It has its name a moment after it has begun, for which nobody can wait: execve(2).
+    while Path(f"/proc/{process.pid}/comm").read_bytes() != b"sleep\n":
+        os.sched_yield()
     yield process.pid
     process.kill()
     process.wait()
