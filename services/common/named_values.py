@@ -38,8 +38,8 @@ _VALUES = {
         "colon": _WORD,
     }.items()
 }
-_OPENING = re.compile(r"(\\*)([\"'])")
-_CLOSING = {quote: re.compile(rf"(\\*){quote}") for quote in "\"'"}
+_OPENING = re.compile(r"(\\*+)([\"'])")
+_CLOSING = {quote: re.compile(rf"(?<!\\)(\\*+){quote}") for quote in "\"'"}
 
 
 class Value(NamedTuple):
