@@ -68,7 +68,7 @@ def test_shippers_differ_whatever_the_file_of_settings_says() -> None:
     assert address.endswith(":%i")
 
 
-@pytest.mark.parametrize("unit", [name for name in NAMES if "recorder" not in name])
+@pytest.mark.parametrize("unit", NAMES)
 def test_a_unit_takes_no_more_memory_than_elsewhere(unit: str) -> None:
     name = unit.removeprefix("crashbus-").removesuffix(".service").removesuffix("@")
     compose = yaml.safe_load((UNITS.parent / "compose.yaml").read_text())["services"]
