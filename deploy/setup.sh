@@ -64,7 +64,7 @@ if [ ${#missing[@]} -gt 0 ]; then
     "${missing[@]}" >>"$log" 2>&1 || { tail -n 20 "$log" >&2; say "apt-get failed, see $log"; exit 1; }
   rm -f "$log"
   # … nor at the next boot.
-  units=$(dpkg-query -L "${missing[@]}" | sed -n 's|^/lib/systemd/system/\([^/@]*\.\(service\|socket\|target\)\)$|\1|p')
+  units=$(dpkg-query -L "${missing[@]}" | sed -nE 's,^/lib/systemd/system/([^/@]*\.(service|socket|target))$,\1,p')
   # shellcheck disable=SC2086 # one word each
   [ -z "$units" ] || systemctl disable $units >/dev/null 2>&1 || true
 fi

@@ -57,10 +57,10 @@ def test_host_that_just_runs_the_services_gets_nothing_of_demo_and_tests(tmp_pat
 
 
 def test_what_is_installed_does_not_start_with_the_host() -> None:
-    (pick,) = re.findall(r"sed -n '([^']*systemd[^']*)'", SETUP.read_text())
+    (pick,) = re.findall(r"sed -nE '([^']*systemd[^']*)'", SETUP.read_text())
     installed = "docker.service", "docker.socket", "ceph.target", "ceph-mon@.service"
     lines = "".join(f"/lib/systemd/system/{name}\n" for name in (*installed, "x.wants/y.service"))
 
-    done = subprocess.run(["sed", "-n", pick], input=lines, capture_output=True, text=True)
+    done = subprocess.run(["sed", "-nE", pick], input=lines, capture_output=True, text=True)
 
     assert done.stdout.split() == ["docker.service", "docker.socket", "ceph.target"]
