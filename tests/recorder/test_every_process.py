@@ -225,9 +225,13 @@ _MAPPED_TWICE = """
 int main(int count, char **arguments) {
     Dl_info found;
     dladdr((void *)puts, &found);
-    int file = open(found.dli_fname, O_RDONLY);
-    void *low = mmap((void *)0x100000000000, 4096, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, 0);
-    if (low == MAP_FAILED) return 1;
+    const char *files[] = {arguments[1], found.dli_fname};
+    void *places[] = {(void *)0x10000, (void *)0x100000000000};
+    for (int one = 0; one < 2; one++) {
+        int file = open(files[one], O_RDONLY);
+        void *low = mmap(places[one], 4096, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, 0);
+        if (low == MAP_FAILED) return 1;
+    }
     void *library = dlopen(arguments[1], RTLD_NOW);
     unlink(arguments[1]);  /* so that its names come from the very file or not at all */
     return ((int (*)(int *))dlsym(library, "crash_here"))(0);

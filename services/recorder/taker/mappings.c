@@ -35,21 +35,21 @@ static int is_memory(const char *name) {
 }
 
 static int parse_mapping(const char *at, const char *end, struct mapping *mapping) {
-    uint64_t offset, inode;
+    uint64_t offset;
     if (parse_number(&at, 16, '-', &mapping->start)) return -1;
     if (parse_number(&at, 16, ' ', &mapping->end) || mapping->start >= mapping->end) return -1;
     const char *rights = at;
     if (end - at < 5 || at[4] != ' ') return -1;
     at += 5;
     if (parse_number(&at, 16, ' ', &offset)) return -1;
-    const char *file = at;
-    if (parse_device(&at, 16, &mapping->device) || parse_number(&at, 10, ' ', &inode)) return -1;
-    at += strspn(at, " ");
+    if (parse_device(&at, 16, &mapping->device)) return -1;
+    if (parse_number(&at, 10, ' ', &mapping->inode)) return -1;
+    at += strspn(at, " "); /* more of them before short addresses */
     mapping->readable = rights[0] == 'r';
     mapping->code = rights[2] == 'x';
-    mapping->private_memory = !inode && rights[3] == 'p' && is_memory(at);
-    mapping->file = inode ? file : NULL;
-    mapping->length = inode ? (uint32_t)(end - file) : 0;
+    mapping->private_memory = !mapping->inode && rights[3] == 'p' && is_memory(at);
+    mapping->file = mapping->inode ? at : NULL;
+    mapping->length = mapping->inode ? (uint32_t)(end - at) : 0;
     return 0;
 }
 
@@ -144,11 +144,14 @@ static void open_file(struct crash *crash, const struct mapping *mapping) {
         crash->files[crash->files_found++] = (struct opened){mapping->start, mapping->end, file};
 }
 
+static int is_same_file(const struct mapping *one, const struct mapping *other) {
+    return one->file && one->device == other->device && one->inode == other->inode &&
+           one->length == other->length && !memcmp(one->file, other->file, one->length);
+}
+
 static const struct mapping *first_of_file(const struct crash *crash, const struct mapping *mapping) {
     const struct mapping *first = crash->mappings;
-    while (!first->file || first->length != mapping->length ||
-           memcmp(first->file, mapping->file, first->length))
-        first++;
+    while (!is_same_file(first, mapping)) first++;
     return first;
 }
 

@@ -40,8 +40,8 @@ struct piece {
 };
 
 struct mapping {
-    uint64_t start, end, device;
-    const char *file; /* device, inode and path, up to the end of the line; NULL: no file */
+    uint64_t start, end, device, inode;
+    const char *file; /* its path, up to the end of the line; NULL: no file */
     uint32_t length;  /* of that */
     char private_memory, readable, code;
 };
