@@ -116,8 +116,8 @@ class RecorderSettings(Settings):
     )
     debug_directory: Path = Field(
         Path("/usr/lib/debug"),
-        description="directory of separate debug information, as .build-id/<xx>/<rest>.debug, "
-        "readable for everyone",
+        description="directory of separate debug information, as .build-id/<xx>/<rest>.debug, and "
+        "of what that refers to, there or below .dwz, readable for everyone",
     )
     debuginfod_urls: str = Field(
         "",
