@@ -333,6 +333,9 @@ async def test_appscope_files_in_a_container_are_brought_out_and_delivered(
     manifest = await until(brought_out, within=60, every=0.1)
     await pipeline.delivered(manifest)
     assert manifest.process.ns_pid == 1
+    assert manifest.signal_name == "SIGSEGV", "not the SIGABRT that the library ends in"
+    assert manifest.modules and manifest.fingerprint
+    assert any("AppScope's library" in note for note in manifest.notes)
     check_everywhere_equal(pipeline, manifest)
     events = await pipeline.events_of(manifest.process.pid)
     handled = next(event for event in events if event.disposition == "handled")
