@@ -160,8 +160,9 @@ class Gatherer:
             except (OSError, SpoolUnusable) as error:
                 log.warning("the spool cannot be looked at", error=str(error))
                 directories = []
-            known = {name for _, name in directories}
-            self._settled = {n: t for n, t in self._settled.items() if n in known}
+            else:
+                known = {name for _, name in directories}
+                self._settled = {n: t for n, t in self._settled.items() if n in known}
             for changed, name in directories:
                 if self._settled.get(name) != changed:
                     self._watch(inotify, name)
