@@ -1,5 +1,6 @@
 """Frames as a backtrace names them, of stacks that drgn's own real ones are rarely like."""
 
+import struct
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from services.recorder.unwinding import naming
 from services.recorder.unwinding.backtrace import LoadedModule
+from services.recorder.unwinding.frame_pointers import across_stacks
 from services.recorder.unwinding.go_table import Function
 from services.recorder.unwinding.naming import Namer
 
@@ -143,6 +145,26 @@ def test_caller_that_only_the_stack_tells_is_of_x86_64(
     trace = Stopped(0x14, 0x1000, interrupted=True), Stopped(0x34, 0x2000)
 
     assert names(*trace, program=program) == ["leaf", *between, "main.main"]
+
+
+class Chain:
+    """Memory in which each frame pointer leads a step further, and round where it should."""
+
+    def __init__(self, step: int, size: int) -> None:
+        self._step, self._size = step, size
+
+    def read(self, address: int, size: int) -> bytes:
+        return struct.pack("<QQ", (address + self._step) % self._size, 0x401000)
+
+
+@pytest.mark.parametrize(
+    ("step", "size", "found"), [(0, 1 << 32, 1), (16, 64, 4), (16, 1 << 32, 1024)]
+)
+def test_chain_of_frame_pointers_that_does_not_end_is_left(
+    step: int, size: int, found: int
+) -> None:
+    """Who crashed wrote it."""
+    assert list(across_stacks(Chain(step, size), 0)) == [0x401000] * found
 
 
 def test_symbol_is_asked_for_once() -> None:
