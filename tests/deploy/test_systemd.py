@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -68,14 +69,36 @@ def test_shippers_differ_whatever_the_file_of_settings_says() -> None:
     assert address.endswith(":%i")
 
 
-@pytest.mark.parametrize("unit", NAMES)
-def test_a_unit_takes_no_more_memory_than_elsewhere(unit: str) -> None:
-    name = unit.removeprefix("crashbus-").removesuffix(".service").removesuffix("@")
-    compose = yaml.safe_load((UNITS.parent / "compose.yaml").read_text())["services"]
-    (limit,) = values(unit, "MemoryMax")
-    assert limit.lower() == compose[name]["mem_limit"]
+def in_compose(name: str) -> dict[str, Any]:
+    """Return what compose.yaml says of a service."""
+    services = yaml.safe_load((UNITS.parent / "compose.yaml").read_text())["services"]
+    return {**services[name]}
+
+
+def on_kubernetes(name: str) -> dict[str, Any]:
+    """Return what the manifests say of a service's container."""
     manifests = UNITS.parent.joinpath("kubernetes").glob("*/*.yaml")
     every = [one for path in manifests for one in yaml.safe_load_all(path.read_text())]
     pods = [one["spec"]["template"]["spec"] for one in every if "template" in one.get("spec", {})]
-    containers = {one["name"]: one for pod in pods for one in pod["containers"]}
-    assert containers[name]["resources"]["limits"]["memory"] == f"{limit}i"
+    return next(one for pod in pods for one in pod["containers"] if one["name"] == name)
+
+
+@pytest.mark.parametrize("unit", [name for name in NAMES if "recorder" not in name])
+def test_a_unit_takes_no_more_memory_than_elsewhere(unit: str) -> None:
+    name = unit.removeprefix("crashbus-").removesuffix(".service").removesuffix("@")
+    (limit,) = values(unit, "MemoryMax")
+    assert in_compose(name)["mem_limit"] == limit.lower()
+    assert on_kubernetes(name)["resources"]["limits"] == {"memory": f"{limit}i"}
+
+
+def test_cores_that_a_recorder_writes_meet_no_limit_of_memory() -> None:
+    """Memory in a file counts, even on tmpfs, where nothing can be taken back."""
+    assert not values("crashbus-recorder.service", "MemoryMax")
+    assert not values("crashbus-recorder.service", "MemoryHigh")
+    assert "mem_limit" not in in_compose("recorder")
+    assert "limits" not in on_kubernetes("recorder")["resources"]
+
+
+def test_recorder_outlives_an_unwinder_that_was_killed_for_its_memory() -> None:
+    """As systemd's default is, systemd.service(5), it would be stopped."""
+    assert values("crashbus-recorder.service", "OOMPolicy") == ["continue"]

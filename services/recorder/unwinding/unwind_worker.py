@@ -36,7 +36,7 @@ from services.recorder.unwinding.naming import Namer, short
 
 _PYTHON = re.compile(r"python(\d)\.(\d{1,3})[^/]*$")  # python3.11, libpython3.11.so.1.0
 _ADDRESS_SPACE = 16 * 1024**3  # bytes; debug information and core are mapped, not read
-_DATA = 1024**3  # bytes of memory of its own
+_DATA = 1024**3  # bytes of memory of its own: what is compressed of debug information goes there
 
 
 def main() -> None:
