@@ -91,6 +91,16 @@ def test_a_unit_takes_no_more_memory_than_elsewhere(unit: str) -> None:
     assert on_kubernetes(name)["resources"]["limits"] == {"memory": f"{limit}i"}
 
 
+def test_bus_collects_its_garbage_before_it_is_killed_for_it() -> None:
+    (given,) = (
+        value for value in values("crashbus-nats.service", "Environment") if "GOMEMLIMIT" in value
+    )
+    name, _, limit = given.partition("=")
+    assert in_compose("nats")["environment"][name] == limit
+    assert {"name": name, "value": limit} in on_kubernetes("nats")["env"]
+    assert int(limit.removesuffix("MiB")) < 1024  # as test_a_unit_takes_no_more_memory_than_elsewhere
+
+
 def test_cores_that_a_recorder_writes_meet_no_limit_of_memory() -> None:
     """Memory in a file counts, even on tmpfs, where nothing can be taken back."""
     assert not values("crashbus-recorder.service", "MemoryMax")
