@@ -3,7 +3,10 @@
 import asyncio
 import hashlib
 import os
+import re
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,8 @@ from tests.collector.conftest import FILE, TCP, Setup, crash, epoch_of, fill_chu
 from tests.collector.stand_in import signal_event
 from tests.support.nats import NatsServer
 from tests.support.wait import until
+
+OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 
 pytestmark = pytest.mark.usefixtures("shipper")
 
@@ -213,6 +218,27 @@ async def test_lost_source_is_a_dead_letter_and_the_rest_is_delivered(
     assert len(manifest.files) == 3
     await setup.shipper.has(FILE, *(file.name for file in manifest.files))
     assert "manifest.json" not in setup.shipper.names(FILE)
+
+
+async def test_core_that_waited_is_delivered_from_where_the_documentation_had_it_copied(
+    setup: Setup,
+) -> None:
+    (copy,) = re.findall(r"^cp -a \S+/\. \S+/$", OPERATIONS.read_text(), re.MULTILINE)
+    elsewhere = setup.spool.with_name("elsewhere")
+    for told, there in (("/tmp/appscope", setup.spool), ("/srv/crashes", elsewhere)):
+        copy = copy.replace(told, str(there))
+    elsewhere.mkdir()
+
+    def move(_: Path) -> None:
+        subprocess.run(copy, shell=True, check=True)
+        shutil.rmtree(setup.spool)
+        setup.collector.change(CRASHBUS_SPOOL=str(elsewhere))
+
+    core, manifest = await lose_core(setup, move)
+
+    assert len(manifest.files) == 4
+    await setup.shipper.has(FILE, core.name, "manifest.json")
+    assert not await setup.bus.stored(DeadLetter)
 
 
 async def test_core_larger_than_the_bus_is_a_dead_letter_and_leaves_no_chunks(

@@ -98,7 +98,8 @@ def test_bus_collects_its_garbage_before_it_is_killed_for_it() -> None:
     name, _, limit = given.partition("=")
     assert in_compose("nats")["environment"][name] == limit
     assert {"name": name, "value": limit} in on_kubernetes("nats")["env"]
-    assert int(limit.removesuffix("MiB")) < 1024  # as test_a_unit_takes_no_more_memory_than_elsewhere
+    assert values("crashbus-nats.service", "MemoryMax") == ["1G"]
+    assert int(limit.removesuffix("MiB")) < 1024
 
 
 def test_cores_that_a_recorder_writes_meet_no_limit_of_memory() -> None:

@@ -67,6 +67,10 @@ class ServiceProcess:
                 stderr=log,
             )
 
+    def change(self, **environment: str) -> None:
+        """Change settings, for its next start."""
+        self._environment |= environment
+
     async def healthy(self, within: float = 60) -> None:
         await until(lambda: asyncio.to_thread(self._is_healthy), within, every=0.05)
 
