@@ -8,7 +8,7 @@
 # NAME       by which clients call the server: host names or addresses; localhost always is one
 #
 # Environment: SEEN_AT, the path of DIRECTORY as nats-server will see it, if that is another, as in
-# a container; DAYS the certificate lasts (365), CA_DAYS a new CA does (3650); NEW_CA=yes makes another
+# a container: once is enough, server/tls.conf keeps it; DAYS the certificate lasts (365), CA_DAYS a new CA does (3650); NEW_CA=yes makes another
 # CA and nothing else: ca.pem then holds both, and is to be handed out before the next certificate is made.
 #
 # Clients take DIRECTORY/ca.pem (CRASHBUS_NATS_CA_FILE). A CA that is there signs all further
@@ -19,7 +19,6 @@ umask 077
 directory=$1 days=${DAYS:-365} ca_days=${CA_DAYS:-3650} new_ca=${NEW_CA:-}
 shift
 [ -d "$directory/server" ] || { echo "make-certificates: no $directory/server; run crashbus keys $directory first" >&2; exit 1; }
-seen_at=${SEEN_AT:-$(cd "$directory" && pwd)}
 
 names=DNS:localhost,IP:127.0.0.1,IP:::1
 for name; do
@@ -32,11 +31,16 @@ done
 
 cd "$directory"
 fail() { echo "make-certificates: $1" >&2; exit 1; }
+# openssl tells of its progress where it tells of errors.
+quietly() { said=$("$@" 2>&1) || fail "$said"; }
+
+# A run that was broken off between the two moves below: the key is the new one already.
+if [ -e ca.pem.new ] && [ ! -e ca.key.new ]; then mv ca.pem.new ca.pem; fi
 if [ ! -e ca.pem ] || [ -n "$new_ca" ]; then
   # A name of its own: clients find a certificate's CA by that, and may trust two for a while.
-  openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -sha256 -days "$ca_days" \
+  quietly openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -sha256 -days "$ca_days" \
     -subj "/CN=Crashbus CA $(openssl rand -hex 4)" -addext keyUsage=critical,keyCertSign,cRLSign \
-    -keyout ca.key.new -out ca.pem.new 2>/dev/null
+    -keyout ca.key.new -out ca.pem.new
   # The new one first: it is the one that signs.
   if [ -e ca.pem ]; then cat ca.pem >>ca.pem.new; fi
   chmod 644 ca.pem.new
@@ -51,22 +55,26 @@ fi
 [ -e ca.key ] || fail "$directory/ca.pem is there, its ca.key is not: put it back, or make another CA with NEW_CA=yes"
 openssl x509 -in ca.pem -noout -checkend $((days * 86400)) >/dev/null ||
   fail "the CA ends within the certificate's $days days, and all clients would refuse it: make another CA with NEW_CA=yes, or set DAYS"
-openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj '/CN=crashbus-nats' \
-  -keyout server/tls.key.new -out server/request.pem 2>/dev/null
+quietly openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj '/CN=crashbus-nats' \
+  -keyout server/tls.key.new -out server/request.pem
 extensions=$(mktemp)
 trap 'rm -f "$extensions"' EXIT
 printf 'subjectAltName=%s\nbasicConstraints=critical,CA:false\nextendedKeyUsage=serverAuth\n' "$names" >"$extensions"
-openssl x509 -req -sha256 -days "$days" -in server/request.pem -CA ca.pem -CAkey ca.key \
-  -CAcreateserial -extfile "$extensions" -out server/tls.pem 2>/dev/null
+quietly openssl x509 -req -sha256 -days "$days" -in server/request.pem -CA ca.pem -CAkey ca.key \
+  -CAcreateserial -extfile "$extensions" -out server/tls.pem
 mv server/tls.key.new server/tls.key
 rm -f server/request.pem
-cat >server/tls.conf <<END
+if [ -n "${SEEN_AT:-}" ] || ! grep -qs cert_file: server/tls.conf; then
+  cat >server/tls.conf <<END
 tls {
-  cert_file: "$seen_at/server/tls.pem"
-  key_file: "$seen_at/server/tls.key"
+  cert_file: "${SEEN_AT:-$PWD}/server/tls.pem"
+  key_file: "${SEEN_AT:-$PWD}/server/tls.key"
   timeout: 5
 }
 END
+else
+  echo "$directory/server/tls.conf stays as it is; SEEN_AT would change the paths in it"
+fi
 # The server may run as another user than whoever made the keys: what it reads belongs to the
 # owner of its directory.
 if [ "$(id -u)" = 0 ]; then chown "$(stat -c %u:%g server)" server/*; fi

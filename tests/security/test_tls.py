@@ -25,6 +25,8 @@ from tests.support.nats import DEPLOY, NatsServer, SecuredNats
 from tests.support.requirements import need_program, need_root
 from tests.support.wait import until
 
+OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
+
 
 @pytest.fixture
 def secured(tmp_path: Path) -> Iterator[SecuredNats]:
@@ -124,6 +126,13 @@ async def test_a_ca_is_replaced_while_clients_of_the_old_one_are_there(
     await until(refused)
     async with connect(**secured.options("operator") | {"tls": handed_out}):
         pass
+    # What the documentation says at last: the old one is not trusted any more.
+    command = "openssl x509 -in ca.pem -out ca.new && mv ca.new ca.pem"
+    assert f"`{command}`" in OPERATIONS.read_text()
+    subprocess.run(command, shell=True, check=True, cwd=secured.keys)
+    assert len(ssl.create_default_context(cafile=secured.keys / "ca.pem").get_ca_certs()) == 1
+    async with connect(**secured.options("operator")):
+        pass
 
 
 def make_certificates(keys: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -158,6 +167,52 @@ def test_no_ca_takes_the_place_of_one_whose_key_is_elsewhere(tmp_path: Path) -> 
     assert done.returncode == 1
     assert "ca.key is not" in done.stderr
     assert (tmp_path / "ca.pem").read_bytes() == known
+
+
+def test_new_ca_whose_making_was_broken_off_is_made_whole_by_the_next_run(tmp_path: Path) -> None:
+    need_program("openssl")
+    (tmp_path / "server").mkdir()
+    make_certificates(tmp_path)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "mv").write_text('#!/bin/sh\n[ "$1" != ca.pem.new ] && exec /bin/mv "$@"\n')
+    (programs / "mv").chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    assert make_certificates(tmp_path, NEW_CA="yes", PATH=path).returncode == 1
+
+    done = make_certificates(tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    command = ["openssl", "verify", "-CAfile", "ca.pem", "server/tls.pem"]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    assert (tmp_path / "ca.pem").read_text().count("BEGIN CERTIFICATE") == 2
+
+
+def test_what_openssl_says_is_told_when_it_fails(tmp_path: Path) -> None:
+    need_program("openssl")
+    (tmp_path / "server").mkdir()
+    make_certificates(tmp_path)
+    (tmp_path / "ca.key").write_text("no key")
+
+    done = make_certificates(tmp_path)
+
+    assert done.returncode == 1
+    assert "ca.key" in done.stderr
+
+
+def test_renewed_certificate_is_where_the_server_sees_it(tmp_path: Path) -> None:
+    """As in a container; whoever renews it has not to know the path there."""
+    need_program("openssl")
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "tls.conf").write_text("# no TLS\n")  # as make_keys leaves it
+    make_certificates(tmp_path, SEEN_AT="/etc/nats/keys")
+    seen = (tmp_path / "server" / "tls.conf").read_text()
+
+    done = make_certificates(tmp_path)
+
+    assert '"/etc/nats/keys/server/tls.pem"' in seen
+    assert (tmp_path / "server" / "tls.conf").read_text() == seen
+    assert "tls.conf stays" in done.stdout
 
 
 async def test_service_and_doctor_tell_when_the_certificate_ends(
