@@ -215,13 +215,14 @@ def dumping() -> list[int]:
     """
     found = []
     for place in Path("/proc").iterdir():
+        if not place.name.isdecimal():
+            continue
         with suppress(OSError):
-            if place.name.isdecimal():
-                process = os.pidfd_open(int(place.name))
-                if b"\nCoreDumping:\t1\n" in (place / "status").read_bytes():
-                    found.append(process)
-                else:
-                    os.close(process)
+            process, dumps = os.pidfd_open(int(place.name)), False
+            try:
+                dumps = b"\nCoreDumping:\t1\n" in (place / "status").read_bytes()
+            finally:  # it may have ended just now
+                found.append(process) if dumps else os.close(process)
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from services.recorder import pattern_file
+from services.recorder import pattern_file, watchdog
 from services.recorder.paused import SILENT_AFTER, Paused
 from tests.recorder.conftest import MakeRecorder
 from tests.support import core_pattern
@@ -150,6 +150,29 @@ async def test_whom_a_recorder_holds_that_is_paused_with_its_watchdogs_is_freed(
         assert await asyncio.to_thread(late.wait, 60) == -signal.SIGKILL
     finally:
         recorder.kill_with_watchdogs()
+
+
+def test_process_that_ends_while_it_is_looked_at_leaves_nothing_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    pidfd_open = os.pidfd_open
+
+    def end_then(pid: int) -> int:
+        opened = pidfd_open(pid)
+        if pid == process.pid:
+            process.kill()
+            process.wait()
+        return opened
+
+    monkeypatch.setattr(os, "pidfd_open", end_then)
+    before = len([*Path("/proc/self/fd").iterdir()])
+
+    for other in watchdog.dumping():
+        os.close(other)
+
+    assert process.returncode is not None
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
 
 
 async def held(program: Path) -> "subprocess.Popen[bytes]":
