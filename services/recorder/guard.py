@@ -16,15 +16,15 @@ import structlog
 from services.common import log as logs
 from services.common.bus_settings import BusSettings
 from services.common.settings import SettingsError
-from services.recorder import core_pattern, hardening, pattern_file, watchdog
+from services.recorder import core_pattern, hardening, pattern_file, paused
 from services.recorder.errors import RecorderError
 from services.recorder.pattern_file import LOCK_WITHIN
-from services.recorder.paused import Paused
 from services.recorder.settings import RecorderSettings
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-_HELPER_WITHIN = 70  # seconds that the pipe helper asks for a recorder, and then keeps a crash
+# Seconds that are believed of a recorder's patience: what its settings may make of it.
+_LEAST, _MOST = paused.HELPER_WITHIN, 4 * 3600
 LOOK_EVERY = 1.0  # seconds, in which a container engine has started it again, or has not
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     """Watch over core_pattern until SIGTERM, and put it back last of all."""
     hardening.never_dump_core()
     try:
-        settings, of_recorder = BusSettings.load(), RecorderSettings.load()
+        settings, socket = BusSettings.load(), RecorderSettings.load().socket
     except SettingsError as error:
         sys.exit(f"crashbus guard: {error}")
     logs.configure(settings.log_level, settings.log_format, "guard")
@@ -40,17 +40,17 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     log.info("guarding core_pattern", now=pattern_file.current())
-    paused = Paused(_patience(of_recorder))
+    recorder = paused.Paused(patience)
     while not stop.wait(LOOK_EVERY):
-        if put_back(settings.state) and (freed := paused.look()):
+        if put_back(settings.state) and (freed := recorder.look()):
             log.error("the recorder is paused; whom it held was killed", processes=freed)
-    put_back(settings.state, last=of_recorder.socket)
+    put_back(settings.state, last=socket)
 
 
-def _patience(settings: RecorderSettings) -> int:
-    """Return the looks until everyone but a paused recorder has let go of a crashed process."""
-    of_watchdogs = watchdog.PATIENCES * settings.watchdog_deadline
-    return round((of_watchdogs + _HELPER_WITHIN + settings.chain_deadline) / LOOK_EVERY)
+def patience() -> int | None:
+    """Return how many looks the recorder asks for; None: it gives no signs of life."""
+    told = pattern_file.told_patience()
+    return None if told is None else round(max(_LEAST, min(_MOST, told)) / LOOK_EVERY)
 
 
 def put_back(state: Path, last: Path | None = None) -> bool:

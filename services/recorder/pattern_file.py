@@ -61,6 +61,24 @@ def beat() -> None:
         os.utime(LOCK)
 
 
+def tell_patience(seconds: float) -> None:
+    """Say, as whoever holds the lock, that we give signs of life, and how long nobody else may free
+    a crashed process once there are none: whoever watches us does not know our settings.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    LOCK.write_text(f"{seconds:g}\n")
+
+
+def told_patience() -> float | None:
+    """Return what `tell_patience` said last; None: nothing, as a recorder before it."""
+    try:
+        return float(LOCK.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def last_beat() -> int | None:
     """Return when `beat` was called last, in nanoseconds; only a difference tells something."""
     try:

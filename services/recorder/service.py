@@ -16,7 +16,7 @@ import structlog
 from services.common import descriptors
 from services.common.health import Health
 from services.common.service import Runtime, finish
-from services.recorder import capturing, core_pattern, finishing, metrics, pattern_file
+from services.recorder import capturing, core_pattern, finishing, metrics, pattern_file, paused
 from services.recorder.conditions import MODULE_FILES, Conditions
 from services.recorder.core.room import Lack
 from services.recorder.core.turns import Turns
@@ -58,6 +58,7 @@ async def work(runtime: Runtime, settings: RecorderSettings) -> None:
     """Record crashes until cancelled."""
     state = runtime.bus_settings.state
     with core_pattern.only_one():
+        _tell_patience(settings)
         letters = DeadLetters(runtime)
         telling = asyncio.create_task(letters.run(), name="dead letters")
         recorder = Recorder(runtime, settings, letters)
@@ -74,6 +75,13 @@ async def work(runtime: Runtime, settings: RecorderSettings) -> None:
             await finish(letters.all_told(), _TELL_WITHIN)
             telling.cancel()
             await asyncio.wait({telling})
+
+
+def _tell_patience(settings: RecorderSettings) -> None:
+    try:
+        pattern_file.tell_patience(paused.patience_of(settings))
+    except OSError as error:
+        log.warning("a guard will not see when we are paused", error=str(error))
 
 
 def _put_back(state: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from services.recorder import pattern_file, watchdog
-from services.recorder.paused import SILENT_AFTER, Paused
+from services.recorder.guard import LOOK_EVERY, patience
+from services.recorder.paused import HELPER_WITHIN, SILENT_AFTER, Paused
 from tests.recorder.conftest import MakeRecorder
 from tests.support import core_pattern
 from tests.support.crashers import crasher
@@ -132,7 +133,7 @@ async def test_whom_a_recorder_holds_that_is_paused_with_its_watchdogs_is_freed(
     for one in (recorder.pid, *recorder.watchdogs()):
         await stop(one)
     looks = 3
-    paused = Paused(looks)
+    paused = Paused(lambda: looks)
     crashed = [await held(crasher("null_pointer"))]
     try:
         paused.look()
@@ -181,6 +182,50 @@ async def held(program: Path) -> "subprocess.Popen[bytes]":
     status = Path(f"/proc/{process.pid}/status")
     await until(lambda: "CoreDumping:\t1" in status.read_text())
     return process
+
+
+@pytest.mark.parametrize("told", [None, 1.0])
+def test_recorder_that_never_gives_a_sign_of_life_is_not_taken_for_paused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: float | None
+) -> None:
+    """As one of before they were; others say their patience first of all."""
+    monkeypatch.setattr(pattern_file, "LOCK", tmp_path / "lock")
+    pattern_file.LOCK.touch()
+    if told is not None:
+        pattern_file.tell_patience(told)
+    looked = []
+
+    def look() -> list[int]:
+        looked.append(True)
+        return []
+
+    monkeypatch.setattr(watchdog, "dumping", look)
+    paused = Paused(patience)
+
+    for _ in range(SILENT_AFTER + 1):
+        paused.look()
+
+    assert looked == ([] if told is None else [True])
+
+
+async def test_guard_has_the_patience_that_the_recorder_s_settings_ask_for(
+    recorder_with: MakeRecorder,
+) -> None:
+    await started(recorder_with, "pipe", recorder_watchdog_deadline=600)
+    looks = patience()
+    assert looks is not None
+    assert looks * LOOK_EVERY > 2 * 600
+
+
+@pytest.mark.parametrize("told", ["nan", "inf", "1e300", "-1"])
+def test_no_patience_is_without_end_or_without_the_helper_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    monkeypatch.setattr(pattern_file, "LOCK", tmp_path / "lock")
+    pattern_file.tell_patience(float(told))
+    looks = patience()
+    assert looks is not None
+    assert HELPER_WITHIN <= looks * LOOK_EVERY <= 4 * 3600
 
 
 async def test_recorder_gives_signs_of_life(recorder_with: MakeRecorder) -> None:
