@@ -71,7 +71,7 @@ class Ahead:
     async def send(self, crash_id: str) -> None:
         """Send the core of a crash, if one is expected, as it is written."""
         source = self._expected.pop(crash_id, None)
-        if source is None or self._ledger.knows_file(source.directory, source.name):
+        if source is None or self._ledger.knows_file(source.directory, source.name, 0):
             return
         self._sending.add(crash_id)
         try:

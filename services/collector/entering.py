@@ -53,14 +53,17 @@ class Entering:
     def has_new(self, directory: str, entries: Mapping[Kind, Entry]) -> bool:
         """Tell whether there is something left to do with a set."""
         record = entries.get(Kind.CAPTURE)
-        if record is not None and len(entries) == 1:
+        if record is not None and [e for e in entries.values() if e.uid == 0] == [record]:
             # It may name a core that is on the bus and nowhere else.
             core = layout.crash_file_name(Kind.CORE, record.epoch)
-            return record.uid == 0 and not self._ledger.knows_file(directory, core)
+            if not self._ledger.knows_file(directory, core, 0):
+                return True
         return any(not self._is_entered(directory, entry) for entry in entries.values())
 
     def _is_entered(self, directory: str, entry: Entry) -> bool:
-        return entry.kind is Kind.CAPTURE or self._ledger.knows_file(directory, entry.name)
+        return entry.kind is Kind.CAPTURE or self._ledger.knows_file(
+            directory, entry.name, entry.uid
+        )
 
     def refuse(self, directory: str, refused: Refused) -> None:
         """Say what is not touched, and why; once."""
@@ -83,7 +86,7 @@ class Entering:
             return
         told = self._told_by(found, process)
         crash = self._ledger.get(told.crash_id) or told
-        if _clashes(crash, found):
+        if _clashes(crash, found, sent):
             told = self._of_unknown(found)
             crash = self._ledger.get(told.crash_id) or told
         sources = [
@@ -92,7 +95,9 @@ class Entering:
             if self._belongs(found, e, crash) and not self._is_entered(found.directory, e)
         ]
         sources += [
-            source for source in sent if not self._ledger.knows_file(found.directory, source.name)
+            source
+            for source in sent
+            if not self._ledger.knows_file(found.directory, source.name, 0)
         ]
         if not sources:
             return
@@ -132,7 +137,7 @@ class Entering:
         ):
             for module in modules:
                 for file in module.files():
-                    known = self._ledger.knows_file(BINARIES, file.name)
+                    known = self._ledger.knows_file(BINARIES, file.name, 0)
                     if not known and spool.is_root_s(file.name, directory):
                         new[file.name] = Source(
                             directory=BINARIES, name=file.name, kind=file.kind, owner=0
@@ -198,11 +203,13 @@ class Entering:
         )
 
 
-def _clashes(crash: Crash, found: FoundSet) -> bool:
-    """Tell whether a crash has files of these names from another directory: a process in a
-    container that shares the spool has one by its own PID and one by the host's."""
+def _clashes(crash: Crash, found: FoundSet, sent: list[Source]) -> bool:
+    """Tell whether a crash has other files of these names: from another directory, for a process
+    in a container that shares the spool has one by its own PID and one by the host's, or such as
+    its user made before the recorder came."""
+    names = [e.name for e in found.entries.values() if e.uid == found.owner]
     return any(
-        source.directory != found.directory
-        for entry in found.entries.values()
-        if (source := crash.sources.get(entry.name)) is not None
+        source.directory != found.directory or source.owner not in (found.owner, None)
+        for name in (*names, *(source.name for source in sent))
+        if (source := crash.sources.get(name)) is not None
     )

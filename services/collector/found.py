@@ -175,6 +175,7 @@ def sent_sources(found: FoundSet) -> list[Source]:
                 directory=found.directory,
                 name=name,
                 kind=parsed[0],
+                owner=0,
                 note=captured.note,
                 expected=captured.expected,
                 file=file,

@@ -19,6 +19,10 @@ from crashbus.parts import CrashFile, Module, Process
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
+# Directory, name and owner of a file. Anybody may have had the name before: in a directory that is
+# open to all, a name alone says nothing of whose file it is.
+Place = tuple[str, str, int | None]
+
 
 class Told(BaseModel):
     """What a dead letter said; see `DeadLetter`."""
@@ -67,6 +71,11 @@ class Source(BaseModel):
     offered_at: float = 0.0
     renewals: int = 0
     renewed_for: float = 0.0
+
+    @property
+    def place(self) -> Place:
+        """Where it lies, and whose it is there."""
+        return self.directory, self.name, self.owner
 
     def waits_for(self, destinations: tuple[str, ...]) -> tuple[str, ...]:
         """Return the destinations that have neither confirmed it nor given it up."""
@@ -146,7 +155,7 @@ class Ledger:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._crashes: dict[str, Crash] = {}
-        self._files: set[tuple[str, str]] = set()
+        self._files: set[Place] = set()
         self._writing: dict[str, asyncio.Lock] = {}
 
     def load(self) -> None:
@@ -164,7 +173,7 @@ class Ledger:
 
     def _keep(self, crash: Crash) -> None:
         self._crashes[crash.crash_id] = crash
-        self._files.update((s.directory, s.name) for s in crash.sources.values())
+        self._files.update(source.place for source in crash.sources.values())
 
     async def save(self, crash: Crash) -> None:
         """Make an entry last, as it is when its turn to be written comes.
@@ -189,7 +198,7 @@ class Ledger:
         """Remove an entry whose files are removed; one that is made anew meanwhile stays."""
         crash_id = crash.crash_id
         self._crashes.pop(crash_id, None)
-        self._files.difference_update((s.directory, s.name) for s in crash.sources.values())
+        self._files.difference_update(source.place for source in crash.sources.values())
         async with self._writing.setdefault(crash_id, asyncio.Lock()):
             await asyncio.to_thread(self._path(crash_id).unlink, missing_ok=True)
         if crash_id not in self._crashes:
@@ -207,9 +216,10 @@ class Ledger:
         """Return those that are not delivered yet."""
         return [crash for crash in self.crashes() if crash.delivered_at is None]
 
-    def knows_file(self, directory: str, name: str) -> bool:
+    def knows_file(self, directory: str, name: str, owner: int) -> bool:
         """Tell whether a file in the spool belongs to an entry; safe in any thread."""
-        return (directory, name) in self._files
+        places: set[Place] = {(directory, name, owner), (directory, name, None)}
+        return not places.isdisjoint(self._files)
 
     def expired(self, keep: float) -> list[Crash]:
         """Return the delivered crashes that have been kept for `keep` seconds."""

@@ -7,6 +7,7 @@ import random
 import time
 from contextlib import suppress
 from itertools import groupby
+from operator import itemgetter
 
 import structlog
 
@@ -17,7 +18,7 @@ from crashbus.layout import LARGE, Kind
 from services.collector import metrics, room, spool
 from services.collector.core_streams import CoreStreams
 from services.collector.delivery import Deliverer
-from services.collector.ledger import Crash, Ledger, Source
+from services.collector.ledger import Crash, Ledger, Place, Source
 from services.collector.plan import waiting
 from services.collector.room import Candidate, Loss
 from services.collector.settings import CollectorSettings
@@ -32,7 +33,7 @@ SILENT_FOR = 60.0  # seconds, where the bus did not answer
 _BLOCK = 512  # bytes of a block in st_blocks, stat(2)
 
 
-Usage = dict[tuple[str, str], int]  # bytes that each file takes, by directory and name
+Usage = dict[Place, int]  # bytes that each file takes
 
 
 class Retention:
@@ -94,7 +95,7 @@ class Retention:
         has_limit = settings.spool_bytes or settings.keep_delivered_bytes
         if not has_limit and not await asyncio.to_thread(self._excess_on_disk):
             return True
-        files = [(s.directory, s.name) for c in crashes for s in c.sources.values()]
+        files = [source.place for crash in crashes for source in crash.sources.values()]
         usage = await asyncio.to_thread(measure, self._root, files)
         delivered = [_whole(c, usage) for c in crashes if c.delivered_at is not None]
         kept = sum(one.size for one in delivered)
@@ -141,7 +142,7 @@ class Retention:
             return []
         found = []
         for source in crash.sources.values():
-            size = usage.get((source.directory, source.name), 0)
+            size = usage.get(source.place, 0)
             # What is lost already and still there could not be removed; it is told only once.
             if size and not source.lost and not self._deliverer.offering.is_sending(crash, source):
                 loss = await self._loss(crash, source)
@@ -266,7 +267,7 @@ def _not_over(until: dict[tuple[str, str], float]) -> dict[tuple[str, str], floa
 
 
 def _whole(crash: Crash, usage: Usage) -> Candidate:
-    size = sum(usage.get((one.directory, one.name), 0) for one in crash.sources.values())
+    size = sum(usage.get(one.place, 0) for one in crash.sources.values())
     return _candidate(crash, crash.delivered_at or 0.0, "", size, Loss.NOTHING)
 
 
@@ -275,16 +276,17 @@ def _candidate(crash: Crash, since: float, name: str, size: int, loss: Loss) -> 
     return Candidate(crash.crash_id, name, executable, since, size, loss)
 
 
-def measure(root: str, files: list[tuple[str, str]]) -> Usage:
-    """Look at crash files, given by directory and name; one that is gone takes nothing."""
+def measure(root: str, files: list[Place]) -> Usage:
+    """Look at crash files; one that is gone, or is another's now, takes nothing."""
     sizes: Usage = {}
     with spool.open_directory(root) as parent:
-        for directory, group in groupby(sorted(set(files)), key=lambda file: file[0]):
+        for directory, group in groupby(sorted(set(files), key=itemgetter(0)), key=itemgetter(0)):
             with suppress(OSError), spool.open_directory(directory, parent) as descriptor:
                 for file in group:
                     with suppress(FileNotFoundError):
                         status = os.stat(file[1], dir_fd=descriptor, follow_symlinks=False)
-                        sizes[file] = status.st_blocks * _BLOCK
+                        if file[2] in (status.st_uid, None):
+                            sizes[file] = status.st_blocks * _BLOCK
     return sizes
 
 
@@ -294,7 +296,7 @@ def _unlink(root: str, source: Source) -> None:
         spool.open_directory(root) as parent,
         spool.open_directory(source.directory, parent) as directory,
     ):
-        os.unlink(source.name, dir_fd=directory)
+        _unlink_in(directory, source.name, source.owner)
 
 
 async def remove_crash(root: str, ledger: Ledger, crash: Crash) -> None:
@@ -302,7 +304,7 @@ async def remove_crash(root: str, ledger: Ledger, crash: Crash) -> None:
     # A further set may have been entered since the sweep began, or while files are removed.
     if crash.delivered_at is None:
         return
-    files = [(source.directory, source.name) for source in crash.sources.values()]
+    files = [source.place for source in crash.sources.values()]
     try:
         await asyncio.to_thread(_remove, root, files)
     except OSError as error:
@@ -324,17 +326,21 @@ def remove_strays(root: str, ledger: Ledger) -> None:
         for entry in entries:
             status = entry.stat(follow_symlinks=False)
             is_old = time.time() - status.st_mtime > STRAY_AFTER
-            if status.st_uid == 0 and is_old and not ledger.knows_file(layout.BINARIES, entry.name):
+            if (
+                status.st_uid == 0
+                and is_old
+                and not ledger.knows_file(layout.BINARIES, entry.name, 0)
+            ):
                 os.unlink(entry.name, dir_fd=directory)
                 log.info("removed a binary of no crash", name=entry.name)
 
 
-def _remove(root: str, files: list[tuple[str, str]]) -> None:
+def _remove(root: str, files: list[Place]) -> None:
     with spool.open_directory(root) as parent:
-        for name in {directory for directory, _ in files}:
+        for name in {file[0] for file in files}:
             try:
                 with spool.open_directory(name, parent) as directory:
-                    _remove_files(directory, [file for place, file in files if place == name])
+                    _remove_files(directory, [file for file in files if file[0] == name])
                 os.rmdir(name, dir_fd=parent)
             except FileNotFoundError:
                 continue  # somebody was faster
@@ -343,12 +349,18 @@ def _remove(root: str, files: list[tuple[str, str]]) -> None:
                     raise
 
 
-def _remove_files(directory: int, names: list[str]) -> None:
-    for name in names:
+def _remove_files(directory: int, files: list[Place]) -> None:
+    for _, name, owner in files:
         parsed = layout.parse_crash_file_name(name)  # None for a binary
         record = [layout.crash_file_name(Kind.CAPTURE, parsed[1])] if parsed else []
         for file in (name, *record):
-            try:
-                os.unlink(file, dir_fd=directory)
-            except FileNotFoundError:
-                continue
+            _unlink_in(directory, file, owner)
+
+
+def _unlink_in(directory: int, name: str, owner: int | None) -> None:
+    """Remove a file, unless another's has its name now: the recorder puts what stands in the place
+    of its files aside."""
+    with suppress(FileNotFoundError):
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if owner in (status.st_uid, None):
+            os.unlink(name, dir_fd=directory)

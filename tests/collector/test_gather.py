@@ -10,11 +10,14 @@ import pytest
 from asyncinotify import Inotify
 
 from crashbus import Bus
+from crashbus.layout import Kind
 from crashbus.messages import SignalEvent
+from crashbus.parts import CrashFile
 from services.collector import gather, spool
 from services.collector.gather import Gatherer
 from services.collector.records import record_of
 from services.common import capture
+from services.common.capture import CapturedFile
 from tests.collector.stand_in import signal_event
 from tests.support.nats import NatsServer
 from tests.support.requirements import need_root
@@ -190,6 +193,58 @@ async def test_files_of_several_owners_are_a_crash_of_each(gatherer: Gatherer) -
     assert (found[1001].process.comm, found[1001].signal) == ("victim", 11)
 
 
+async def test_names_that_a_user_used_before_are_the_recorder_s_all_the_same(
+    gatherer: Gatherer,
+) -> None:
+    """He can guess them: the recorder puts his files aside when it comes to make its own."""
+    need_root()
+    event = signal_event(os.getpid())
+    place = gatherer.root / str(NO_PID)
+    place.mkdir()
+    for name in ("core_1", "info_1"):
+        (place / name).write_text("the user's")
+        os.chown(place / name, 65534, 65534)
+    await gatherer.look(place.name)
+    (users,) = gatherer._entering._ledger.crashes()
+    assert users.process.uid == 65534
+
+    for name in ("core_1", "info_1"):
+        (place / name).unlink()
+        (place / name).write_text("root's")
+    record_set(place, 1, event)
+    await gatherer.look(place.name)
+
+    crash = gatherer._entering._ledger.get(event.crash_id)
+    assert crash is not None
+    assert crash.sources.keys() == {"core_1", "info_1"}
+
+
+async def test_core_on_the_bus_is_entered_though_a_user_s_has_its_name(gatherer: Gatherer) -> None:
+    need_root()
+    event = signal_event(os.getpid())
+    place = gatherer.root / str(NO_PID)
+    place.mkdir()
+    (place / "core_1").write_text("the user's")
+    os.chown(place / "core_1", 65534, 65534)
+    await gatherer.look(place.name)
+    sent = CrashFile(
+        name="core_1",
+        kind=Kind.CORE,
+        size=1,
+        sha256="0" * 64,
+        encoding="identity",
+        stored_size=1,
+        chunks=1,
+    )
+
+    record_set(place, 1, event, {"core_1": CapturedFile(size=1, sent=sent)})
+    await gatherer.look(place.name)
+
+    crash = gatherer._entering._ledger.get(event.crash_id)
+    assert crash is not None
+    assert crash.sources["core_1"].file == sent
+
+
 async def test_watches_are_bounded_and_the_newest_stay(
     gatherer: Gatherer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,8 +304,10 @@ async def test_set_of_the_recorder_waits_for_no_bus(
         nats_server.start()
 
 
-def record_set(place: Path, epoch: int, event: SignalEvent) -> None:
+def record_set(
+    place: Path, epoch: int, event: SignalEvent, files: dict[str, CapturedFile] | None = None
+) -> None:
     """Write the capture record of a whole set."""
-    record = record_of(event, "complete", {}, "as the recorder's")
+    record = record_of(event, "complete", files or {}, "as the recorder's")
     with spool.open_directory(str(place)) as directory:
         os.close(capture.create(directory, epoch, record))

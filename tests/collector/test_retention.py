@@ -18,6 +18,7 @@ from services.collector import retention
 from services.collector.ledger import Crash, Ledger, Source
 from services.collector.retention import Retention
 from services.collector.settings import CollectorSettings
+from tests.support.requirements import need_root
 
 CRASH_ID = "0" * 16
 
@@ -45,7 +46,7 @@ async def test_delivered_files_are_removed_with_their_entry(tmp_path: Path, ledg
     await retention.remove_crash(str(tmp_path / "spool"), ledger, crash)
     assert not (tmp_path / "spool" / "7").exists()
     assert ledger.get(CRASH_ID) is None
-    assert not ledger.knows_file("7", "info_1")
+    assert not ledger.knows_file("7", "info_1", 0)
 
 
 async def test_entry_is_removed_outside_the_event_loop(
@@ -120,6 +121,24 @@ async def test_file_of_another_crash_in_the_directory_stays(tmp_path: Path, ledg
     assert not (tmp_path / "spool" / "7" / "info_1").exists()
 
 
+async def test_record_and_file_that_came_in_the_place_of_another_s_stay(
+    tmp_path: Path, ledger: Ledger
+) -> None:
+    """The recorder puts aside what stands in the place of its files."""
+    need_root()
+    place = tmp_path / "spool" / "7"
+    (place / "capture_1").write_text("the recorder's")
+    (crash,) = ledger.expired(keep=0)
+    crash.sources["info_1"].owner = 65534
+    await ledger.save(crash)
+
+    assert retention.measure(str(tmp_path / "spool"), [("7", "info_1", 65534)]) == {}
+    await retention.remove_crash(str(tmp_path / "spool"), ledger, crash)
+
+    assert {file.name for file in place.iterdir()} == {"info_1", "capture_1"}
+    assert ledger.get(CRASH_ID) is None
+
+
 async def test_binary_goes_with_the_crash_it_came_with(tmp_path: Path, ledger: Ledger) -> None:
     (crash,) = ledger.expired(keep=0)
     name = f"executable_{'ab' * 20}_{'0' * 16}"
@@ -133,7 +152,7 @@ async def test_binary_goes_with_the_crash_it_came_with(tmp_path: Path, ledger: L
     await retention.remove_crash(str(tmp_path / "spool"), ledger, crash)
 
     assert [path.name for path in directory.iterdir()] == ["another"]
-    assert not ledger.knows_file(BINARIES, name)
+    assert not ledger.knows_file(BINARIES, name, 0)
 
 
 async def test_only_old_binaries_of_no_crash_are_strays(tmp_path: Path, ledger: Ledger) -> None:
