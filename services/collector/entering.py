@@ -86,8 +86,9 @@ class Entering:
             return
         told = self._told_by(found, process)
         crash = self._ledger.get(told.crash_id) or told
-        if _clashes(crash, found, sent):
-            told = self._of_unknown(found)
+        # What is on the bus lies there under the crash's own ID.
+        if not sent and _clashes(crash, found):
+            told = self._apart(found)
             crash = self._ledger.get(told.crash_id) or told
         sources = [
             source_of(found, e)
@@ -169,12 +170,23 @@ class Entering:
             return self._from_files(name, process, found)
         return self._of_unknown(found)
 
+    def _apart(self, found: FoundSet) -> Crash:
+        """Return a crash for a set that has the names of another's files of the same process."""
+        if not (found.record and found.record.record):
+            return self._of_unknown(found)
+        told = self._from_record(found.record.record)
+        note = f"another set of crash {told.crash_id} has files of the same names"
+        update = {"crash_id": self._unknown_id(found), "notes": [*told.notes, note]}
+        return told.model_copy(update=update)
+
+    def _unknown_id(self, found: FoundSet) -> str:
+        return unknown_crash_id(self._boot_id, int(found.directory), found.epoch, found.owner)
+
     def _of_unknown(self, found: FoundSet) -> Crash:
         """Return the crash of a process that cannot be told: by its files alone."""
         pid, owner = int(found.directory), found.owner
-        name = unknown_crash_id(self._boot_id, pid, found.epoch, owner)
         process = processes.unknown(pid, found.epoch, owner, found.comm, self._boot_id)
-        crash = self._from_files(name, process, found)
+        crash = self._from_files(self._unknown_id(found), process, found)
         crash.notes.append("the process was gone before anyone saw it: its start is not known")
         return crash
 
@@ -203,13 +215,12 @@ class Entering:
         )
 
 
-def _clashes(crash: Crash, found: FoundSet, sent: list[Source]) -> bool:
+def _clashes(crash: Crash, found: FoundSet) -> bool:
     """Tell whether a crash has other files of these names: from another directory, for a process
     in a container that shares the spool has one by its own PID and one by the host's, or such as
     its user made before the recorder came."""
-    names = [e.name for e in found.entries.values() if e.uid == found.owner]
     return any(
         source.directory != found.directory or source.owner not in (found.owner, None)
-        for name in (*names, *(source.name for source in sent))
-        if (source := crash.sources.get(name)) is not None
+        for entry in found.entries.values()
+        if entry.uid == found.owner and (source := crash.sources.get(entry.name)) is not None
     )

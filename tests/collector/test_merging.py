@@ -5,6 +5,7 @@ import tempfile
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -170,6 +171,29 @@ async def test_sets_of_all_kinds_tell_the_same_in_any_order(
     assert (crash.fingerprint, crash.build_fingerprint) == ("1" * 16, "2" * 16)
     assert sorted(crash.notes) == ["cut to its stacks", "in its own place"]
     assert len(crash.sources) == 8
+
+
+@pytest.mark.parametrize("other", [{"directory": "8"}, {"owner": 65534}])
+async def test_recorded_set_whose_names_are_taken_tells_all_that_its_record_does(
+    other: dict[str, Any], tmp_path: Path
+) -> None:
+    ledger = loaded(tmp_path)
+    entering = Entering(tmp_path, "h", BOOT, ("file:///a",), ledger, lambda _: None)
+    await entering.enter(look(102, {Kind.INFO}), PROCESS)
+    (first,) = ledger.crashes()
+    name = crash_file_name(Kind.INFO, 102)
+    first.sources[name] = first.sources[name].model_copy(update=other)
+    await ledger.save(first)
+    ledger = loaded(tmp_path)  # it knows the first file by its former place no more
+    entering = Entering(tmp_path, "h", BOOT, ("file:///a",), ledger, lambda _: None)
+
+    await entering.enter(SETS["recorder"], None)
+
+    (apart,) = [one for one in ledger.crashes() if one.crash_id != first.crash_id]
+    assert (apart.signal_name, apart.fingerprint) == ("SIGABRT", "1" * 16)
+    assert (apart.modules, apart.process.container) == ((MODULE,), NAMED)
+    assert len(apart.sources) == 2
+    assert f"another set of crash {first.crash_id} has files of the same names" in apart.notes
 
 
 async def test_folder_of_what_may_be_delivered_already_keeps_its_name(tmp_path: Path) -> None:
