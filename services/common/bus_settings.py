@@ -75,7 +75,10 @@ class BusSettings(Settings):
         "(with _ for - and ., none around it) are secrets too, and their values are never shown",
     )
     redact_forms: str = Field(
-        "", description="regular expression: text that it fits is a secret, wherever it stands"
+        "",
+        description="regular expression: text that it fits is a secret, wherever it stands, if it "
+        "is seen to fit within 256 characters; one with a repetition in a repetition, (a+)+, would "
+        "let hostile arguments stop the services",
     )
     log_level: str = Field(
         "info", pattern="^(debug|info|warning|error)$", description="debug, info, warning, error"

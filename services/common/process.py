@@ -19,6 +19,8 @@ MAX_ARGUMENT_BYTES = 4096  # of UTF-8; a byte that is none takes four
 # of 1 MiB.
 MAX_COMMAND_LINE = 64 * 1024  # bytes of UTF-8
 MAX_READ = 256 * 1024
+# Of one argument, before secrets are taken out: that takes time, and anybody can give long ones.
+MAX_LOOKED_AT = 8 * 1024  # bytes
 
 _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 _RUNTIMES = (
@@ -95,9 +97,12 @@ def split_arguments(raw: bytes, is_cut: bool = False) -> tuple[str, ...]:
         is_cut: the last one had more.
     """
     given = raw.removesuffix(b"\0").split(b"\0") if raw else []
-    texts = tuple(names.text(one) for one in given[:MAX_ARGUMENTS])
+    cut = {number for number, one in enumerate(given) if len(one) > MAX_LOOKED_AT}
+    if is_cut:
+        cut.add(len(given) - 1)
+    texts = tuple(names.text(one[:MAX_LOOKED_AT]) for one in given[:MAX_ARGUMENTS])
     # One after the other: those for which there is no room cost nothing.
-    shown = redact.arguments(texts, is_cut and len(given) <= MAX_ARGUMENTS)
+    shown = redact.arguments(texts, cut)
     return tuple(_within(MAX_COMMAND_LINE, (_cut(one, MAX_ARGUMENT_BYTES) for one in shown)))
 
 

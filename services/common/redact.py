@@ -1,7 +1,7 @@
 """Secrets are taken out of environment variables and arguments before anything is written."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from services.common import named_values
 
@@ -10,6 +10,10 @@ REDACTED = "<redacted>"
 # What this host's settings add: names of secrets, and forms that they have.
 _more_names: re.Pattern[str] | None = None
 _more_forms: re.Pattern[str] | None = None
+# Such expressions are ordinary ones, whose cost grows with the square of the text. So they are
+# tried on pieces of it, which overlap by half.
+PIECE = 512  # characters
+LONGEST = 8192  # to which a match that does not end with its piece may go on
 
 
 def also(names: str, forms: str) -> None:
@@ -109,7 +113,22 @@ def _plain(name: str) -> str:
 
 
 def _is_of_this_host(plain: str) -> bool:
-    return _more_names is not None and _more_names.search(plain.strip("_")) is not None
+    return _more_names is not None and any(_matches(_more_names, plain.strip("_")))
+
+
+def _matches(expression: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
+    """Give what an expression of this host's matches; what overlaps may come twice."""
+    done = 0
+    for begin in range(0, max(1, len(text) - PIECE // 2), PIECE // 2):
+        end = begin + PIECE
+        if end <= done:
+            continue
+        for found in expression.finditer(text, begin, end):
+            if found.end() == end:
+                longer = expression.match(text, found.start(), found.start() + LONGEST)
+                found = longer or found
+            done = found.end()
+            yield found
 
 
 def environment(entries: tuple[str, ...]) -> tuple[str, ...]:
@@ -117,17 +136,16 @@ def environment(entries: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(_entry(entry) for entry in entries)
 
 
-def arguments(given: Sequence[str], is_cut: bool = False) -> Iterator[str]:
+def arguments(given: Sequence[str], cut: Collection[int] = ()) -> Iterator[str]:
     """Give arguments without secrets: ``--password=x``, ``--password x``, ``http://u:p@h``.
 
     Args:
-        is_cut: the last one had more, see `text`.
+        cut: the numbers, from 0, of those that had more, see `text`.
     """
     follows = False
-    for number, argument in enumerate(given, 1):
+    for number, argument in enumerate(given):
         value_of_option = follows and not _NEXT_OPTION.fullmatch(argument)
-        last_is_cut = is_cut and number == len(given)
-        yield REDACTED if value_of_option else _argument(argument, last_is_cut)
+        yield REDACTED if value_of_option else _argument(argument, number in cut)
         follows = _OPTION.fullmatch(argument) is not None and is_secret(argument)
 
 
@@ -153,7 +171,7 @@ def text(value: str, is_cut: bool = False) -> str:
             the @ that makes it one, and a word without its end.
     """
     if _more_forms is not None:
-        value = _more_forms.sub(REDACTED, value)
+        value = _without_forms(_more_forms, value)
     value = _PRIVATE_KEY.sub(REDACTED, value)
     value = _without_users(value + "@")[:-1] if is_cut else _without_users(value)
     value = _TOKEN.sub(REDACTED, value)
@@ -161,6 +179,16 @@ def text(value: str, is_cut: bool = False) -> str:
     value = _CONNECTION_VALUE.sub(rf"\g<1>\g<2>{REDACTED}", value)
     value = _without_named(value)
     return _CUT_WORD.sub(REDACTED, value) if is_cut else value
+
+
+def _without_forms(forms: re.Pattern[str], value: str) -> str:
+    shown: list[str] = []
+    at = 0
+    for start, stop in sorted(found.span() for found in _matches(forms, value) if found[0]):
+        if start >= at:
+            shown += (value[at:start], REDACTED)
+        at = max(at, stop)
+    return "".join((*shown, value[at:]))
 
 
 def _without_users(value: str) -> str:

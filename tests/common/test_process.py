@@ -57,6 +57,11 @@ def test_arguments_that_the_kernel_cut_show_no_beginning_of_a_secret() -> None:
     assert process.split_arguments(whole, is_cut=True)[0] == "postgres://me:S3cr"
 
 
+def test_of_a_long_argument_no_more_is_looked_at_than_can_be_shown() -> None:
+    raw = b"postgres://me:" + b"S3cret" * 2000 + b"@db\0--next\0"
+    assert process.split_arguments(raw) == ("postgres://<redacted>", "--next")
+
+
 def test_names_cannot_make_fields_of_their_own() -> None:
     status = process.status_in("Name:\tx\rUid:\t0\x85Gid:\t0\nPid:\t7\n".encode())
     assert status == {"Name": "x\rUid:\t0\x85Gid:\t0", "Pid": "7"}

@@ -14,7 +14,7 @@ from services.common.redact import REDACTED, environment, is_secret, text
 
 
 def arguments(given: tuple[str, ...], is_cut: bool = False) -> tuple[str, ...]:
-    return tuple(redact.arguments(given, is_cut))
+    return tuple(redact.arguments(given, {len(given) - 1} if is_cut else ()))
 
 
 @pytest.mark.parametrize(
@@ -322,6 +322,40 @@ def test_rules_of_this_host_come_on_top() -> None:
         REDACTED,
         f"--kundennr={REDACTED}",
     )
+
+
+@pytest.fixture
+def form(request: pytest.FixtureRequest) -> Iterator[None]:
+    redact.also(request.param, request.param)
+    yield
+    redact.also("", "")
+
+
+@pytest.mark.parametrize("form", [r"[\w.+-]+@corp\.example"], indirect=True)
+@pytest.mark.usefixtures("form")
+def test_ordinary_form_costs_as_much_in_one_as_in_pieces() -> None:
+    def cost(size: int) -> float:
+        began = time.process_time()
+        for _ in range(32 * 1024 // size):
+            text("a" * size)
+            is_secret("a" * size)
+        return time.process_time() - began
+
+    assert any(cost(32 * 1024) < 6 * cost(512) for _ in range(5))
+
+
+@pytest.mark.parametrize("form", [r"(?<!\w)EMP-\w+", r"EMP-[^ ]* ?"], indirect=True)
+@pytest.mark.parametrize("before", [0, 200, 250, 256, 508, 511, 512, 700, 2000])
+@pytest.mark.parametrize("length", [1, 100, 255, 600, 3000])
+@pytest.mark.usefixtures("form")
+def test_form_is_found_wherever_it_stands_in_long_text(before: int, length: int) -> None:
+    shown = text("." * before + "EMP-" + "x" * length + " " + "." * 999)
+
+    assert "x" not in shown
+    assert "EMP" not in shown
+    assert shown.count(REDACTED) == 1
+    assert shown.startswith("." * before)
+    assert shown.endswith("." * 999)
 
 
 @settings(deadline=None)
