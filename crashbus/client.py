@@ -18,6 +18,8 @@ from nats.protocol import parser
 
 from crashbus import names
 
+RENEW_BEFORE = 30 * 86400.0  # seconds before a certificate's end, as the alert CertificateEnds
+
 # nats-server takes a vertical tab and a form feed for part of a subject, Python's \s takes
 # them for a space: a line that holds one would be no protocol at all.
 _SUBJECTS = rb"[ \t]+([^ \t\r\n]+)[ \t]+([^ \t\r\n]+)[ \t]+(([^ \t\r\n]+)[ \t]+)?"

@@ -57,6 +57,10 @@ class Connection:
         """Unix time at which the server's certificate ends; None: it showed none."""
         return self._client.certificate_end
 
+    async def reconnect(self) -> None:
+        """Connect anew; what is under way fails as when the server is lost."""
+        await self._client.force_reconnect()
+
     async def ensure_streams(
         self, chunk_store_bytes: int = DEFAULT_CHUNK_STORE, replicas: int = 1
     ) -> bool:

@@ -22,7 +22,7 @@ from crashbus import chunks, destination, streams
 from crashbus.cli import engine
 from crashbus.cli.bus import MEND_KEYS
 from crashbus.cli.terminal import console, moment, plain, print_json, size
-from crashbus.client import Client
+from crashbus.client import RENEW_BEFORE, Client
 from crashbus.destination import Destination, DestinationError
 from services.common.bus_settings import BusSettings
 from services.common.finding import Finding
@@ -33,7 +33,6 @@ _TIMEOUT = 3.0  # seconds for a server to answer; a person is waiting
 _MEND_SETTINGS = "set the variable as it says"
 _MEND_SHIPPER = "pip install 'crashbus[shipper]'"
 _MEND_TLS = "renew it where nats-server runs, deploy/nats/make-certificates.sh"
-_RENEW_BEFORE = 30 * 86400.0  # seconds, as the alert CertificateEnds
 _LEAST_FREE = 1024**3  # bytes; the bus's store may lie there, too
 
 
@@ -150,7 +149,7 @@ def _certificate(end: float | None) -> list[Finding]:
     if end is None:
         return []
     detail = f"the server's ends {moment(end)}"
-    return [Finding("nats certificate", end - time.time() > _RENEW_BEFORE, detail, _MEND_TLS)]
+    return [Finding("nats certificate", end - time.time() > RENEW_BEFORE, detail, _MEND_TLS)]
 
 
 def _payload(max_payload: int) -> Finding:

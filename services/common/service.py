@@ -18,6 +18,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from crashbus.errors import BusFull, BusUnreachable
 from services.common import log as logs
 from services.common import metrics, redact
 from services.common.bus_settings import BusSettings
+from services.common.certificate import Connect, follow_certificate
 from services.common.health import Health, serve
 from services.common.memory import keep_little
 from services.common.metrics import BUILD
@@ -79,23 +81,27 @@ class Runtime:
         """
         health = self.health if needed else Health()
         async with AsyncExitStack() as stack:
-            bus = await self._connected(stack, health, makes_streams)
+            bus, again = await self._connected(stack, health, makes_streams)
             metrics.CERTIFICATE_END.set_function(lambda: bus.certificate_end or 0)
             health.watch(
                 "bus_connection", lambda: None if bus.is_connected else "lost, reconnecting"
             )
-            yield bus
-
-    async def _connected(self, stack: AsyncExitStack, health: Health, makes_streams: bool) -> Bus:
-        while True:
+            following = asyncio.create_task(follow_certificate(bus, again), name="certificate")
             try:
-                bus = await stack.enter_async_context(
-                    connect(
-                        self.bus_settings.nats_url,
-                        host=self.host,
-                        **self.bus_settings.connection_options(f"crashbus-{self.name}"),
-                    )
-                )
+                yield bus
+            finally:
+                following.cancel()
+                await asyncio.wait({following})
+
+    async def _connected(
+        self, stack: AsyncExitStack, health: Health, makes_streams: bool
+    ) -> tuple[Bus, Connect]:
+        """Return a connection, and what makes another like it."""
+        while True:
+            options = self.bus_settings.connection_options(f"crashbus-{self.name}")
+            again = partial(connect, self.bus_settings.nats_url, host=self.host, **options)
+            try:
+                bus = await stack.enter_async_context(again())
                 if makes_streams:
                     await bus.ensure_streams(
                         self.bus_settings.chunk_store_bytes, self.bus_settings.nats_replicas
@@ -109,7 +115,7 @@ class Runtime:
             else:
                 health.working("bus")
                 log.info("connected to the bus", url=without_secrets(self.bus_settings.nats_url))
-                return bus
+                return bus, again
 
 
 Work = Callable[[Runtime, S], Coroutine[Any, Any, None]]

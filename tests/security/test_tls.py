@@ -7,6 +7,7 @@ import shutil
 import ssl
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from prometheus_client import REGISTRY
 from crashbus import connect
 from crashbus.errors import BusUnreachable
 from crashbus.keys import SEED, make_keys
+from services.common import certificate
 from services.common.bus_settings import BusSettings
 from services.common.health import Health
 from services.common.service import Runtime
@@ -233,6 +235,35 @@ async def test_service_and_doctor_tell_when_the_certificate_ends(
         return None if found["ok"] else found
 
     assert "make-certificates.sh" in (await until(ends_soon))["mend"]
+
+
+async def test_service_tells_of_a_renewed_certificate_without_being_started_anew(
+    secured: SecuredNats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_certificates(secured.keys, DAYS="20")
+    secured.stop()
+    secured.start()
+    for name, value in secured.settings("collector").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(certificate, "LOOK_EVERY", 0.05)
+    async with Runtime("collector", BusSettings.load(), Health()).bus(makes_streams=True) as bus:
+        first = bus.certificate_end or 0
+        await until(lambda: connections(secured) > 3)  # looks that found nothing newer
+        assert bus._client.stats["reconnects"] == 0
+
+        make_certificates(secured.keys)
+        secured.reload()
+
+        await until(lambda: (bus.certificate_end or 0) > first + 300 * 86400)
+        await until(lambda: bus.is_connected)
+        assert bus._client.stats["reconnects"] == 1
+        assert not await bus.ensure_streams()
+
+
+def connections(secured: SecuredNats) -> int:
+    """Return how many there have been."""
+    with urllib.request.urlopen(f"{secured.monitor}/varz", timeout=5) as answer:
+        return int(json.load(answer)["total_connections"])
 
 
 async def seen_by_doctor(secured: SecuredNats) -> dict[str, str]:
