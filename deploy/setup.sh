@@ -39,6 +39,12 @@ command -v dockerd >/dev/null || others+=(docker.io)
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
+# What starts with the host, one in a line.
+enabled() {
+  systemctl list-unit-files --no-legend --type=service,socket,target --state=enabled 2>/dev/null |
+    cut -d ' ' -f 1 | sort || true
+}
+
 missing=()
 for package in "${packages[@]}"; do
   status=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)
@@ -57,14 +63,14 @@ if [ ${#missing[@]} -gt 0 ]; then
     trap 'rm -f $policy' EXIT INT TERM
     printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy
   fi
-  log=$(mktemp)
+  log=$(mktemp) before=$(enabled)
   # A list that cannot be refreshed is no failure as long as the packages can be had.
   apt-get update -qq >"$log" 2>&1 || true
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
     "${missing[@]}" >>"$log" 2>&1 || { tail -n 20 "$log" >&2; say "apt-get failed, see $log"; exit 1; }
   rm -f "$log"
-  # … nor at the next boot.
-  units=$(dpkg-query -L "${missing[@]}" | sed -nE 's,^/lib/systemd/system/([^/@]*\.(service|socket|target))$,\1,p')
+  # … nor at the next boot; most of their units are in packages that these need.
+  units=$(comm -13 <(echo "$before") <(enabled))
   # shellcheck disable=SC2086 # one word each
   [ -z "$units" ] || systemctl disable $units >/dev/null 2>&1 || true
 fi
