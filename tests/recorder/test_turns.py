@@ -105,3 +105,70 @@ async def test_process_that_is_let_go_waits_no_more(ending: ExitStack) -> None:
     second.hold.let_go("enough")
 
     await until(lambda: second.is_on is False)
+
+
+async def test_turn_of_who_was_let_go_holds_up_nobody(ending: ExitStack) -> None:
+    """Its thread may wait for a disk that never answers."""
+    turns = Turns(captures=1, waiting=1, patience=60)
+    first = Copying(turns, of(1)).start()
+    ending.callback(first.end)
+    await until(lambda: first.is_on)
+    second = Copying(turns, of(2)).start()
+    ending.callback(second.end)
+    await until(lambda: second.hold.waits)
+
+    first.hold.let_go("it stood still")
+
+    await until(lambda: second.is_on)
+
+
+async def test_who_comes_does_not_overtake_who_waits(ending: ExitStack) -> None:
+    turns = Turns(captures=4, waiting=2, patience=60)
+    first = Copying(turns, of(1)).start()
+    ending.callback(first.end)
+    await until(lambda: first.is_on)
+    second = Copying(turns, of(1)).start()
+    ending.callback(second.end)
+    await until(lambda: second.hold.waits)
+
+    first.hold.let_go("it stood still")  # which the second sees at its next look
+    third = Copying(turns, of(1)).start()
+    ending.callback(third.end)
+
+    await until(lambda: second.is_on)
+    assert third.is_on is None
+
+
+async def test_nobody_waits_for_a_turn_when_the_recorder_stops(ending: ExitStack) -> None:
+    turns = Turns(captures=1, waiting=2, patience=60)
+    first = Copying(turns, of(1)).start()
+    ending.callback(first.end)
+    await until(lambda: first.is_on)
+    second = Copying(turns, of(2)).start()
+    ending.callback(second.end)
+    await until(lambda: second.hold.waits)
+
+    turns.stop()
+
+    await until(lambda: second.is_on is False)
+    with turns.turn(of(3), second.hold) as is_on:
+        assert not is_on
+
+
+async def test_cgroups_below_a_users_slice_are_that_users(ending: ExitStack) -> None:
+    """Users make cgroups there with names like containers', and have subordinate UIDs."""
+    turns = Turns(captures=4, waiting=1, patience=60)
+    session = "/user.slice/user-1000.slice/user@1000.service/"
+    first, second = (
+        of(uid, container).model_copy(update={"cgroup": f"{session}{container}"})
+        for uid, container in ((1000, ""), (100_001, "c" * 64))
+    )
+    one = Copying(turns, first).start()
+    ending.callback(one.end)
+    await until(lambda: one.is_on)
+
+    other = Copying(turns, second).start()
+    ending.callback(other.end)
+
+    await until(lambda: other.hold.waits or other.is_on)
+    assert other.hold.waits

@@ -4,9 +4,9 @@ One core of many gigabytes takes minutes, and whoever likes can have any number 
 that share some memory, each mapped many times over.
 """
 
+import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +15,9 @@ from services.recorder.handover.hold import Hold
 
 LARGE = 256 * 1024 * 1024  # bytes; those below take a second or two
 _LOOK_EVERY = 0.5  # seconds between two looks whether a process is still held
+_USER_SLICE = re.compile(r"/user\.slice/user-(\d+)\.slice/")  # systemd.special(7)
+
+_Core = tuple[str, Hold]  # whose it is, and what holds its process
 
 
 class Turns:
@@ -31,46 +34,76 @@ class Turns:
         self._of_one = max(1, self._at_once // 2)
         self._most_waiting = waiting
         self._patience = patience
-        self._waiting = 0
-        self._in_work: Counter[str] = Counter()
+        self._is_stopping = False
+        self._waiting: list[_Core] = []  # in the order they came
+        self._in_work: list[_Core] = []
         self._changed = threading.Condition()
 
     @contextmanager
     def turn(self, process: Process, hold: Hold) -> Iterator[bool]:
         """Wait for the turn of a process's core; False: it does not come."""
-        owner = process.container.id if process.container else f"user {process.uid}"
-        is_on = self._is_on(owner, hold)
+        core = (_owner(process), hold)
+        is_on = self._is_on(core)
         try:
             yield is_on
         finally:
             if is_on:
-                self._end(owner)
+                self._end(core)
 
-    def _is_on(self, owner: str, hold: Hold) -> bool:
+    def stop(self) -> None:
+        """Let nobody wait from here on."""
         with self._changed:
-            if not self._is_free(owner) and self._waiting < self._most_waiting:
-                self._wait(owner, hold)
-            if not self._is_free(owner):
-                return False
-            self._in_work[owner] += 1
-            return True
+            self._is_stopping = True
+            self._changed.notify_all()
 
-    def _is_free(self, owner: str) -> bool:
-        return self._in_work.total() < self._at_once and self._in_work[owner] < self._of_one
+    def _is_on(self, core: _Core) -> bool:
+        with self._changed:
+            may_wait = len(self._waiting) < self._most_waiting
+            self._waiting.append(core)
+            if may_wait and not self._is_next(core):
+                self._wait(core)
+            is_on = self._is_next(core)
+            self._waiting.remove(core)
+            if is_on:
+                self._in_work.append(core)
+            self._changed.notify_all()  # another may be the first of its owner now
+            return is_on
 
-    def _wait(self, owner: str, hold: Hold) -> None:
+    def _is_next(self, core: _Core) -> bool:
+        """Tell whether there is room for one that waits, and nobody of its owner came before.
+
+        One that stands still until its process is let go holds nobody up any longer: whatever
+        its thread waits for may never come.
+        """
+        owner, _ = core
+        first = next(one for one in self._waiting if one[0] == owner)
+        owners = [one for one, hold in self._in_work if hold.is_held]
+        return first is core and len(owners) < self._at_once and owners.count(owner) < self._of_one
+
+    def _wait(self, core: _Core) -> None:
+        _, hold = core
         end = time.monotonic() + self._patience
-        self._waiting += 1
         hold.waits = True
-        while not self._is_free(owner) and hold.is_held and time.monotonic() < end:
+        while not (self._is_next(core) or self._is_stopping) and hold.is_held:
+            if time.monotonic() >= end:
+                break
             self._changed.wait(_LOOK_EVERY)
             hold.last_progress = time.monotonic()  # it does not stand still
         hold.waits = False
-        self._waiting -= 1
 
-    def _end(self, owner: str) -> None:
+    def _end(self, core: _Core) -> None:
         with self._changed:
-            self._in_work[owner] -= 1
-            if not self._in_work[owner]:
-                del self._in_work[owner]
+            self._in_work.remove(core)
             self._changed.notify_all()
+
+
+def _owner(process: Process) -> str:
+    """Return whose a process is: one user's or one container's.
+
+    What is below a user's slice is that user's, whatever it is called: systemd lets users make
+    cgroups there, with names like containers' and processes with subordinate UIDs.
+    """
+    user = _USER_SLICE.match(process.cgroup or "")
+    if user:
+        return f"user {user[1]}"
+    return process.container.id if process.container else f"user {process.uid}"
