@@ -87,7 +87,8 @@ class Patience:
     def _all_stand_still(self, patience: float) -> bool:
         """Tell whether it is no crowd that is waited for, but a dead disk."""
         since = time.monotonic() - patience / 2
-        return all(hold.last_progress < since for hold in self._captures.in_work())
+        working = (hold for hold in self._captures.in_work() if not hold.waits)
+        return all(hold.last_progress < since for hold in working)
 
     def _give_up(self, hold: Hold, all_stand_still: bool) -> None:
         # On a dead disk its helper could not keep it either, and would never end.
