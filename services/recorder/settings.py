@@ -69,9 +69,9 @@ class RecorderSettings(Settings):
     core_off: str = Field(
         "",
         description="who leaves no core, only its backtrace, separated by commas: "
-        "executable=/usr/bin/vault*, argument=*/vault.py (any on the command line), user=postgres, "
-        "container=ID or its beginning, label=NAME or label=NAME=VALUE (with "
-        "CRASHBUS_RECORDER_RUNTIME_SOCKET or _CRI_SOCKET)",
+        "executable=/usr/bin/vault*, argument=*/vault.py (any on the command line, or one of over "
+        "256 KiB), user=postgres, container=ID or its beginning, label=NAME or "
+        "label=NAME=VALUE (with CRASHBUS_RECORDER_RUNTIME_SOCKET or _CRI_SOCKET)",
     )
     own_cores: bool = Field(
         False,

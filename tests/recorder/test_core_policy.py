@@ -14,7 +14,7 @@ import pytest
 
 from crashbus import layout, own_cores
 from crashbus.parts import Container, Process
-from services.common.process import container_of
+from services.common.process import MAX_READ, container_of
 from services.recorder.core import core_policy
 from services.recorder.core.core_policy import CorePolicy, Extent, Rule
 from services.recorder.settings import RecorderSettings
@@ -87,6 +87,7 @@ def test_rules(rule: str, fitting: Process, other: Process) -> None:
         ("argument=Main", b"x\0" * 100_000 + b"Main\0y", b"x\0Main.y"),
         ("argument=--token=x", b"--token=x\0", b"--token=y\0"),
         ("argument=?*", b"\0\0x\0", b"\0\0"),
+        ("argument=--token=x", b"x\0" * (MAX_READ // 2), b"x\0" * (MAX_READ // 2 - 1)),
     ],
 )
 def test_rules_see_each_argument_as_it_is(rule: str, fitting: bytes, other: bytes) -> None:

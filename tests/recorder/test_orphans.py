@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -548,6 +549,23 @@ def test_rule(tmp_path: Path, sleeper: int, rule: str, keeps: bool) -> None:
 
     (orphan,) = helper.orphans.iterdir()
     assert (orphan / "core").read_bytes() == (core.read_bytes() if keeps else b"")
+
+
+def test_rule_for_an_argument_holds_where_not_all_were_read(tmp_path: Path) -> None:
+    helper = Helper(tmp_path)
+    helper.rule("off argument --token")
+    core = tmp_path / "core"
+    core.write_bytes(b"no core at all")
+    many = ["x" * 100_000] * 3
+    sleep = "import time; time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", sleep, *many]) as running, core.open("rb") as file:
+        try:
+            assert helper.start(running.pid, file.fileno()).wait(WITHIN) == 0
+        finally:
+            running.kill()
+
+    (orphan,) = helper.orphans.iterdir()
+    assert not (orphan / "core").read_bytes()
 
 
 def test_rule_names_a_program_whose_file_was_replaced(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Self
 
 from crashbus import names, own_cores
 from crashbus.parts import Process
+from services.common import process as processes
 from services.common.proc import mappings
 
 LOOP_SECONDS = 60.0
@@ -85,6 +86,8 @@ class Rule:
                 paths = path, path.removesuffix(" (deleted)")
                 return any(fnmatchcase(one, self.pattern) for one in paths)
             case "argument":
+                if len(command_line) >= processes.MAX_READ:  # the rest may have it
+                    return True
                 return any(fnmatchcase(one, self.pattern) for one in _arguments(command_line))
             case "user":
                 return self.pattern in (username, str(process.uid))

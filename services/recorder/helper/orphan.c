@@ -207,7 +207,9 @@ static bool fits(char *rule, const struct crashed *one) {
     if (value) *value++ = '\0';
     if (!strcmp(rule, "containers")) return is_in_container(one->cgroup, "");
     if (value && !strcmp(rule, "executable")) return is_executable(value, one->executable);
-    if (value && !strcmp(rule, "argument")) return has_argument(value, one->arguments, one->told);
+    if (value && !strcmp(rule, "argument")) /* what was not read may have it */
+        return one->told == sizeof one->arguments - 1 ||
+               has_argument(value, one->arguments, one->told);
     if (value && !strcmp(rule, "comm")) return !strcmp(value, one->name);
     if (value && !strcmp(rule, "user")) return !strcmp(value, one->user);
     if (value && !strcmp(rule, "container")) return is_in_container(one->cgroup, value);
