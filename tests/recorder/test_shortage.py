@@ -12,6 +12,7 @@ import pytest
 
 from crashbus import Bus, DeadLetter, layout
 from services.common import core_stream
+from services.recorder.core import turns
 from tests.recorder.conftest import MakeRecorder
 from tests.recorder.test_storm import is_dumping
 from tests.support.crashers import HOG, crasher
@@ -215,6 +216,30 @@ async def test_large_cores_that_take_long_hold_up_no_small_one(
         notes = [record.model_dump_json() for record in records]
         assert sum("too many large cores at once" in note for note in notes) == 2
         recorder.stop()
+
+
+# The same, with a page that can be read neither here nor there, so that all comes by the stream.
+_REFUSED = """
+import os
+file = os.memfd_create("empty")
+os.ftruncate(file, 4096)
+import mmap
+refused = mmap.mmap(file, 4096, flags=mmap.MAP_SHARED, prot=0)
+os.ftruncate(file, 0)
+"""
+
+
+async def test_large_core_without_a_turn_is_cut_where_it_comes_by_the_stream(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with(recorder_core="stacks")
+    await recorder.start()
+
+    pid, _ = await asyncio.to_thread(crash, "/usr/bin/python3", "-c", _REFUSED + _LARGE)
+
+    record = await recorder.captured(pid)
+    assert record.files[recorder.file(pid, "core").name].size == turns.LARGE
+    assert "by the kernel's stream" in recorder.log
 
 
 async def test_few_descriptors_lose_no_crash(recorder_with: MakeRecorder) -> None:

@@ -50,13 +50,23 @@ def _write(
     if on.coredump_filter is not None and decision.extent is not Extent.NOTHING:
         pages = _filtered(recording, pages, on.coredump_filter)
         head = pages.head if pages is not None else head
-    if decision.extent is not Extent.ALL or taken.memory is not None or not _is_large(head):
+    if taken.memory is not None or not _is_large(head):
         return _keep(recording, hold, head, pages, decision, on)
+    if decision.extent is not Extent.ALL and pages is not None:
+        return _keep(recording, hold, head, pages, decision, _without_turn(on))
     with on.turns.turn(recording.record.process, hold) as is_on:
-        if not is_on:  # from the stream, which has no stacks alone, it is cut
+        if not is_on and decision.extent is Extent.ALL:
             decision = Decision(Extent.STACKS, _NO_TURN)
-            on = replace(on, max_core_bytes=min(on.max_core_bytes or turns.LARGE, turns.LARGE))
-        return _keep(recording, hold, head, pages, decision, on)
+        return _keep(recording, hold, head, pages, decision, on if is_on else _without_turn(on))
+
+
+def _without_turn(on: Conditions) -> Conditions:
+    """Return what holds for a large core that takes no turn.
+
+    There are its stacks alone; but where its memory comes by the stream after all, which has no
+    stacks alone, it is cut.
+    """
+    return replace(on, max_core_bytes=min(on.max_core_bytes or turns.LARGE, turns.LARGE))
 
 
 def _is_large(head: Head) -> bool:
@@ -173,7 +183,8 @@ def _to_disk(
     else:
         _note_core(recording, head, CapturedFile(size=copied.size, in_order=copied.in_order), fault)
     metrics.CORE_BYTES.inc(copied.size)
-    lacked = copied.disk_full or (fault is not None and (head.size or 0) > free)
+    wants_all = decision.extent is Extent.ALL
+    lacked = copied.disk_full or (wants_all and fault is not None and (head.size or 0) > free)
     on.on_want_of_room((head.size or 1) if lacked else 0)
     return copied.fault
 
