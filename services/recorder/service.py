@@ -27,7 +27,7 @@ from services.recorder.handover import takeover
 from services.recorder.handover.arrival import KeptByHelper
 from services.recorder.handover.arrivals import Arrivals
 from services.recorder.handover.chain import Chain, Handler
-from services.recorder.handover.hold import Hold, end_those_let_go
+from services.recorder.handover.hold import Hold, end_all_let_go, end_those_let_go
 from services.recorder.handover.listener import Listener
 from services.recorder.handover.mechanism import Mechanism, Plan
 from services.recorder.handover.takeover import Takeover
@@ -46,6 +46,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 STOP_WITHIN = 8.0  # seconds for what is in hand; the service is ended after 9
 _TELL_WITHIN = 0.5  # seconds for the last dead letters
+_END_WITHIN = 0.3  # seconds for the processes that were let go, of that too
 _UNWIND_UNTIL = 6.0  # seconds of these in which backtraces may still run
 _IDLE_CHECK = 0.02  # seconds between two looks whether all is done, when stopping
 _STANDS_STILL_AFTER = 2.0  # seconds until a capture gets a stand-in
@@ -140,6 +141,9 @@ class Recorder:
         self._lack_of_room = Lack(self._spool, settings.disk_reserve)
         self._health.watch("spool", self._lack_of_room.fault)
         self._unwind_server = UnwindServer()
+        self._turns = Turns(
+            self._shares.captures, self._shares.waiting, settings.stall_deadline / 2
+        )
         conditions = Conditions.of(
             runtime.bus_settings,
             settings,
@@ -147,7 +151,7 @@ class Recorder:
             self._plan.mechanism,
             self._module_files_left,
             self._lack_of_room.note,
-            Turns(self._shares.captures, self._shares.waiting, settings.stall_deadline / 2),
+            self._turns,
         )
         self._conditions = replace(conditions, unwind_server=self._unwind_server, chain=self._chain)
         taker = self._conditions.early_taker
@@ -196,6 +200,7 @@ class Recorder:
         """
         end = time.monotonic() + within
         self._unwind_until = end - within + _UNWIND_UNTIL
+        self._turns.stop()  # rather the stacks now than nothing at the end
         self._wait_until_idle(end)
         self._taking_up.stop(min(_TAKEN_UP_WITHIN, max(0.1, end - time.monotonic())))
         self._orphans.stop(max(0.1, end - time.monotonic()))
@@ -207,6 +212,7 @@ class Recorder:
         for hold in (*self._captures.in_work(), *waiting(self._arrivals)):
             hold.let_go("it was stopped")
         self._unwind_server.stop()
+        end_all_let_go(_END_WITHIN)
 
     def stop_watchdogs(self) -> None:
         """From here on nobody waits for us who is not let go within `STOP_WITHIN`."""

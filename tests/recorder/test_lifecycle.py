@@ -244,6 +244,23 @@ async def test_kernel_does_not_dump_on_when_a_sparse_giant_is_captured(
     assert not any(file.truncated for file in record.files.values())
 
 
+async def test_kernel_does_not_dump_on_when_the_recorder_ends_meanwhile(
+    recorder_with: MakeRecorder,
+) -> None:
+    recorder = recorder_with()
+    await recorder.start()
+    process = subprocess.Popen(crasher("sparse_giant"))
+    try:
+        await until(lambda: list(recorder.spool.glob(f"{process.pid}/core_*")))
+
+        assert recorder.stop() == 0
+
+        assert await asyncio.to_thread(process.wait, 5) == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("mechanism", ["socket", "pipe"])
 async def test_process_that_waits_for_a_busy_recorder_is_let_go_and_kept_or_told(
     recorder_with: MakeRecorder, nats_server: NatsServer, bus: Bus, mechanism: str

@@ -17,21 +17,35 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 # Opened once: letting go must not fail for want of a descriptor.
 _NULL = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 _END_WITHIN = 5.0  # seconds for a process that was let go to end by itself
+_LOOK_EVERY = 0.02  # seconds between two looks whether all have ended
 # Pidfds of those, each with when it was let go.
 _let_go: list[tuple[int, float]] = []
 _let_go_lock = threading.Lock()
 _PID = re.compile(rb"^Pid:\t(\d+)$", re.MULTILINE)
 
 
-def end_those_let_go() -> None:
+def end_those_let_go(within: float | None = None) -> None:
     """Break off the dumps of processes that were let go and do not end; call it now and then.
 
     Over memory that was never touched the kernel writes nothing, so that it does not notice
     for hours that nobody reads any more (fs/coredump.c, dump_user_range()). Only then, because
     a parent sees SIGKILL where its child had another signal.
+
+    Args:
+        within: seconds that they have to end by themselves; None: as usual.
     """
+    patience = _END_WITHIN if within is None else within
     with _let_go_lock:
-        _let_go[:] = [one for one in _let_go if not _is_over(*one)]
+        _let_go[:] = [one for one in _let_go if not _is_over(*one, patience)]
+
+
+def end_all_let_go(within: float) -> None:
+    """The same before the recorder ends: after it there is nobody who would."""
+    end = time.monotonic() + within
+    while _let_go and time.monotonic() < end:
+        end_those_let_go()
+        time.sleep(_LOOK_EVERY)
+    end_those_let_go(0)
 
 
 def _see_it_end(pidfd: int) -> None:
@@ -41,10 +55,10 @@ def _see_it_end(pidfd: int) -> None:
         _let_go.append((pidfd, time.monotonic()))
 
 
-def _is_over(pidfd: int, since: float) -> bool:
+def _is_over(pidfd: int, since: float, patience: float) -> bool:
     """Tell whether a process needs nobody any more, and close its pidfd then."""
     if not _has_ended(pidfd):
-        if time.monotonic() - since < _END_WITHIN:
+        if time.monotonic() - since < patience:
             return False
         try:
             if _is_dumping(pidfd):
