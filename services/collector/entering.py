@@ -211,6 +211,7 @@ class Entering:
             destinations=self._destinations,
             notes=list(record.notes),
             signal_at=record.crashed_at,
+            signal_recorded=record.signal > 0,
             **record.model_dump(exclude={"state", "files", "notes", "host"}),
         )
 

@@ -103,6 +103,7 @@ class Crash(BaseModel):
     signal: int = 0
     signal_name: str = "unknown"
     signal_at: float = 0.0  # Unix time; what an earlier version entered was not overtaken
+    signal_recorded: bool = False  # a capture record tells of it, or of what it ended in
     code: int | None = None
     code_meaning: str | None = None
     fault_address: int | None = None

@@ -173,6 +173,25 @@ async def test_sets_of_all_kinds_tell_the_same_in_any_order(
     assert len(crash.sources) == 8
 
 
+@pytest.mark.parametrize("order", [*permutations(("recovered", "recorder", "forged"))])
+async def test_signal_of_another_hour_is_not_what_a_process_died_of(
+    order: tuple[str, ...], tmp_path: Path
+) -> None:
+    sets = {
+        "recovered": replace(look(100, {Kind.INFO}), cause=Cause(11, 0x10, "not mapped")),
+        "recorder": recorded(7300, "SIGABRT", 6, NAMED),
+        "forged": replace(look(9999, {Kind.INFO}), cause=Cause(8, None, None)),
+    }
+    ledger = loaded(tmp_path)
+    entering = Entering(tmp_path, "h", BOOT, ("file:///a",), ledger, lambda _: None)
+
+    for name in order:
+        await entering.enter(sets[name], PROCESS)
+
+    (crash,) = loaded(tmp_path).crashes()
+    assert (crash.signal_name, crash.signal, crash.fault_address) == ("SIGABRT", 6, None)
+
+
 @pytest.mark.parametrize("other", [{"directory": "8"}, {"owner": 65534}])
 async def test_recorded_set_whose_names_are_taken_tells_all_that_its_record_does(
     other: dict[str, Any], tmp_path: Path
