@@ -1,7 +1,7 @@
 """A set of crash files as it was seen: which files, what its record says, who writes it."""
 
 import os
-from collections.abc import Callable, Set
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,8 +14,7 @@ from services.collector.ledger import Source
 from services.collector.spool import Entry, Refused
 from services.common import capture
 from services.common.capture import CapturedFile, UnreadableRecord
-
-IsAwaited = Callable[[int, int, Callable[[], bool]], bool]
+from services.common.drafts import Awaited
 
 MAX_SMALL_FILE = 64 * 1024  # read of cfg, info and backtrace to judge a set
 
@@ -63,7 +62,7 @@ def look_at(
     epoch: int,
     entries: dict[Kind, Entry],
     boot_id: str,
-    is_awaited: IsAwaited,
+    awaited: Awaited,
 ) -> list[FoundSet]:
     """Read what tells of a set whether it is whole; without a record it is one for each owner.
 
@@ -72,10 +71,9 @@ def look_at(
     Args:
         directory: its name below the spool; `descriptor` is of it.
         entries: all its files, its record among them.
-        is_awaited: tells of a set whose recorder is gone whether another will finish it, given
-            PID, epoch and what locks its record; see `services.common.drafts`.
+        awaited: tells of a set whose recorder is gone whether another will finish it.
     """
-    record = _record(descriptor, entries.get(Kind.CAPTURE), int(directory), is_awaited)
+    record = _record(descriptor, entries.get(Kind.CAPTURE), int(directory), awaited)
     files: dict[Kind, Entry] = {
         kind: entry for kind, entry in entries.items() if kind is not Kind.CAPTURE
     }
@@ -114,9 +112,7 @@ def is_stale(found: FoundSet) -> bool:
     return not here <= {entry.name for entry in found.entries.values()}
 
 
-def _record(
-    directory: int, entry: Entry | None, pid: int, is_awaited: IsAwaited
-) -> RecordState | None:
+def _record(directory: int, entry: Entry | None, pid: int, awaited: Awaited) -> RecordState | None:
     """Read a set's capture record; one that is not root's alone is no record."""
     if entry is None or entry.uid != 0:
         return None
@@ -128,10 +124,12 @@ def _record(
         if spool.may_others_write(os.fstat(descriptor)):
             return None
         being_written = capture.is_being_written(descriptor)
+        if being_written:
+            awaited.is_there(pid, entry.epoch)
         record = capture.read(descriptor)
         if being_written or record.state == "complete":
             return RecordState(record, being_written)
-        if is_awaited(pid, entry.epoch, partial(capture.lock, descriptor)):
+        if awaited.is_awaited(pid, entry.epoch, partial(capture.lock, descriptor)):
             return RecordState(record, being_written, is_left=True)
         # Whoever removed its draft may have completed it since.
         being_written = not capture.lock(descriptor)

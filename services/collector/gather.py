@@ -80,7 +80,7 @@ class Gatherer:
         self._bus = bus
         self._on_core = on_core
         self._on_ready = on_ready
-        self._is_awaited = Awaited(root, patience).is_awaited
+        self._awaited = Awaited(root, patience)
         self._settled: dict[str, int] = {}  # directory to its ctime when nothing was left to do
         self._waiting: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._lock = asyncio.Lock()  # one look at a time: each is short
@@ -356,7 +356,7 @@ class Gatherer:
             for epoch, entries in listing.sets.items()
             if self._entering.has_new(directory, entries)
             for found in look_at(
-                directory, descriptor, epoch, entries, self._boot_id, self._is_awaited
+                directory, descriptor, epoch, entries, self._boot_id, self._awaited
             )
         ]
 

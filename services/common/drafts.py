@@ -160,6 +160,10 @@ class Awaited:
         # Monotonic seconds. A draft tells when its recorder last wrote, not when it ended.
         self._first_seen: dict[tuple[int, int], float] = {}
 
+    def is_there(self, pid: int, epoch: int) -> None:
+        """Tell it of a recorder at work on a set: if it is killed, too, the next is waited for."""
+        self._first_seen.pop((pid, epoch), None)
+
     def is_awaited(self, pid: int, epoch: int, lock: Callable[[], bool]) -> bool:
         """Tell it of a set whose capture record is not locked.
 

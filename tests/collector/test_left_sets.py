@@ -4,6 +4,8 @@ import fcntl
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -173,6 +175,34 @@ def test_set_is_awaited_from_when_nobody_is_at_it_not_from_its_recorder_s_last_w
     assert not awaited.is_awaited(PID, EPOCH, lambda: True)
 
 
+def test_next_recorder_is_awaited_as_long_when_one_is_killed_over_the_same_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_root()
+    writing = Writing(tmp_path, process(PID))
+    awaited = Awaited(tmp_path, 60)
+    os.close(drafts.begin(tmp_path, PID, EPOCH))
+    with spool.open_directory(str(writing.place)) as directory:
+        entries = spool.list_directory(directory).sets[EPOCH]
+
+        def verdict() -> Verdict:
+            os.utime(tmp_path / layout.DRAFTS / f"{PID}-{EPOCH}", (0, 0))
+            (found,) = look_at(str(PID), directory, EPOCH, entries, "", awaited)
+            return found.verdict
+
+        writing.end()
+        assert verdict() is Verdict.WAIT
+        with (writing.place / crash_file_name(Kind.CAPTURE, EPOCH)).open("r+b") as record:
+            fcntl.flock(record, fcntl.LOCK_EX)
+            later = time.monotonic() + 61
+            monkeypatch.setattr(time, "monotonic", lambda: later)
+            assert verdict() is Verdict.WAIT
+
+        assert verdict() is Verdict.WAIT
+        later += 61
+        assert verdict() is Verdict.CUT_SHORT
+
+
 def test_sets_that_are_finished_are_not_remembered(tmp_path: Path) -> None:
     awaited = Awaited(tmp_path, 60)
     for epoch in range(9):
@@ -213,6 +243,7 @@ def test_set_that_was_finished_after_its_record_was_read_is_whole(tmp_path: Path
 
     with spool.open_directory(str(writing.place)) as directory:
         entries = spool.list_directory(directory).sets[EPOCH]
-        (found,) = look_at(str(PID), directory, EPOCH, entries, "", finished_just_now)
+        awaited: Any = SimpleNamespace(is_awaited=finished_just_now)
+        (found,) = look_at(str(PID), directory, EPOCH, entries, "", awaited)
 
     assert found.verdict is Verdict.WHOLE

@@ -11,6 +11,7 @@ from asyncinotify import Inotify, Mask
 from crashbus.layout import Kind
 from services.collector import found, spool
 from services.collector.spool import Refused
+from services.common.drafts import Awaited
 from tests.support.lease import leased
 from tests.support.requirements import need_root
 
@@ -44,10 +45,10 @@ def test_record_of_another_than_root_is_none_whatever_the_directory_showed(
 ) -> None:
     (tmp_path / "capture_100").write_text("")
     (entries,) = spool.list_directory(directory).sets.values()
-    assert found._record(directory, entries[Kind.CAPTURE], 7, lambda *_: False) is not None
+    assert found._record(directory, entries[Kind.CAPTURE], 7, Awaited(tmp_path, 60)) is not None
     os.chown(tmp_path / "capture_100", NOBODY, NOBODY)
 
-    assert found._record(directory, entries[Kind.CAPTURE], 7, lambda *_: False) is None
+    assert found._record(directory, entries[Kind.CAPTURE], 7, Awaited(tmp_path, 60)) is None
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602])
@@ -59,7 +60,7 @@ def test_record_that_others_may_write_to_is_none(tmp_path: Path, directory: int,
     record.chmod(mode)
 
     assert not spool.is_root_s("capture_100", directory)
-    assert found._record(directory, entries[Kind.CAPTURE], 7, lambda *_: False) is None
+    assert found._record(directory, entries[Kind.CAPTURE], 7, Awaited(tmp_path, 60)) is None
     listing = spool.list_directory(directory)
     assert listing.sets == {}
     assert [one.reason for one in listing.refused] == ["others_may_write"]
