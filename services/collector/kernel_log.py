@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import time
 from functools import cache
 from pathlib import Path
 
@@ -15,8 +16,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 KERNEL_LOG = Path("/dev/kmsg")
 _MAX_RECORD = 8192  # bytes, Documentation/ABI/testing/dev-kmsg
 _AROUND = 10.0  # seconds between an event and what the log says of it
-# The log's clock goes as the processor's does, CLOCK_MONOTONIC as the network's time; adjtimex(2)
-# corrects it by that much at most.
+# adjtimex(2) corrects CLOCK_MONOTONIC by that much at most; CLOCK_MONOTONIC_RAW it leaves alone.
 _DRIFT = 500e-6
 _READ_ALL, _SIZE = 3, 10  # syslog(2)
 # The kernel's own lines, of facility 0, where it writes times; who wrote it may stand behind that.
@@ -26,11 +26,18 @@ _LINE = re.compile(rb"<[0-7]>\[ *(\d+\.\d+)\](?:\[ *[TC]\d+\])? (.*)")
 def is_near(when: float, at: float) -> bool:
     """Tell whether a line may be of an event.
 
+    The log's clock goes as the processor's does, which CLOCK_MONOTONIC_RAW shows, or as
+    CLOCK_MONOTONIC where that one is not steady; local_clock(), kernel/sched/clock.c. In months
+    these come to be minutes apart.
+
     Args:
         when: what `lines` says of the line.
         at: CLOCK_MONOTONIC of the event, in seconds.
     """
-    return abs(when - at) <= _AROUND + at * _DRIFT
+    now = time.clock_gettime(time.CLOCK_MONOTONIC)
+    ahead = now - time.clock_gettime(time.CLOCK_MONOTONIC_RAW)
+    within = _AROUND + max(0.0, now - at) * _DRIFT  # of that since the event nobody knows
+    return min(abs(when - at), abs(when - (at - ahead))) <= within
 
 
 def lines() -> list[tuple[float, str]]:

@@ -105,7 +105,7 @@ def said_of(event: SignalEvent, lines: Iterable[tuple[float, str]]) -> str | Non
     It names the process as its own PID namespace does.
 
     Args:
-        lines: of the log, each with its CLOCK_MONOTONIC.
+        lines: of the log, each with its time; see `kernel_log.is_near`.
     """
     process, at = event.process, event.monotonic_ns / 1e9
     told = re.compile(_TOLD.format(pid=process.ns_pid, comm=re.escape(process.comm)))
