@@ -8,9 +8,10 @@ from functools import partial
 from crashbus import layout
 from crashbus.layout import Kind
 from crashbus.parts import Process
-from services.collector import judge, processes, spool
+from services.collector import judge, spool
 from services.collector.judge import RecordState, Verdict
 from services.collector.ledger import Source
+from services.collector.processes import Living
 from services.collector.spool import Entry, Refused
 from services.common import capture
 from services.common.capture import CapturedFile, UnreadableRecord
@@ -44,9 +45,14 @@ class FoundSet:
         """The UID that its files belong to: root, where there is a record."""
         return 0 if self.record else next(iter(self.entries.values())).uid
 
-    def judged(self, writer: Process | None) -> "FoundSet":
-        """Return a set of AppScope's, judged in the light of who writes it."""
-        open_files = spool.open_by_process(writer.pid) if writer else set()
+    def judged(
+        self, writer: Process | None, open_files: Set[tuple[int, int]] = frozenset()
+    ) -> "FoundSet":
+        """Return a set of AppScope's, judged in the light of who writes it.
+
+        Args:
+            open_files: that the writer has open, by device and inode.
+        """
         verdict = judge.judge_appscope(
             present=self.entries.keys(),
             held_open={k for k, entry in self.entries.items() if entry.identity in open_files},
@@ -61,7 +67,7 @@ def look_at(
     descriptor: int,
     epoch: int,
     entries: dict[Kind, Entry],
-    boot_id: str,
+    living: Living,
     awaited: Awaited,
 ) -> list[FoundSet]:
     """Read what tells of a set whether it is whole; without a record it is one for each owner.
@@ -71,6 +77,7 @@ def look_at(
     Args:
         directory: its name below the spool; `descriptor` is of it.
         entries: all its files, its record among them.
+        living: who has the PID that the directory is named after.
         awaited: tells of a set whose recorder is gone whether another will finish it.
     """
     record = _record(descriptor, entries.get(Kind.CAPTURE), int(directory), awaited)
@@ -83,11 +90,11 @@ def look_at(
     by_owner: dict[int, dict[Kind, Entry]] = {}
     for kind, entry in files.items():
         by_owner.setdefault(entry.uid, {})[kind] = entry
-    return [_by_appscope(directory, descriptor, epoch, own, boot_id) for own in by_owner.values()]
+    return [_by_appscope(directory, descriptor, epoch, own, living) for own in by_owner.values()]
 
 
 def _by_appscope(
-    directory: str, descriptor: int, epoch: int, files: dict[Kind, Entry], boot_id: str
+    directory: str, descriptor: int, epoch: int, files: dict[Kind, Entry], living: Living
 ) -> FoundSet:
     found = FoundSet(
         directory,
@@ -100,7 +107,8 @@ def _by_appscope(
         judge.cause_of(_content(descriptor, files.get(Kind.BACKTRACE))),
         judge.process_name(_content(descriptor, files.get(Kind.INFO))) or "unknown",
     )
-    return found.judged(processes.writer_of(int(directory), epoch, found.owner, boot_id))
+    writer = living.writer_of(epoch, found.owner)
+    return found.judged(writer, living.open_files) if writer else found.judged(None)
 
 
 def is_stale(found: FoundSet) -> bool:

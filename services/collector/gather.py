@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Set
 from contextlib import aclosing, suppress
+from functools import cache
 from heapq import heappush, heappushpop
 from pathlib import Path
 
@@ -251,8 +252,12 @@ class Gatherer:
     async def _identify(self, directory: str, unknown: list[FoundSet]) -> None:
         """Enter sets of unknown writers, under the processes that the bus tells."""
         events = await self._events_of(int(directory), unknown)
+        open_files = cache(spool.open_by_process)
         async with self._lock:
-            taken = [await self._take(*await self._identified(one, events)) for one in unknown]
+            taken = [
+                await self._take(*await self._identified(one, events, open_files))
+                for one in unknown
+            ]
         if not all(taken):
             self._settled.pop(directory, None)
 
@@ -310,12 +315,20 @@ class Gatherer:
         return sorted(events, key=lambda event: event.time)
 
     async def _identified(
-        self, found: FoundSet, events: list[SignalEvent]
+        self,
+        found: FoundSet,
+        events: list[SignalEvent],
+        open_files: Callable[[int], Set[tuple[int, int]]],
     ) -> tuple[FoundSet, Process | None]:
-        """Find out who made a set of an unknown; judge it anew if that process still lives."""
+        """Find out who made a set of an unknown; judge it anew if that process still lives.
+
+        Args:
+            open_files: tells what a process has open, by device and inode.
+        """
         process = processes.from_events(int(found.directory), found.epoch, found.owner, events)
         if process is not None and processes.is_alive(process.pid, process.start_ticks):
-            found = await asyncio.to_thread(found.judged, process)
+            held = await asyncio.to_thread(open_files, process.pid)
+            found = found.judged(process, held)
         return found, process
 
     def _look_when_gone(self, found: FoundSet) -> None:
@@ -349,15 +362,14 @@ class Gatherer:
 
     def _sets(self, directory: str, descriptor: int) -> list[FoundSet]:
         listing = spool.list_directory(descriptor)
+        living = processes.Living(int(directory), self._boot_id)
         for refused in listing.refused:
             self._entering.refuse(directory, refused)
         return [
             found
             for epoch, entries in listing.sets.items()
             if self._entering.has_new(directory, entries)
-            for found in look_at(
-                directory, descriptor, epoch, entries, self._boot_id, self._awaited
-            )
+            for found in look_at(directory, descriptor, epoch, entries, living, self._awaited)
         ]
 
 

@@ -3,12 +3,14 @@
 import asyncio
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+from functools import cached_property
 from pathlib import Path
 
 from crashbus import identity
 from crashbus.messages import SignalEvent
 from crashbus.parts import Process
+from services.collector import spool
 from services.common.process import read_process
 
 # AppScope takes the epoch of a set, in whole seconds, when its handler runs.
@@ -55,21 +57,38 @@ def _is_zombie(pid: int) -> bool:
     return stat[stat.rindex(b")") + 2 :][:1] in (b"Z", b"X")  # proc_pid_stat(5), field 3
 
 
-def writer_of(pid: int, epoch: int, owner: int, boot_id: str) -> Process | None:
-    """Return the living process that wrote a set into the directory of this PID.
+class Living:
+    """The living process with a PID, read once: thousands of sets may lie in its directory."""
 
-    The PID is one of the writer's own namespace. Only where that is the host's does it name
-    the writer, so that must be so, and the process must own the set and be older than it.
-    """
-    try:
-        process = read_process(pid, boot_id)
-    except ProcessLookupError:
-        return None
-    if process.ns_pid != pid or process.uid != owner or _is_zombie(pid):
-        return None
-    uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
-    started = time.time() - uptime + process.start_ticks / os.sysconf("SC_CLK_TCK")
-    return process if started <= epoch + 1 else None
+    def __init__(self, pid: int, boot_id: str) -> None:
+        self._pid = pid
+        self._boot_id = boot_id
+
+    def writer_of(self, epoch: int, owner: int) -> Process | None:
+        """Return the process, if it wrote a set into the directory of its PID.
+
+        The PID is one of the writer's own namespace. Only where that is the host's does it name
+        the writer, so that must be so, and the process must own the set and be older than it.
+        """
+        process = self._process
+        if process is None or process.uid != owner:
+            return None
+        uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
+        started = time.time() - uptime + process.start_ticks / os.sysconf("SC_CLK_TCK")
+        return process if started <= epoch + 1 else None
+
+    @cached_property
+    def _process(self) -> Process | None:
+        try:
+            process = read_process(self._pid, self._boot_id)
+        except ProcessLookupError:
+            return None
+        return None if process.ns_pid != self._pid or _is_zombie(self._pid) else process
+
+    @cached_property
+    def open_files(self) -> Set[tuple[int, int]]:
+        """Device and inode of each file that it has open."""
+        return spool.open_by_process(self._pid)
 
 
 def event_times(epochs: Iterable[int]) -> list[tuple[float, float]]:

@@ -4,7 +4,10 @@ import asyncio
 import os
 import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from asyncinotify import Inotify
@@ -13,11 +16,12 @@ from crashbus import Bus
 from crashbus.layout import Kind
 from crashbus.messages import SignalEvent
 from crashbus.parts import CrashFile
-from services.collector import gather, spool
+from services.collector import gather, processes, spool
 from services.collector.gather import Gatherer
 from services.collector.records import record_of
 from services.common import capture
 from services.common.capture import CapturedFile
+from services.common.process import read_process
 from tests.collector.stand_in import signal_event
 from tests.support.nats import NatsServer
 from tests.support.requirements import need_root
@@ -243,6 +247,35 @@ async def test_core_on_the_bus_is_entered_though_a_user_s_has_its_name(gatherer:
     crash = gatherer._entering._ledger.get(event.crash_id)
     assert crash is not None
     assert crash.sources["core_1"].file == sent
+
+
+async def test_writer_of_many_sets_is_read_once_a_look(
+    gatherer: Gatherer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have arguments that take long."""
+    need_root()
+    reads: list[str] = []
+
+    def noted(do: Callable[..., Any]) -> Callable[..., Any]:
+        def done(*given: Any) -> Any:
+            reads.append(do.__name__)
+            return do(*given)
+
+        return done
+
+    monkeypatch.setattr(processes, "read_process", noted(read_process))
+    monkeypatch.setattr(spool, "open_by_process", noted(spool.open_by_process))
+    place = gatherer.root / str(os.getpid())
+    place.mkdir()
+    for number in range(20):
+        (place / f"info_{int(time.time()) + number}").touch()
+
+    await gatherer._glance(place.name)
+
+    assert gatherer._waiting.keys() == {(place.name, os.getpid())}
+    assert reads == ["read_process", "open_by_process"]
+    for task in gatherer._waiting.values():
+        task.cancel()
 
 
 async def test_watches_are_bounded_and_the_newest_stay(

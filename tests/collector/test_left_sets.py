@@ -14,6 +14,7 @@ from crashbus.layout import Kind, crash_file_name
 from services.collector import spool
 from services.collector.found import look_at
 from services.collector.judge import Verdict
+from services.collector.processes import Living
 from services.common import capture, drafts
 from services.common.capture import CapturedFile
 from services.common.drafts import Awaited
@@ -187,7 +188,7 @@ def test_next_recorder_is_awaited_as_long_when_one_is_killed_over_the_same_set(
 
         def verdict() -> Verdict:
             os.utime(tmp_path / layout.DRAFTS / f"{PID}-{EPOCH}", (0, 0))
-            (found,) = look_at(str(PID), directory, EPOCH, entries, "", awaited)
+            (found,) = look_at(str(PID), directory, EPOCH, entries, Living(PID, ""), awaited)
             return found.verdict
 
         writing.end()
@@ -244,6 +245,6 @@ def test_set_that_was_finished_after_its_record_was_read_is_whole(tmp_path: Path
     with spool.open_directory(str(writing.place)) as directory:
         entries = spool.list_directory(directory).sets[EPOCH]
         awaited: Any = SimpleNamespace(is_awaited=finished_just_now)
-        (found,) = look_at(str(PID), directory, EPOCH, entries, "", awaited)
+        (found,) = look_at(str(PID), directory, EPOCH, entries, Living(PID, ""), awaited)
 
     assert found.verdict is Verdict.WHOLE
