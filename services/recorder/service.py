@@ -161,6 +161,7 @@ class Recorder:
     def start(self) -> None:
         """Listen, then have the kernel send crashes here."""
         left_behind.take_over(self._spool)
+        self._conditions.debuginfod.remove_unfinished()
         self._unwind_server.start()
         self._taking_up.start()
         self._captures.start()

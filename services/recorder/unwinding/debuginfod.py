@@ -57,7 +57,15 @@ class Debuginfod:
         self._max_bytes = max_bytes
         self._cache_bytes = cache_bytes
         self._missing: dict[str, float] = {}  # build ID to when it was asked for, monotonic
-        _remove_unfinished(cache)
+
+    def remove_unfinished(self) -> None:
+        """Remove what a recorder that was killed had begun to fetch: no limit counts it.
+
+        Only for this host's recorder, before it fetches: a snapshot uses the same directory.
+        """
+        for path in self._cache.glob(f"{_UNFINISHED}*"):
+            with suppress(OSError):
+                path.unlink()
 
     def fetch(self, build_ids: Iterable[str], within: float) -> None:
         """See to it that what the servers have is in the cache; what goes wrong is logged.
@@ -166,13 +174,6 @@ class Debuginfod:
                 return
             path.unlink(missing_ok=True)
             total -= size
-
-
-def _remove_unfinished(cache: Path) -> None:
-    """Remove what a recorder that was killed had begun to fetch: no limit counts it."""
-    for path in cache.glob(f"{_UNFINISHED}*"):
-        with suppress(OSError):
-            path.unlink()
 
 
 def _make_directory(path: Path) -> None:
