@@ -20,13 +20,17 @@ from crashbus.cli.terminal import console, plain
 from crashbus.layout import Kind, parse_crash_file_name
 from crashbus.parts import CrashFile
 
-# Devices that programs need get mounts of their own, which the last line leaves as they are.
+# Devices that programs need get mounts of their own, which the remount leaves as they are. The
+# shell stays, as PID 1, which no key of the terminal stops; gdb itself has to stop for Ctrl-Z.
 _NO_DEVICES = """
 mount --rbind /dev /dev
 for name in null zero random urandom tty; do mount --bind "/dev/$name" "/dev/$name"; done
 mount -o remount,bind,nodev /dev
-exec "$@"
+"$@"
+exit
 """
+# In a /proc of its own are no processes that have devices, proc_pid_root(5).
+_ALONE = ("unshare", "--mount", "--pid", "--mount-proc", "--kill-child")
 
 
 def debug(
@@ -97,7 +101,7 @@ def _without_devices() -> list[str]:
     """
     if os.geteuid() != 0:
         return []
-    wrapper = ["unshare", "--mount", "sh", "-ec", _NO_DEVICES, "sh"]
+    wrapper = [*_ALONE, "sh", "-ec", _NO_DEVICES, "sh"]
     with suppress(FileNotFoundError):
         if subprocess.run([*wrapper, "true"], capture_output=True, check=False).returncode == 0:
             return wrapper
