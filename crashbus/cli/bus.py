@@ -80,8 +80,18 @@ def stored_crashes(host: str | None = None, since: float | None = None) -> list[
 
 async def _stored_crashes(host: str | None, since: float | None) -> list[Crash]:
     async with connected() as bus:
-        crashes = await read_crashes(bus, host, None if since is None else since - _CLOCKS)
-    return [crash for crash in crashes if since is None or crash.time >= since]
+        if since is None:
+            return await read_crashes(bus, host)
+        crashes = [
+            # What came of an older crash lately tells its own time alone.
+            crash if crash.manifest or crash.events else await _read_whole(bus, crash)
+            for crash in await read_crashes(bus, host, since - _CLOCKS)
+        ]
+    return [crash for crash in crashes if crash.time >= since]
+
+
+async def _read_whole(bus: Bus, crash: Crash) -> Crash:
+    return await _read_one(bus, crash.crash_id, crash.host) or crash
 
 
 async def read_crashes(bus: Bus, host: str | None, since: float | None = None) -> list[Crash]:

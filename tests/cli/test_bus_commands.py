@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from crashbus import Bus, SignalCount
+from crashbus.cli import bus as cli_bus
 from crashbus.cli.ls import moment_given
 from crashbus.errors import BusUnreachable
 from crashbus.layout import Kind
@@ -146,9 +147,27 @@ async def test_ls_lists_the_crashes_of_a_bug_or_since_a_time(
     first, second, third = (("nginx[1]", "a" * 16), ("nginx[2]", "a" * 16), ("nginx[3]", "b" * 16))
     assert await listed() == [third, second, first]
     assert await listed("--since", "2h") == [third, second]
+    lost = make(4, destinations=("file:///crashes",)).failure()  # of which nothing else is known
+    await bus.publish(lost)
+    assert (await listed("--since", "2h"))[1:] == [third, second]
     assert await listed("--fingerprint", "AAAA") == [second, first]
     wrong = await crashbus("ls", "--since", "lately", env=settings(nats_server))
     assert (wrong.status, "'lately' is no time; give 2h" in wrong.err) == (1, True)
+
+
+async def test_ls_shows_no_old_crash_whose_files_arrived_lately(
+    nats_server: NatsServer, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_bus, "_CLOCKS", 0)
+    for name, value in settings(nats_server).items():
+        monkeypatch.setenv(name, value)
+    made = make(1, crashed_at=time.time() - 7300, destinations=("file:///crashes",))
+    await bus.publish(made.manifest)
+    delivered = time.time()
+    for receipt in made.receipts():
+        await bus.publish(receipt)
+
+    assert not await asyncio.to_thread(cli_bus.stored_crashes, None, delivered)
 
 
 @pytest.mark.parametrize(
