@@ -6,10 +6,8 @@ service needs nothing more to run ``crashbus <service>``.
 
 import io
 import sys
-from collections.abc import Sequence
 
 from crashbus import own_cores
-from crashbus.cli import site
 from crashbus.cli.services import SERVICES, become
 
 
@@ -21,7 +19,6 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no error
     arguments = sys.argv[1:]
-    _as_the_units(arguments)
     if arguments and arguments[0] in SERVICES:
         become(arguments[0], arguments[1:])
     try:
@@ -35,16 +32,3 @@ def main() -> None:
         )
         sys.exit(2)
     app(prog_name="crashbus")
-
-
-def _as_the_units(arguments: Sequence[str]) -> None:
-    """Mean the bus, destinations and redaction that this host's systemd units are given."""
-    if "demo" in arguments:  # it has everything of its own
-        return
-    try:
-        site.take_settings()
-    except site.UnitSettingsUnreadable as error:
-        sys.stderr.write(f"crashbus: {error}\n")
-        sys.exit(2)
-    if not SERVICES.keys() & set(arguments[:1]):  # which has a key of its own
-        site.take_keys()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from crashbus.cli import services
+from crashbus.cli import services, site
 from crashbus.cli.debug import debug
 from crashbus.cli.demo import demo
 from crashbus.cli.doctor import doctor
@@ -26,6 +26,8 @@ from crashbus.cli.terminal import plain, show_warnings
 from crashbus.errors import CrashbusError
 from crashbus.message_base import VERSION as WIRE_VERSION
 from services.common.settings import SettingsError
+
+_NOT_OF_THIS_HOST = {"demo", "receive", "keys", "schema"}  # they have all that they need
 
 
 class _Commands(TyperGroup):
@@ -60,6 +62,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def crashbus(
+    ctx: typer.Context,
     nats_url: Annotated[
         str | None,
         typer.Option(
@@ -83,6 +86,9 @@ def crashbus(
     """
     if nats_url:
         os.environ["CRASHBUS_NATS_URL"] = nats_url  # for services started from here, too
+    if ctx.invoked_subcommand not in _NOT_OF_THIS_HOST | services.SERVICES.keys():
+        site.take_settings()
+        site.take_keys()
     show_warnings()
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NoReturn
 
+from crashbus.cli import site
+
 SERVICES = {
     "detector": "See every crash signal and OOM kill of this host (eBPF).",
     "recorder": "Make the crash files of every process that dies.",
@@ -34,7 +36,8 @@ def need(service: str) -> None:
 
 
 def become(service: str, arguments: Sequence[str]) -> NoReturn:
-    """Replace this process by a service."""
+    """Replace this process by a service, which has a key of its own."""
+    site.take_settings()
     need(service)
     sys.stdout.flush()
     command = [sys.executable, "-m", f"services.{service}", *arguments]

@@ -6,13 +6,13 @@ snapshot would show what the site redacts. What stands in the environment comes 
 
 import os
 import re
-import shlex
+import sys
 from pathlib import Path
 
-from crashbus.errors import CrashbusError
+from crashbus.cli import env_file
 
 DIRECTORY = Path("/etc/crashbus")
-_SETTING = re.compile(r"\s*(CRASHBUS_\w+)\s*=(.*)")
+_OURS = re.compile(r"CRASHBUS_[A-Z0-9_]+")
 # The units take their keys as credentials; each variable with those in whose place it stands.
 _KEYS = {
     "CRASHBUS_NATS_NKEY_FILE": (
@@ -24,20 +24,26 @@ _KEYS = {
 }
 
 
-class UnitSettingsUnreadable(CrashbusError):
-    """The units' file of settings is not of its form."""
-
-
 def take_settings(directory: Path = DIRECTORY) -> None:
     """Put into the environment what the units' file sets, where that is there and ours to read.
 
-    Raises:
-        UnitSettingsUnreadable: a line of it cannot be read.
+    What is wrong with it is told: the units have the same trouble, and no command need end for it.
     """
     path = directory / "crashbus.env"
-    if os.access(path, os.R_OK):
-        for name, value in _settings(path).items():
-            os.environ.setdefault(name, value)
+    if not os.access(path, os.R_OK):
+        return
+    try:
+        for setting in env_file.read(path.read_bytes().decode()):
+            if not setting.is_closed:
+                _tell(path, f"the quote that begins the value of {setting.name} has no end")
+            if _OURS.fullmatch(setting.name):
+                os.environ.setdefault(setting.name, setting.value)
+    except (OSError, ValueError) as error:  # no UTF-8, or a NUL in it; a value may be a secret
+        _tell(path, f"cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}")
+
+
+def _tell(path: Path, what: str) -> None:
+    sys.stderr.write(f"crashbus: {path}: {what}\n")
 
 
 def take_keys(directory: Path = DIRECTORY) -> None:
@@ -45,15 +51,3 @@ def take_keys(directory: Path = DIRECTORY) -> None:
     for variable, (name, others) in _KEYS.items():
         if os.access(directory / name, os.R_OK) and not os.environ.keys() & {variable, *others}:
             os.environ[variable] = str(directory / name)
-
-
-def _settings(path: Path) -> dict[str, str]:
-    """Read a file as systemd does, EnvironmentFile= of systemd.exec(5)."""
-    text = path.read_text(errors="surrogateescape").replace("\\\n", "")
-    found = {}
-    for match in filter(None, map(_SETTING.fullmatch, text.split("\n"))):
-        try:
-            found[match[1]] = " ".join(shlex.split(match[2]))
-        except ValueError as error:  # its value may be a secret
-            raise UnitSettingsUnreadable(f"{path}: {match[1]}: {error}") from None
-    return found
