@@ -19,7 +19,9 @@ from crashbus.cli.sender import Sender, reset
 from crashbus.cli.terminal import console, plain
 
 _ROOM_WITHIN = 1.0  # seconds for a sender that is hung up on, or was about to end, to be gone
+_SPEAKS_WITHIN = 5.0  # seconds; until then nobody is taken for one who only holds a place
 _STOP_WITHIN = 5.0  # seconds for all to be gone: a write may be under way
+_NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # by the kernel's command line; by sysctl
 _MIB = 1024 * 1024
 
 
@@ -121,14 +123,22 @@ class _Receiver:
                 reset(connection)
 
     def _has_room(self) -> bool:
-        """Take a place for a sender: where there is none, of who has had nothing to say for the
-        longest, which takes nothing from a shipper that kept the connection."""
+        """Take a place for a sender, where there is none that of another who does not need it."""
         if self._free.acquire(blocking=False):
             return True
-        idle = [(since, one) for one in [*self._senders] if (since := one.idle_since) is not None]
-        if idle:
-            min(idle, key=lambda found: found[0])[1].hang_up()
+        if (needless := self._needless()) is not None:
+            needless.hang_up()
         return self._free.acquire(timeout=_ROOM_WITHIN)
+
+    def _needless(self) -> Sender | None:
+        """Return who has had nothing to say for the longest, which takes nothing from a shipper
+        that kept the connection; else who came first of those that have not said one thing whole.
+        """
+        there = [*self._senders]
+        idle = [(since, one) for one in there if (since := one.idle_since) is not None]
+        before = time.monotonic() - _SPEAKS_WITHIN
+        silent = [(one.came, one) for one in there if not one.has_spoken and one.came < before]
+        return min(idle or silent, key=lambda found: found[0], default=(0.0, None))[1]
 
     def _serve(self, connection: socket.socket, peer: str) -> None:
         sender = Sender(connection, self._context, Receiving(self._into, peer, self._limits, _tell))
@@ -165,13 +175,16 @@ def _listening(host: str, port: int) -> list[socket.socket]:
     """Return a socket for each address of the host; all of this host's without a name."""
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     addresses = dict.fromkeys((family, place) for family, _, _, _, place in found)
-    sockets = []
+    sockets, lacking = [], None
     for family, place in addresses:
         try:
             sockets.append(socket.create_server(place[:2], family=family))
         except OSError as error:
-            if error.errno != errno.EAFNOSUPPORT or len(addresses) == 1:  # IPv6 is switched off
+            if error.errno not in _NO_IPV6:
                 raise
+            lacking = error
+    if lacking is not None and not sockets:
+        raise lacking
     return sockets
 
 

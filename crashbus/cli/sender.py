@@ -35,6 +35,8 @@ class Sender:
     """Whoever sends over one connection.
 
     Attributes:
+        came: monotonic seconds of its connection.
+        has_spoken: whether a line or frame of it has come whole.
         idle_since: monotonic seconds since which it has nothing to say and all is stored; None
             while it has.
     """
@@ -47,6 +49,9 @@ class Sender:
         self._receiving = receiving
         self._source = _Source(connection)
         self._reader = io.BufferedReader(self._source, _BUFFER)
+        self._hung_up = False
+        self.came = time.monotonic()
+        self.has_spoken = False
         self.idle_since: float | None = None
 
     def serve(self) -> None:
@@ -55,7 +60,7 @@ class Sender:
         try:
             self._begin()
             while self._take_one():
-                pass
+                self.has_spoken = True
             self._receiving.end()
             whole = True
         except (Refused, BadFrame, OSError, EOFError) as error:
@@ -67,8 +72,11 @@ class Sender:
             self._close(whole)
 
     def hang_up(self) -> None:
-        """Let it end as if the sender had ended it; callable from any thread."""
-        self._source.is_over = True
+        """Let it end as if the sender had ended it; callable from any thread.
+
+        What came until then is taken, for the sender may count it as delivered.
+        """
+        self._hung_up = True
         with suppress(OSError):  # it has ended
             # Not SSLSocket's own, which would take TLS from under the thread that reads.
             socket.socket.shutdown(self._socket, socket.SHUT_RD)
@@ -76,8 +84,14 @@ class Sender:
     def _begin(self) -> None:
         if self._context is not None:
             self._socket.settimeout(_HANDSHAKE)
-            self._socket = self._context.wrap_socket(self._socket, server_side=True)
-            self._source.socket = self._socket
+            # Known before it shakes hands, so that whoever hangs up ends that, too.
+            self._socket = wrapped = self._context.wrap_socket(
+                self._socket, server_side=True, do_handshake_on_connect=False
+            )
+            if self._hung_up:
+                raise EOFError("hung up on before TLS began")
+            wrapped.do_handshake()
+            self._source.socket = wrapped
 
     def _take_one(self) -> bool:
         """Take one line or frame; return whether there was one."""
@@ -148,15 +162,10 @@ def reset(connection: socket.socket) -> None:
 
 
 class _Source(io.RawIOBase):
-    """What comes over a socket, up to a deadline for all that is read.
-
-    Attributes:
-        is_over: what still comes is refused.
-    """
+    """What comes over a socket, up to a deadline for all that is read."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
-        self.is_over = False
         self._end = 0.0
 
     def within(self, seconds: float) -> None:
@@ -171,7 +180,4 @@ class _Source(io.RawIOBase):
         if left <= 0:
             raise TimeoutError("silent, or slow, for too long")
         self.socket.settimeout(left)
-        count = self.socket.recv_into(buffer)
-        if count and self.is_over:
-            raise ConnectionResetError("hung up on, just as it began to speak")
-        return count
+        return self.socket.recv_into(buffer)

@@ -6,6 +6,8 @@ import json
 import os
 import socket
 import ssl
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crashbus import Bus, frames
-from crashbus.cli import receiver, sender
+from crashbus.cli import receive, receiver, sender
 from crashbus.cli.receiver import Limits, Receiving, Refused
 from crashbus.cli.sender import Sender
 from crashbus.frames import BadFrame
@@ -35,6 +37,7 @@ from tests.shipper.conftest import (
 )
 from tests.shipper.conftest import Running as Running
 from tests.support.nats import free_port
+from tests.support.requirements import need_root
 from tests.support.tcp import Certificates, make_certificates
 from tests.support.wait import until
 
@@ -282,6 +285,51 @@ async def test_who_has_nothing_to_say_makes_room_for_others(tmp_path: Path) -> N
         with socket.create_connection(("127.0.0.1", port), 30) as silent:
             await until(lambda: asyncio.to_thread(say, port, GOOD), within=30)
             assert await asyncio.to_thread(silent.recv, 1) == b""
+
+
+@pytest.mark.parametrize("over_tls", [False, True])
+def test_who_only_holds_a_place_makes_room_for_others(
+    tmp_path: Path, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, over_tls: bool
+) -> None:
+    context = receive._tls(certificates.certificate, certificates.key, None) if over_tls else None
+    receiver = receive._Receiver(tmp_path, Limits(), context, 1)
+    assert receiver._has_room()
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.sendall(b"" if over_tls else b"{")
+        receiver._serve(ours, "peer")
+        assert not receiver._has_room()  # it has just come
+        monkeypatch.setattr(receive, "_SPEAKS_WITHIN", 0.0)
+        assert receiver._has_room()
+
+
+def test_what_was_sent_before_it_was_hung_up_on_is_taken(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    sender = Sender(ours, None, Receiving(tmp_path, "peer", Limits(), lambda _: None))
+    with theirs:
+        theirs.sendall(GOOD)
+        sender.hang_up()
+        sender.serve()
+    assert {*stored_in(tmp_path)} == {f"{FOLDER}/core_1"}
+
+
+WITHOUT_IPV6 = """
+echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6
+ip link set lo up
+printf '127.0.0.1 both\n::1 both\n' >"$0"
+mount --bind "$0" /etc/hosts
+exec "$@"
+"""
+LISTENING = "from crashbus.cli import receive; print(len(receive._listening('both', 0)))"
+
+
+def test_an_address_that_this_host_lacks_is_passed_over_where_there_is_another(
+    tmp_path: Path,
+) -> None:
+    need_root()
+    shell = ("unshare", "--net", "--mount", "sh", "-ec", WITHOUT_IPV6, str(tmp_path / "hosts"))
+    done = subprocess.run([*shell, sys.executable, "-c", LISTENING], capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
 
 
 @pytest.mark.parametrize("sent", [b"{", frames.MAGIC, GOOD[: frames.HEAD.size + 1]])
