@@ -47,12 +47,11 @@ def run(
     from services.recorder import guard
     from services.recorder.settings import RecorderSettings
 
-    environment = dict(os.environ)
     if dest:
-        environment["CRASHBUS_DESTINATIONS"] = ",".join(dest)
+        os.environ["CRASHBUS_DESTINATIONS"] = ",".join(dest)
     if nats:
-        environment["CRASHBUS_NATS_URL"] = f"nats://127.0.0.1:{port}"
-    os.environ.update(environment)
+        _mean_own_bus(port)
+    environment = dict(os.environ)
     settings, socket = BusSettings.load(), RecorderSettings.load().socket
     _check(settings, port if nats else None, logs_to)
     for handler in logging.getLogger("crashbus").handlers[:]:
@@ -70,6 +69,13 @@ def run(
     finally:
         # The recorder has done so itself, unless it was killed and was not back yet.
         guard.put_back(settings.state, last=socket)
+
+
+def _mean_own_bus(port: int) -> None:
+    """Forget keys, certificates and replicas of another bus, which this host's units may have."""
+    for name in [name for name in os.environ if name.startswith("CRASHBUS_NATS_")]:
+        del os.environ[name]
+    os.environ["CRASHBUS_NATS_URL"] = f"nats://127.0.0.1:{port}"
 
 
 def _check(settings: BusSettings, port: int | None, logs_to: Path | None) -> None:

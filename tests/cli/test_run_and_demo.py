@@ -119,6 +119,9 @@ class Running:
             "CRASHBUS_SPOOL": str(scratch / "appscope"),
             "CRASHBUS_RECORDER_SOCKET": str(scratch / "run" / "s"),
             **{f"CRASHBUS_{s.upper()}_HTTP": f"127.0.0.1:{free_port()}" for s in SERVICES},
+            # Of another bus, as on a host whose units are given one.
+            "CRASHBUS_NATS_CA_FILE": "/etc/ssl/certs/ca-certificates.crt",
+            "CRASHBUS_NATS_REPLICAS": "3",
         }
 
     async def start(self) -> None:
@@ -155,11 +158,13 @@ class Running:
 async def running(pattern: str) -> AsyncIterator[Running]:
     with tempfile.TemporaryDirectory(prefix="cb-", dir="/tmp") as scratch:
         made = Running(Path(scratch))
-        await made.start()
-        yield made
-        if made.process.returncode is None:
-            made.process.terminate()
-        await asyncio.wait_for(made.process.wait(), 60)
+        try:
+            await made.start()
+            yield made
+        finally:
+            if made.process.returncode is None:
+                made.process.terminate()
+            await asyncio.wait_for(made.process.wait(), 60)
         assert await until(lambda: not processes_of(scratch))
 
 
