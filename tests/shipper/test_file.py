@@ -90,6 +90,10 @@ async def test_binary_is_delivered_once_and_never_replaced_by_another(
     ]
 
 
+def no_links(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted")  # as FAT says it, link(2)
+
+
 @pytest.mark.parametrize("has_links", [True, False])
 async def test_binary_that_comes_while_another_is_delivered_is_not_replaced(
     bus: Bus, shipping: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
@@ -99,16 +103,13 @@ async def test_binary_that_comes_while_another_is_delivered_is_not_replaced(
 
     async def looked_too_early(self: FileDeliverer, folder: str, name: str) -> str | None:
         found = await looked(self, folder, name)
-        if found is None and name == place.name and has_links:
+        if found is None and name == place.name:
             place.write_bytes(b"of another shipper")
         return found
 
-    def link(*_: object, **__: object) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")  # as FAT says it, link(2)
-
     monkeypatch.setattr(FileDeliverer, "sha256_of", looked_too_early)
     if not has_links:
-        monkeypatch.setattr(os, "link", link)
+        monkeypatch.setattr(os, "link", no_links)
     name = binary_name(Kind.EXECUTABLE, "ab" * 20, hashlib.sha256(b"ours").hexdigest())
     sent = await send(bus, {name: b"ours"}, encoding="identity")
     await bus.publish(sent.item(tmp_path.as_uri()))
@@ -118,8 +119,22 @@ async def test_binary_that_comes_while_another_is_delivered_is_not_replaced(
 
     delivered = place.parent / receipt.file.stored_name
     assert delivered.read_bytes() == b"ours"
-    assert place.read_bytes() == (b"of another shipper" if has_links else b"ours")
+    assert place.read_bytes() == b"of another shipper"
     assert set(files_below(place.parent)) == {place.name, delivered.name}
+
+
+async def test_binary_gets_its_name_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", no_links)
+    upload = Upload(str(tmp_path), "folder")
+    try:
+        upload.open()
+        upload.write(b"ours")
+        upload.take("executable")
+    finally:
+        upload.close()
+    assert (tmp_path / "folder" / "executable").read_bytes() == b"ours"
 
 
 @pytest.mark.parametrize("obstacle", ["link", "fifo", "directory"])

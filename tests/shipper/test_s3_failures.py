@@ -2,6 +2,7 @@
 
 import ssl
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 
 import pytest
 import urllib3.exceptions as http
@@ -111,17 +112,65 @@ def test_etag_that_is_no_md5_says_nothing() -> None:
     assert mismatch(kms, 5, MD5, SHA256) is None
 
 
-def test_server_that_knows_no_condition_is_asked_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    api = S3Api(ShipperSettings(s3_access_key="key", s3_secret_key="secret"))
-    asked: list[dict[str, str]] = []
+class Refusing:
+    """Stands in for the requests of an API; refuses those with a condition."""
 
-    def put(bucket: str, key: str, data: object, headers: dict[str, str]) -> None:
-        asked.append(headers)
-        if "If-None-Match" in headers:
-            raise s3_error("NotImplemented", 501)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        self.api = S3Api(ShipperSettings(s3_access_key="key", s3_secret_key="secret"))
+        self.conditions: list[str | None] = []
+        self._error = error
+        monkeypatch.setattr(self.api._client, "_execute", self._execute)
 
-    monkeypatch.setattr(api._client, "_put_object", put)
+    def _execute(self, *_: object, headers: dict[str, str], **__: object) -> HTTPResponse:
+        self.conditions.append(headers.get("If-None-Match"))
+        if self.conditions[-1] is not None:
+            raise self._error
+        return HTTPResponse(body=b"<CompleteMultipartUploadResult/>", status=200)
 
-    api.put_if_free("bucket", "key", memoryview(b"x"), b"md5", {"a": "b"})
+    def put(self) -> None:
+        self.api.put_if_free("bucket", "key", memoryview(b"x"), b"md5", {"a": "b"})
 
-    assert [one.get("If-None-Match") for one in asked] == ["*", None]
+    def complete(self) -> None:
+        self.api.complete_if_free("bucket", "key", "upload", ["etag"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        s3_error("NotImplemented", 501),
+        s3_error("InvalidArgument", 400),
+        s3_error("MethodNotAllowed", 405),
+        InvalidResponseError(501, "text/html", "<html>"),
+    ],
+)
+@pytest.mark.parametrize("call", [Refusing.put, Refusing.complete])
+def test_server_that_knows_no_condition_is_asked_without_from_then_on(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, call: Callable[[Refusing], None]
+) -> None:
+    server = Refusing(monkeypatch, error)
+
+    call(server)
+    call(server)
+
+    assert server.conditions == ["*", None, None]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        s3_error("PreconditionFailed", 412),
+        s3_error("BadDigest", 400),
+        s3_error("InternalError", 500),
+        InvalidResponseError(502, "text/html", "<html>"),
+    ],
+)
+@pytest.mark.parametrize("call", [Refusing.put, Refusing.complete])
+def test_condition_is_not_dropped_for_another_failure(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, call: Callable[[Refusing], None]
+) -> None:
+    server = Refusing(monkeypatch, error)
+
+    with pytest.raises(type(error)):
+        call(server)
+
+    assert server.conditions == ["*"]

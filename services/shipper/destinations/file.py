@@ -140,10 +140,13 @@ class Upload:
         try:
             os.link(self._name, name, **here, follow_symlinks=False)
         except FileExistsError:
-            raise Passing("name_taken", f"{name} is there now", "nothing: it is compared") from None
+            raise _name_taken(name) from None
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
+            with suppress(FileNotFoundError):
+                os.stat(name, dir_fd=self._directory, follow_symlinks=False)
+                raise _name_taken(name) from None
             self.replace(name)
         os.fsync(self._directory)
 
@@ -167,6 +170,10 @@ class Upload:
         if self._directory >= 0:
             os.close(self._directory)
         self._file = self._directory = -1
+
+
+def _name_taken(name: str) -> Passing:
+    return Passing("name_taken", f"{name} is there now", "nothing: it is compared")
 
 
 def _make_directories(base: str, folder: str) -> int:

@@ -5,7 +5,7 @@ the package's minor version is fixed.
 """
 
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from typing import Any
 import urllib3
 from minio import Minio
 from minio.datatypes import Part as MinioPart
-from minio.error import S3Error
+from minio.error import InvalidResponseError, S3Error
 
 from services.common.settings import SettingsError
+from services.shipper.destinations.s3_failures import FINAL, PASSING
 from services.shipper.destinations.s3_resume import Part
 from services.shipper.settings import ShipperSettings
 
 _KEPT_CONNECTIONS = 64
+_NOT_UNDERSTOOD = (400, 405, 501)  # HTTP statuses, RFC 9110
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class S3Api:
                 "an s3:// destination needs CRASHBUS_SHIPPER_S3_ACCESS_KEY and "
                 "CRASHBUS_SHIPPER_S3_SECRET_KEY (or the same with _FILE, naming files)"
             )
+        self._knows_conditions = True  # until it says otherwise
         scheme, _, address = settings.s3_endpoint.partition("://")
         try:
             self._client: Any = Minio(
@@ -95,12 +98,7 @@ class S3Api:
         self, bucket: str, key: str, data: memoryview, md5: bytes, headers: Mapping[str, str]
     ) -> None:
         """Write a whole object where there is none; on a server that cannot tell, anyway."""
-        try:
-            self.put(bucket, key, data, md5, {**headers, "If-None-Match": "*"})
-        except S3Error as error:
-            if error.code != "NotImplemented":
-                raise
-            self.put(bucket, key, data, md5, headers)
+        self._if_free(lambda more: self.put(bucket, key, data, md5, {**headers, **more}))
 
     def begin(self, bucket: str, key: str, headers: Mapping[str, str]) -> str:
         """Begin a multipart upload and return its ID."""
@@ -136,8 +134,29 @@ class S3Api:
 
     def complete(self, bucket: str, key: str, upload: str, etags: list[str]) -> None:
         """Make the parts an object."""
+        self._complete(bucket, key, upload, etags, {})
+
+    def complete_if_free(self, bucket: str, key: str, upload: str, etags: list[str]) -> None:
+        """Do so where there is none; on a server that cannot tell, anyway."""
+        self._if_free(lambda more: self._complete(bucket, key, upload, etags, more))
+
+    def _complete(
+        self, bucket: str, key: str, upload: str, etags: list[str], more: Mapping[str, str]
+    ) -> None:
         parts = [MinioPart(number, etag) for number, etag in enumerate(etags, start=1)]
-        self._client._complete_multipart_upload(bucket, key, upload, parts)
+        self._client._complete_multipart_upload(bucket, key, upload, parts, _Headers(more))
+
+    def _if_free(self, call: Callable[[Mapping[str, str]], None]) -> None:
+        """Make a call that shall replace no object, with what tells the server so."""
+        if self._knows_conditions:
+            try:
+                call({"If-None-Match": "*"})
+                return
+            except (S3Error, InvalidResponseError) as error:
+                if not _may_know_no_conditions(error):
+                    raise
+        call({})
+        self._knows_conditions = False
 
     def abort(self, bucket: str, key: str, upload: str) -> None:
         """Remove an unfinished upload with its parts."""
@@ -167,6 +186,24 @@ class S3Api:
         found = self._client.stat_object(bucket, key)
         headers = {str(name).lower(): str(value) for name, value in found.metadata.items()}
         return Stat(int(found.size), str(found.etag), headers)
+
+
+@dataclass(frozen=True)
+class _Headers:
+    """Further headers of a call that minio lets have only those of an encryption key."""
+
+    more: Mapping[str, str]
+
+    def headers(self) -> Mapping[str, str]:
+        return self.more
+
+
+def _may_know_no_conditions(error: S3Error | InvalidResponseError) -> bool:
+    """Tell whether a server may have refused a header that it does not know."""
+    if isinstance(error, InvalidResponseError):  # a proxy's, or one without XML
+        return error._code in _NOT_UNDERSTOOD
+    known = error.code in FINAL or error.code in PASSING
+    return error.response.status in _NOT_UNDERSTOOD and not known
 
 
 def _http_client(settings: ShipperSettings) -> urllib3.PoolManager:

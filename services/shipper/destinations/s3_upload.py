@@ -212,11 +212,13 @@ class Upload:
         md5s = b"".join(bytes.fromhex(part.etag) for part in self._parts)
         expected = f"{_md5(md5s).hex()}-{len(self._parts)}"
         etags = [self._etags[part.number] for part in self._parts]
+        complete = self._api.complete
         if self._only_if_free:
-            self._check_free()
+            self._check_free()  # for servers that know no conditions
+            complete = self._api.complete_if_free
         try:
             with as_failure(str(self._place)):
-                self._api.complete(*self._at, self._upload_id, etags)
+                complete(*self._at, self._upload_id, etags)
         except Passing as failure:
             # It may have been done all the same: by us, the answer lost; by another shipper.
             if not self._is_complete(expected):
