@@ -36,12 +36,18 @@ _ENDS_WITH_US = ("setpriv", "--pdeathsig", "TERM", "--")
 
 @dataclass(frozen=True)
 class Command:
-    """A process to keep running."""
+    """A process to keep running.
+
+    Attributes:
+        is_service: it ends with `EXIT_SETTINGS` where a setting is wrong. What is written in Go
+            ends so when it panics.
+    """
 
     name: str
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
     log: Path | None
+    is_service: bool = False
 
 
 class Supervisor:
@@ -63,7 +69,7 @@ class Supervisor:
         while True:
             began = time.monotonic()
             status = await process.wait()
-            if status == EXIT_SETTINGS:
+            if command.is_service and status == EXIT_SETTINGS:
                 if not self.given_up.done():
                     self.given_up.set_result(f"{command.name} cannot work as it is set up")
                 return
@@ -207,4 +213,4 @@ def service_command(
     if number > 1:
         own[variable] = f"127.0.0.1:{free_port()}"
     label = name if number == 1 else f"{name}-{number}"
-    return Command(label, (sys.executable, "-m", f"services.{name}"), own, output)
+    return Command(label, (sys.executable, "-m", f"services.{name}"), own, output, is_service=True)

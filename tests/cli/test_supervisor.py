@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from crashbus.cli.errors import Trouble
+from crashbus.cli.errors import EXIT_SETTINGS, Trouble
 from crashbus.cli.supervisor import Command, Supervisor
 from tests.support.nats import free_port
 from tests.support.requirements import need_program
@@ -46,6 +46,13 @@ async def test_what_cannot_be_started_for_a_moment_is_started_later(
         await until(lambda: any("cannot be started" in one.get("error", "") for one in said))
         (tmp_path / "away").rename(directory)
         await until(lambda: len(pids()) == 2)
+
+
+async def test_a_server_that_panics_is_started_again(together: Supervisor, tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    await together.start(shell(f"echo >> {started}; exit {EXIT_SETTINGS}"))
+    await until(lambda: started.exists() and len(started.read_text()) == 2)
+    assert not together.given_up.done()
 
 
 async def test_a_server_that_ends_before_it_answers_is_told_with_its_status(
