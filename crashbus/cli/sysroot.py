@@ -54,11 +54,14 @@ class Sysroot:
 
     Attributes:
         missing: what could not be had, in words.
+        links: the symbolic ones; others that are found were made before, and where they lead to
+            may have changed since.
     """
 
     directory: Path
     executable: Path | None = None
     missing: list[str] = field(default_factory=list)
+    links: set[Path] = field(default_factory=set)
 
     @property
     def gdb_arguments(self) -> list[str]:
@@ -245,14 +248,22 @@ def _link(made: Sysroot, binary: Path, place: Path) -> bool:
         whether it has it.
     """
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if place.is_symlink() and place not in made.links:
+        place.unlink()
     try:
         if _is_fetched(made, binary):
             place.hardlink_to(binary)
         else:
             place.symlink_to(binary)
+            made.links.add(place)
     except FileExistsError:
-        return place.samefile(binary)
+        return place.samefile(binary) or _same_content(place, binary)
     return True
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    with _open_file(one) as first, _open_file(other) as second:
+        return _sha256(first) == _sha256(second)
 
 
 def _soname(path: Path) -> str | None:

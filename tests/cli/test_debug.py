@@ -12,6 +12,7 @@ import pytest
 
 from crashbus import elf
 from crashbus.cli import sysroot
+from crashbus.cli.sysroot import Sysroot
 from crashbus.layout import BINARIES, Kind, binary_key
 from crashbus.parts import Container, Module, Supplement
 from tests.cli.support import NO_BUS, MadeCrash, binary_of, crashbus, make
@@ -395,6 +396,30 @@ def test_file_with_a_lease_is_not_waited_for(crashing: tuple[Path, Path], tmp_pa
     # fcntl(2): the kernel would have broken the lease after lease-break-time, 45 s.
     assert time.monotonic() - started < 20
     assert sysroot._is_same(own, module, None)
+
+
+def test_links_of_before_lead_to_what_the_crash_had_when_this_machine_has_changed(
+    tmp_path: Path,
+) -> None:
+    directory = tmp_path / "out"
+    own, other, fetched = tmp_path / "own", tmp_path / "other", directory / "binaries" / "own"
+    fetched.parent.mkdir(parents=True)
+    own.write_bytes(b"of the crash")
+    place = directory / "sysroot" / "own"
+    assert sysroot._link(Sysroot(directory), own, place)
+    fetched.write_bytes(own.read_bytes())
+    own.write_bytes(b"upgraded")
+    other.write_bytes(b"upgraded")
+
+    again = Sysroot(directory)
+
+    assert sysroot._link(again, fetched, place)
+    assert place.read_bytes() == b"of the crash"
+    assert not sysroot._link(again, other, place)  # the first has it
+    assert sysroot._link(again, other, place.with_name("lib"))
+    assert not sysroot._link(again, fetched, place.with_name("lib"))
+    own.write_bytes(b"of the crash")  # the upgrade was taken back
+    assert sysroot._link(Sysroot(directory), own, place)
 
 
 async def test_debug_of_a_crash_without_core(delivered: Path) -> None:
