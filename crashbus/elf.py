@@ -5,11 +5,12 @@ Files may be hostile: what is read is bounded, and a file that is not right has 
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 _MAGIC = b"\x7fELF"
 _MAX_HEADERS = 128  # program headers; binaries have about a dozen
-_MAX_NOTES = 64 * 1024  # bytes of one note segment
+_MAX_NOTES, _MAX_NOTE_BYTES = 64, 64 * 1024  # of a file; binaries have about five
 _PT_NOTE, _NT_GNU_BUILD_ID = 4, 3
 _MIN_ID, _MAX_ID = 2, 64  # bytes
 
@@ -43,23 +44,25 @@ def _build_id(file: int) -> str | None:
     size, count = struct.unpack_from(order + "HH", ident, 54 if wide else 42)
     if size != (56 if wide else 32):
         return None
-    for number in range(min(count, _MAX_HEADERS)):
-        header = os.pread(file, size, table + number * size)
-        kind, offset, length = _segment(header, order, wide)
-        if kind == _PT_NOTE:
-            found = noted(os.pread(file, min(length, _MAX_NOTES), offset), order)
-            if found:
-                return found
-    return None
+    headers = os.pread(file, min(count, _MAX_HEADERS) * size, table)
+    whole = range(0, len(headers) - size + 1, size)
+    segments = (_segment(headers[at : at + size], order, wide) for at in whole)
+    notes, left = [], _MAX_NOTE_BYTES
+    for kind, offset, length in segments:
+        if kind == _PT_NOTE and left:
+            notes.append(os.pread(file, min(length, left), offset))
+            left -= len(notes[-1])
+    return noted(notes, order)
 
 
-def noted(notes: bytes, order: str = "<") -> str | None:
+def noted(segments: Iterable[bytes], order: str = "<") -> str | None:
     """Return the build ID that is among notes; None where there is none.
 
     Args:
         order: of bytes, as `struct` has it.
     """
-    return next(_build_ids(notes, order), None)
+    notes = (note for segment in segments for note in _notes(segment, order))
+    return next(filter(None, islice(notes, _MAX_NOTES)), None)
 
 
 def _segment(header: bytes, order: str, wide: bool) -> tuple[int, int, int]:
@@ -71,13 +74,14 @@ def _segment(header: bytes, order: str, wide: bool) -> tuple[int, int, int]:
     return kind, offset, length
 
 
-def _build_ids(notes: bytes, order: str) -> Iterator[str]:
+def _notes(notes: bytes, order: str) -> Iterator[str | None]:
+    """Give the build ID that each note is, or None."""
     place = 0
     while place + 12 <= len(notes):
         name, size, kind = struct.unpack_from(order + "III", notes, place)
         start = place + 12 + (name + 3) // 4 * 4
         body = notes[start : start + size]
         is_gnu = notes[place + 12 : place + 12 + name] == b"GNU\0"
-        if is_gnu and kind == _NT_GNU_BUILD_ID and _MIN_ID <= len(body) == size <= _MAX_ID:
-            yield body.hex()
+        is_whole = _MIN_ID <= len(body) == size <= _MAX_ID
+        yield body.hex() if is_gnu and is_whole and kind == _NT_GNU_BUILD_ID else None
         place = start + (size + 3) // 4 * 4

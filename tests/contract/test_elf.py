@@ -68,6 +68,29 @@ def test_what_is_not_right_has_none(content: bytes) -> None:
     assert build_id(content) is None
 
 
+def of_notes(*segments: bytes) -> bytes:
+    """An ELF file with nothing but notes."""
+    places, at = b"", 64 + 56 * len(segments)
+    for notes in segments:
+        places += struct.pack("<IIQQQQQQ", 4, 4, at, 0, 0, len(notes), len(notes), 4)
+        at += len(notes)
+    header = struct.pack("<HHIQQQIHHHHHH", 3, 62, 1, 0, 64, 0, 0, 64, 56, len(segments), 0, 0, 0)
+    return b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + header + places + b"".join(segments)
+
+
+def test_so_many_notes_of_a_file_are_read_and_no_more() -> None:
+    """A process that was made for it would keep the recorder busy for seconds with them."""
+    note = forged(b"\xab" * 20)[120:]
+    empty, large = bytes(12), struct.pack("<III", 0, 64 * 1024 - 12, 1).ljust(64 * 1024, b"\0")
+
+    assert build_id(of_notes(*[empty] * 63, note)) == "ab" * 20
+    assert build_id(of_notes(empty * 63, note)) == "ab" * 20
+    assert build_id(of_notes(*[empty] * 64, note)) is None
+    assert build_id(of_notes(empty * 64, note)) is None
+    assert build_id(of_notes(large[: -len(note)], note)) == "ab" * 20
+    assert build_id(of_notes(large, note)) is None
+
+
 @given(st.binary(max_size=300), st.integers(0, 200))
 def test_no_bytes_make_it_fail(noise: bytes, place: int) -> None:
     content = bytearray(forged(b"\xab" * 20))

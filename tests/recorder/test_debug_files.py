@@ -1,11 +1,15 @@
 """What debug information refers to is read as it is, and as an attacker would have it."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.recorder.unwinding import debug_files
 from tests.support.packaged import Packaged, packaged
+from tests.support.requirements import need_program
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +24,18 @@ def test_link_is_name_and_build_id(made: Packaged) -> None:
         assert link.name == "/nowhere/.dwz/some/common.debug"
         assert link.build_id == debug_files.build_id_of(common.fileno())
         assert debug_files.link_of(common.fileno()) is None
+
+
+def test_link_of_a_32_bit_file_is_read(tmp_path: Path) -> None:
+    need_program("objcopy")
+    link, file = tmp_path / "link", tmp_path / "file"
+    link.write_bytes(b"common.debug\0" + b"\xab" * 20)
+    section = f".gnu_debugaltlink={link}"
+    command = ["objcopy", "-I", "binary", "-O", "elf32-little", "--add-section", section]
+    subprocess.run([*command, link, file], check=True)
+
+    with file.open("rb") as made:
+        assert debug_files.link_of(made.fileno()) == debug_files.Link("common.debug", "ab" * 20)
 
 
 @given(

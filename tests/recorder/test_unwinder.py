@@ -5,16 +5,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from services.recorder.core import core_head
 from services.recorder.modules import Module
 from services.recorder.unwinding import unwinder
+from services.recorder.unwinding.backtrace import Backtrace
 from services.recorder.unwinding.unwind_process import Forked, Server
 from tests.recorder.test_core_head import core as make_core
 from tests.recorder.test_core_head import prstatus, siginfo
+from tests.support.fuse import StandingStill
 from tests.support.requirements import need_root
 from tests.support.wait import until
 
@@ -95,6 +99,24 @@ except OSError as error:
     monkeypatch.setattr(unwinder, "_COMMAND", (sys.executable, "-c", program))
 
     assert unwinder.unwind(core, (), 10).fault == "b'evidence' Bad file descriptor"
+
+
+def test_file_of_which_a_read_never_ends_keeps_the_worker_alone(core: int, tmp_path: Path) -> None:
+    need_root()
+    os.write(core, make_core(prstatus(11, 77) + siginfo(11, 1, 0)))
+    told: list[Backtrace] = []
+
+    with StandingStill(tmp_path / "fuse", Path("/bin/true")) as served:
+        file = os.open(served.program, os.O_RDONLY)
+        served.stand_still()
+        module = Module("/program", 0x400000, 0x401000, file)
+        waiting = Thread(target=lambda: told.append(unwinder.unwind(core, (module,), 1)))
+        waiting.start()
+        waiting.join(30)
+        assert [one.fault for one in told] == ["not done within 1 s"]
+    waiting.join()
+    with suppress(OSError):  # nobody serves it any more
+        os.close(file)
 
 
 def test_no_worker_is_started_without_time(core: int) -> None:

@@ -24,7 +24,11 @@ class Part(BaseModel):
 
 
 class ModuleFile(Part):
-    """An open file of the process, and where it was mapped: from the first place to the last."""
+    """An open file of the process, and where it was mapped: from the first place to the last.
+
+    Attributes:
+        build_id: found by the worker, because reading what is the process's may take for ever.
+    """
 
     path: str
     start: int

@@ -34,7 +34,7 @@ class Link:
 
 def build_id_of(file: int) -> str | None:
     """Return a file's build ID: a supplement has no program headers to find it by."""
-    return elf.build_id(file) or elf.noted(_section(file, _NOTE))
+    return elf.build_id(file) or elf.noted([_section(file, _NOTE)])
 
 
 def link_of(file: int) -> Link | None:

@@ -1,10 +1,31 @@
 """Which of a process's files a module is made of."""
 
+import os
+import struct
 from collections.abc import Iterable
+from contextlib import suppress
 
 import drgn
 
 from services.recorder.unwinding.backtrace import ModuleFile
+from services.recorder.unwinding.sections import sections_of
+
+_NOTE, _LONGEST_NOTE = b".note.gnu.build-id", 256  # bytes
+_NOTE_HEAD = struct.Struct("<III4s")  # ElfXX_Nhdr and the name, GNU
+
+
+def with_build_ids(files: Iterable[ModuleFile]) -> tuple[ModuleFile, ...]:
+    """Return files with their build IDs, as far as they have sections that tell them."""
+    return tuple(file.model_copy(update={"build_id": _build_id(file.file)}) for file in files)
+
+
+def _build_id(file: int) -> str | None:
+    _, offset, size = sections_of(file).get(_NOTE, (0, 0, 0))
+    with suppress(OSError, OverflowError, struct.error):
+        note = os.pread(file, min(size, _LONGEST_NOTE), offset)
+        _, length, *_ = _NOTE_HEAD.unpack_from(note)
+        return note[_NOTE_HEAD.size :][:length].hex() or None
+    return None
 
 
 def bounds(module: drgn.Module) -> tuple[int, int] | None:

@@ -1,14 +1,19 @@
-"""The sections of 64-bit ELF files: elf(5). Files may be hostile: what is read is bounded."""
+"""The sections of little-endian ELF files: elf(5).
+
+Files may be hostile: what is read is bounded.
+"""
 
 import os
 import struct
 
 _MOST = 4096
 _LONGEST_NAMES = 256 * 1024  # bytes
-# Elf64_Ehdr and Elf64_Shdr
-_HEADER = struct.Struct("<16sHHI3QI6H")
-_SECTION = struct.Struct("<IIQQQQIIQQ")
-_WIDE, _LITTLE = 2, 1  # ELFCLASS64, ELFDATA2LSB
+_LITTLE = 1  # ELFDATA2LSB
+# ElfXX_Ehdr and ElfXX_Shdr by ELFCLASS
+_FORMS = {
+    1: (struct.Struct("<16sHHI3II6H"), struct.Struct("<10I")),
+    2: (struct.Struct("<16sHHI3QI6H"), struct.Struct("<IIQQQQIIQQ")),
+}
 
 Section = tuple[int, int, int]  # address, offset and size
 Sections = dict[bytes, Section]
@@ -27,12 +32,16 @@ def sections_of(file: int) -> Sections:
 
 
 def _sections(file: int) -> Sections:
-    header = _HEADER.unpack(os.pread(file, _HEADER.size, 0))
-    ident, place, entry_size, count, names_at = header[0], header[6], *header[-3:]
-    if ident[:6] != b"\x7fELF" + bytes((_WIDE, _LITTLE)) or entry_size != _SECTION.size:
+    ident = os.pread(file, 16, 0)
+    if ident[:4] != b"\x7fELF" or ident[4] not in _FORMS or ident[5] != _LITTLE:
         return {}
-    raw = os.pread(file, min(count, _MOST) * _SECTION.size, place)
-    entries = list(_SECTION.iter_unpack(raw[: len(raw) // _SECTION.size * _SECTION.size]))
+    head, section = _FORMS[ident[4]]
+    header = head.unpack(os.pread(file, head.size, 0))
+    place, entry_size, count, names_at = header[6], *header[-3:]
+    if entry_size != section.size:
+        return {}
+    raw = os.pread(file, min(count, _MOST) * section.size, place)
+    entries = list(section.iter_unpack(raw[: len(raw) // section.size * section.size]))
     _, _, _, _, at, size, *_ = entries[names_at]
     names = os.pread(file, min(size, _LONGEST_NAMES), at)
     found: Sections = {}

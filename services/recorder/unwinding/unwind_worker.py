@@ -31,7 +31,7 @@ from services.recorder.unwinding.backtrace import (
     Stack,
     Thread,
 )
-from services.recorder.unwinding.module_files import bounds, file_of
+from services.recorder.unwinding.module_files import bounds, file_of, with_build_ids
 from services.recorder.unwinding.naming import Namer, short
 
 _PYTHON = re.compile(r"python(\d)\.(\d{1,3})[^/]*$")  # python3.11, libpython3.11.so.1.0
@@ -87,9 +87,10 @@ def unwind(request: Request) -> Backtrace:
     program.set_enabled_debug_info_finders(["standard"])  # no debuginfod: there is no network
     program.debug_info_options.directories = request.debug_directories
     program.set_core_dump(request.core)
-    _load(program, request.modules)
-    modules = list(_modules(program, request.modules))
-    namer = Namer(program, modules, request.modules)
+    files = with_build_ids(request.modules)
+    _load(program, files)
+    modules = list(_modules(program, files))
+    namer = Namer(program, modules, files)
     if request.stacks:  # of a machine whose stacks drgn cannot unwind
         threads = (_walked(program, one, namer) for one in request.stacks)
     else:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from crashbus import elf
 from services.recorder import metrics
 from services.recorder.core import core_threads
 from services.recorder.core.core_head import Head
@@ -62,9 +61,7 @@ def _request(
     return Request(
         core=core,
         modules=tuple(
-            ModuleFile(
-                path=m.path, start=m.start, end=m.end, file=m.file, build_id=elf.build_id(m.file)
-            )
+            ModuleFile(path=m.path, start=m.start, end=m.end, file=m.file)
             for m in modules
             if m.file >= 0
         ),
