@@ -25,6 +25,7 @@ from services.recorder.unwinding.debug_sources import S3, Sources
 from services.recorder.unwinding.debuginfod import Debuginfod
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
+from tests.support.disk import tmpfs
 from tests.support.nats import free_port
 from tests.support.packaged import packaged
 from tests.support.recorder import RecorderService, crash
@@ -391,3 +392,13 @@ def test_cache_keeps_what_was_used_last(tmp_path: Path) -> None:
     servers.fetch(["00" + "0" * 38, BUILD_ID.replace("0", "f")], WITHIN)
 
     assert sorted(files(tmp_path)) == [kept[0], kept[3]]
+
+
+def test_cache_on_a_disk_that_is_read_only_is_used(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "cache", "size=64k") as cache:
+        place = debug_files.path_of(cache, BUILD_ID)
+        place.parent.mkdir(parents=True)
+        place.touch()
+        subprocess.run(["mount", "-o", "remount,ro", cache], check=True)
+
+        fetcher(f"http://127.0.0.1:{free_port()}", cache).fetch([BUILD_ID], WITHIN)

@@ -104,10 +104,13 @@ class Debuginfod:
         asked = self._missing.get(build_id)
         if asked is not None and time.monotonic() - asked < _ASK_AGAIN:
             return False
-        with suppress(FileNotFoundError):
+        try:
             os.utime(self._place(build_id))  # used now
-            return False
-        return True
+        except FileNotFoundError:
+            return True
+        except OSError:
+            pass  # on a disk that is read only: it is there all the same
+        return False
 
     def _place(self, build_id: str) -> Path:
         return debug_files.path_of(self._cache, build_id)
