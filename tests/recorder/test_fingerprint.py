@@ -107,6 +107,23 @@ def of(*symbols: str | None, program: str = "/usr/bin/app", signal: str = "SIGSE
                 *("rust_begin_unwind", "core::panicking::panic", "a::parse"),
             ),
         ),
+        (("<(a::A, a::B<u8>) as a::Run>::go",), ("<(a::A,a::B<u16>) as a::Run>::go",)),
+        (  # in C++ of which the end is missing
+            (f"app::Map<int>::find(std::{'x' * 2000}<a, b",),
+            (f"app::Map<{'x' * 1000}>::find(std::pair<std::tuple<a, b",),
+        ),
+        ((f"bool app::operator< <std::{'x' * 2000}<a",), ("app::operator<",)),
+        (
+            ("f()::{lambda((anonymous namespace)::T)#1}::operator()()::{lambda(int)#1}",),
+            ("f()::{lambda()#2}::operator()()::{lambda()#3}",),
+        ),
+        (
+            ("g<f()::{lambda({lambda()#1})#2}>()::{lambda(f()::{lambda()#7})#8}",),
+            ("g<int>()::{lambda()#1}",),
+        ),
+        (("void app::run<int>(int) requires Small<int>", "m"), ("app::run", "m")),
+        (("bool app::operator< <int>(Box<int>)", "m"), ("app::operator<(Box)", "m")),
+        (("_cgo_0123456789ab_Cfunc_bug", "m"), ("_cgo_fedcba987654_Cfunc_bug", "m")),
         # Go numbers its closures in the order of the source, and names what it generates.
         (("main.main.func1", "main.main"), ("main.main.func12.3", "main.main")),
         (("main.(*T).Read-fm", "main.main"), ("main.(*T).Read", "main.main")),
@@ -167,6 +184,13 @@ def test_pairs_that_must_match(one: tuple[str, ...], other: tuple[str, ...]) -> 
         (("A::operator int() const", "main"), ("B::operator int() const", "main")),
         (("<a::A as a::Run>::go", "m"), ("<a::B as a::Run>::go", "m")),
         (("<Vec<T> as a::Run>::go", "m"), ("<Box<T> as a::Run>::go", "m")),
+        (("<(A, B) as a::Run>::go", "m"), ("<(B, A) as a::Run>::go", "m")),
+        (("<[A] as a::Run>::go", "m"), ("<[B] as a::Run>::go", "m")),
+        (("<[A] as a::Run>::go", "m"), ("<(A,) as a::Run>::go", "m")),
+        (("<dyn a::A as a::Run>::go", "m"), ("a::A as a::Run>::go", "m")),
+        (("a::<impl From<u8> for B>::from",), ("a::<impl From<u8> for C>::from",)),
+        (("a::<impl From<u8> for B>::from",), ("a::<impl Into<u8> for B>::from",)),
+        ((f"app::Map<{'x' * 2000}>::find", "m"), (f"app::Map<{'x' * 2000}>::erase", "m")),
         (("_RNvCs7qo_3app5parse", "m"), ("_RNvCs7qo_3app5print", "m")),
         (("(anonymous namespace)::f(int)", "main"), ("f(int)", "main")),
         (("A::f() const &", "main"), ("A::g() const &", "main")),
@@ -332,7 +356,6 @@ def test_abort_alone_is_a_stack() -> None:
 @given(st.text(max_size=2000))
 def test_any_symbol_is_normalised_once_and_for_all(symbol: str) -> None:
     assert normalise(normalise(symbol)) is not None
-    assert len(normalise(symbol)) <= 600
     assert normalise(symbol) or not symbol  # no two become one by losing all of their names
 
 

@@ -11,8 +11,9 @@ import time
 
 from services.recorder.unwinding import rust_names
 from services.recorder.unwinding.backtrace import MAX_TEXT
+from services.recorder.unwinding.fingerprint import LONGEST, normalise
 
-_LONGEST = 4096  # bytes of a symbol
+_LONGEST = 4096  # bytes of a symbol; of C++ libstdc++ takes none beyond 1024
 _SECONDS = 2.0  # of CPU time, for all symbols of a crash
 # To an earlier part, or to a template argument; at this many a second goes by, in up to 1 GiB,
 # which the worker's limits do not let it have for longer.
@@ -62,9 +63,15 @@ class Demangler:
             return None
         if symbol not in self._known:
             began = time.process_time()
-            self._known[symbol] = demangled(symbol) if self._left > 0 else None
+            name = demangled(symbol) if self._left > 0 else None
+            self._known[symbol] = name and _fitting(name)
             self._left -= time.process_time() - began
         return self._known[symbol]
+
+
+def _fitting(name: str) -> str:
+    """Return a name that is too long without its arguments: what is cut may be the function."""
+    return name if len(name) <= MAX_TEXT else normalise(name)[:MAX_TEXT]
 
 
 def _is_harmless(symbol: str) -> bool:
@@ -80,7 +87,7 @@ def _demangled(symbol: str) -> str | None:
     if not made:
         return None
     try:
-        size = _RUNTIME.strnlen(made, MAX_TEXT)
+        size = _RUNTIME.strnlen(made, LONGEST)
         name = ctypes.string_at(made, size).decode("utf-8", "backslashreplace")
         return _of_rust(name) if _RUST.search(name) else name
     finally:

@@ -20,12 +20,13 @@ What it cannot even out:
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
 FRAMES = 6  # deeper ones tell how a bug was reached rather than which it is
-_LONGEST = 512  # characters of a name that are looked at; C++ symbols can have megabytes
+LONGEST = 16 * 1024  # characters of a name that are looked at; C++ symbols can have megabytes
+_MAYBE_CUT = 1024  # characters, backtrace.MAX_TEXT; of such a name the end may be missing
 _DIGITS = 16  # hexadecimal: enough for 10^8 bugs without two that share one
 
 # GCC, Clang and linkers: f.isra.0, f.part.1.cold, f.llvm.42, f [clone .constprop.0]
@@ -39,15 +40,20 @@ _RUST_HASH = re.compile(r"(::h|17h)[0-9a-f]{16}E?$")
 _RUST_CRATE = re.compile(r"(?<=C)s[0-9A-Za-z]*_(?=\d)")  # RFC 2603: which of two crates of a name
 _GO_CLOSURE = re.compile(r"(?:(?:\.func|\.gowrap|\.deferwrap|-range)\d+(?:\.\d+)*)+$")
 _GO_RECEIVER = re.compile(r"\.\(\*?([^()*]+)\)\.")
-_LAMBDA = re.compile(
-    r"\{lambda[^{}]*\}|'lambda\d*'|\$_\d+|\{\{closure\}\}|\{closure#\d+\}|<lambda[^<>]*>"
+_CGO_HASH = re.compile(r"(?<=_cgo_)[0-9a-f]{12}_")  # of the package's files
+_LAMBDA = re.compile(  # one may be within another
+    r"\{lambda(?:[^{}]|\{\w+\})*\}|'lambda\d*'|\$_\d+|\{\{closure\}\}|\{closure#\d+\}"
+    r"|<lambda[^<>]*>"
 )
 _ANONYMOUS = re.compile(r"\(anonymous namespace\)|<unnamed>|_GLOBAL__N_1")
 # Template arguments, parameters with what qualifies the object, Go's type arguments; not Rust's
-# <Type as Trait>, nor operator[].
+# <Type as Trait>, of which the type may be (A, B) or [T], nor its <impl Trait for Type>, nor
+# operator[].
 _INNERMOST = re.compile(
-    r"<(?![^<>()]*\{as\})[^<>()]*>|\([^<>()]*\)(?: (?:const|volatile|&&?))*|\[[^\[\]]+\]"
+    r"<(?!impl |[^<>()]*\{as\})[^<>()]*>"
+    r"|\([^<>()]*\)(?!\{as\})(?: (?:const|volatile|&&?))*|\[[^\[\]]+\](?!\{as\})"
 )
+_NOT_CLOSED = re.compile(r"(?<!operator)(?<!operator<)<.*|\(.*", re.DOTALL)
 _RETURNS_POINTER = re.compile(r"\((?:[\w:{}]*::)?\*([\w:{}~]+)\)")  # to a function: void (*f)
 _WORD = re.compile(r"\w")
 _RESERVED = re.compile(r"(^|::)_+(?:GI_+)?")
@@ -213,7 +219,7 @@ def _messengers(steps: list[_Step]) -> int:
 
 def normalise(symbol: str) -> str:
     """Return a function's name without what compilers, linkers and builds add to it."""
-    whole = symbol[:_LONGEST]
+    whole = symbol[:LONGEST]
     name = _shortened(whole)
     return name if _WORD.search(name) else whole  # a form that is not known here
 
@@ -221,17 +227,34 @@ def normalise(symbol: str) -> str:
 def _shortened(symbol: str) -> str:
     name = _SYMBOL_VERSION.sub("", symbol)
     name = _GO_CLOSURE.sub("{closure}", name.removesuffix("-fm"))
+    name = _CGO_HASH.sub("", name)
     name = _CLONE.sub("", name) or name
     name = _RUST_HASH.sub("", name)
     name = _RUST_CRATE.sub("", name) if name.startswith("_R") else name
     name = _ANONYMOUS.sub("{anonymous}", name)
-    name = _LAMBDA.sub("{lambda}", name)
+    name = _until_stable(lambda one: _LAMBDA.sub("{lambda}", one), name)
     name = name.replace("operator()", "operator{call}").replace(" as ", "{as}")
     name = _GO_RECEIVER.sub(r".\1.", name)
-    while (shorter := _INNERMOST.sub("", _RETURNS_POINTER.sub(r"\1", name))) != name:
-        name = shorter
+    name = _until_stable(lambda one: _INNERMOST.sub("", _RETURNS_POINTER.sub(r"\1", one)), name)
+    if len(symbol) >= _MAYBE_CUT and "{as}" not in name:
+        name = _NOT_CLOSED.sub("", name)
+    return _without_result(name.partition(" requires ")[0].replace(", ", ","))
+
+
+def _until_stable(change: Callable[[str], str], name: str) -> str:
+    """Change a name from the innermost brackets outwards."""
+    while (changed := change(name)) != name:
+        name = changed
+    return name
+
+
+def _without_result(name: str) -> str:
+    """Return a name without the type that comes before it; where brackets are left, in Rust, none
+    does.
+    """
     before, operator, behind = name.partition("operator")
-    return before.rpartition(" ")[2] + operator + (behind if operator else "")
+    plain, bracket, type_ = before.partition("<")
+    return plain.rpartition(" ")[2] + bracket + type_ + operator + behind.rstrip()
 
 
 def _name(call: Call) -> str:
