@@ -4,14 +4,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.recorder.unwinding.backtrace import Backtrace, Frame, LoadedModule, Thread
 from services.recorder.unwinding.fingerprint import (
     FRAMES,
+    PLACES,
     Call,
     fingerprint,
     frames,
     normalise,
     of_build,
 )
+
+LIBC = "/lib/x86_64-linux-gnu/libc.so.6"
+LIBSTDCXX = "/usr/lib/x86_64-linux-gnu/libstdc++.so.6"
+LIBASAN, LIBJVM = "/usr/lib/libasan.so.8", "/usr/lib/jvm/lib/server/libjvm.so"
 
 
 def of(*symbols: str | None, program: str = "/usr/bin/app", signal: str = "SIGSEGV") -> str | None:
@@ -124,6 +130,22 @@ def of(*symbols: str | None, program: str = "/usr/bin/app", signal: str = "SIGSE
         (("void app::run<int>(int) requires Small<int>", "m"), ("app::run", "m")),
         (("bool app::operator< <int>(Box<int>)", "m"), ("app::operator<(Box)", "m")),
         (("_cgo_0123456789ab_Cfunc_bug", "m"), ("_cgo_fedcba987654_Cfunc_bug", "m")),
+        (  # what starts a program in Rust
+            (
+                *(
+                    "a::parse",
+                    "a::main",
+                    "core::ops::function::FnOnce::call_once::h0123456789abcdef",
+                ),
+                "std::sys::backtrace::__rust_begin_short_backtrace::h0123456789abcdef",
+                *("std::rt::lang_start::{{closure}}", "std::rt::lang_start_internal", "main"),
+            ),
+            (
+                *("a::parse", "a::main", "<fn() as core::ops::function::FnOnce<()>>::call_once"),
+                "std::sys::backtrace::__rust_begin_short_backtrace::<fn(), ()>",
+                *("std::rt::lang_start::<()>::{closure#0}", "main"),
+            ),
+        ),
         # Go numbers its closures in the order of the source, and names what it generates.
         (("main.main.func1", "main.main"), ("main.main.func12.3", "main.main")),
         (("main.(*T).Read-fm", "main.main"), ("main.(*T).Read", "main.main")),
@@ -160,6 +182,13 @@ def of(*symbols: str | None, program: str = "/usr/bin/app", signal: str = "SIGSE
         # The C library: by processor, by version, and in a static program.
         (("__memmove_avx_unaligned_erms", "copy", "main"), ("__memmove_evex", "copy", "main")),
         (("_int_free", "cfree", "drop", "main"), ("__GI___libc_free", "drop", "main")),
+        (
+            ("__strlen_avx2", "__printf_buffer", "__vfprintf_internal", "printf", "say", "main"),
+            ("strlen", "_IO_vfprintf", "fprintf", "say", "main"),
+        ),
+        (("less", "msort_with_tmp.part.0", "qsort", "main"), ("less", "qsort_r", "main")),
+        (("unlink_chunk.isra.0", "malloc_consolidate", "main"), ("malloc", "main")),
+        (("__GI___pthread_mutex_lock", "main"), ("___pthread_rwlock_wrlock", "main")),
     ],
 )
 def test_pairs_that_must_match(one: tuple[str, ...], other: tuple[str, ...]) -> None:
@@ -215,6 +244,15 @@ def test_pairs_that_must_match(one: tuple[str, ...], other: tuple[str, ...]) -> 
         ),
         (("strlen_utf8", "main"), ("strlen", "main")),
         (("free", "drop", "main"), ("drop", "main")),
+        # What is the program's is not taken for who carries out an abort, nor for what is below it.
+        (("sanitizer_tag", "main"), ("main",)),
+        (("interceptors::Chain::run", "main"), ("main",)),
+        (("asan::check", "main"), ("main",)),
+        (("IO_read", "main"), ("read", "main")),
+        (("IO_read", "main"), ("_IO_read", "main")),
+        (("printf_color", "main"), ("printf", "main")),
+        (("parse", "clone", "run", "main"), ("parse", "run", "main")),
+        (("parse", "start_thread", "run", "main"), ("parse", "run", "main")),
     ],
 )
 def test_pairs_that_must_not_match(
@@ -261,6 +299,52 @@ def test_build_is_told_by_places_in_the_program_alone() -> None:
     assert of_build("SIGSEGV", [libc]) is None
 
 
+def test_program_s_functions_without_names_are_told_below_what_carries_out_a_panic() -> None:
+    """A runtime that is linked into a program has no name there, either."""
+    runtime = [Call(None, "/bin/app", f"ab+{place}") for place in range(100, 110)]
+    one, other = ([*runtime, Call(None, "/bin/app", f"ab+{place}")] for place in "12")
+    deep = [Call(None, "/bin/app", f"ab+{place}") for place in range(200, 200 + PLACES)]
+
+    assert fingerprint("SIGABRT", "app", one) != fingerprint("SIGABRT", "app", other)
+    assert of_build("SIGABRT", one) != of_build("SIGABRT", other)
+    assert frames([*deep, *one]) == frames([*deep, *other])
+    assert of_build("SIGABRT", [*deep, *one]) == of_build("SIGABRT", [*deep, *other])
+
+
+def test_stack_of_which_nothing_is_known_has_none() -> None:
+    assert fingerprint("SIGSEGV", "app", [Call(None)]) is None
+    assert frames([Call(None), Call(None), Call("start_thread", LIBC)]) == ()
+    assert frames([Call(None), Call("main")]) == ("? in ?", "main")
+    assert frames([Call(None), Call(None, "/lib/libjit.so")]) == ("? in ?", "? in libjit.so")
+
+
+def backtrace(*told: Frame, build_id: str | None = "ab") -> Backtrace:
+    program = LoadedModule(path="/a", start=0x1000, end=0x9000, build_id=build_id, is_program=True)
+    return Backtrace(threads=(Thread(tid=1, frames=told),), modules=(program,))
+
+
+def test_program_without_build_id_is_told_by_offsets_alone() -> None:
+    one, other = (
+        backtrace(Frame(pc=0x1000 + place, module=0), build_id=None).calls() for place in (5, 6)
+    )
+
+    assert frames(one) == ("? at +5",)
+    assert frames(other) == ("? at +6",)
+    assert of_build("SIGSEGV", one) is None  # of which build is not known
+    assert of_build("SIGSEGV", backtrace(Frame(pc=0x1005, module=0)).calls()) is not None
+
+
+def test_what_is_inlined_does_not_count_in_a_program_with_c_plus_plus() -> None:
+    parse, main = (
+        Frame(pc=0x1000, symbol=symbol, readable=name, module=0)
+        for symbol, name in (("_ZN1A5parseEv", "A::parse()"), ("main", None))
+    )
+    inlined = Frame(pc=0x1000, symbol="run", module=0, inlined=True)
+
+    assert frames(backtrace(parse, inlined, main).calls()) == ("A::parse", "main")
+    assert frames(backtrace(inlined, main).calls()) == ("run", "main")  # in C it has its name
+
+
 def test_base_of_a_stack_does_not_count_whether_it_has_symbols_or_not() -> None:
     libc = "/lib/x86_64-linux-gnu/libc.so.6"
     top = [Call("parse"), Call(None, libc), Call("main")]
@@ -278,8 +362,32 @@ def test_base_of_a_stack_does_not_count_whether_it_has_symbols_or_not() -> None:
     assert frames([Call(None, libc), Call("_start")]) == ("libc.so",)
 
 
-LIBC = "/lib/x86_64-linux-gnu/libc.so.6"
-LIBSTDCXX = "/usr/lib/x86_64-linux-gnu/libstdc++.so.6"
+def test_base_of_a_thread_in_c_plus_plus_does_not_count_whether_it_has_symbols_or_not() -> None:
+    bases = (
+        [Call("execute_native_thread_routine", LIBSTDCXX), Call("start_thread", LIBC)],
+        [Call(None, LIBSTDCXX), Call(None, LIBC)],
+        [Call("execute_native_thread_routine"), Call("start_thread"), Call("clone3")],  # static
+    )
+
+    assert {frames([Call("work"), *base]) for base in bases} == {("work",)}
+    assert frames([Call(None, LIBSTDCXX), Call("main")]) == ("? in libstdc++.so", "main")
+
+
+def test_function_that_a_signal_came_to_is_told_if_its_handler_raised_it_again() -> None:
+    parse, trampoline = Call("parse", interrupted=True), Call("__restore_rt", LIBC)
+    inlined = [Call(name, LIBC, interrupted=True) for name in ("tgkill", "pthread_kill")]
+    bug = [trampoline, parse, Call("main")]
+    raised = [*inlined, Call("raise", LIBC), Call("on_crash")]
+    bare = [Call(None, LIBC, interrupted=True), Call("raise", LIBC), Call("on_crash")]
+    once_more = [trampoline, Call("raise", LIBC, interrupted=True), Call("on_crash")]
+    twice = [*inlined, Call("another"), *once_more]
+    aborted = [*inlined, Call("abort", LIBC), Call("on_timer")]
+
+    for top in (raised, bare, twice):
+        assert frames([*top, *bug]) == ("parse", "main")
+    assert frames([*aborted, *bug]) == ("on_timer", "libc.so", "parse", "main")
+    assert frames([*inlined, Call("raise", LIBC), Call("check")]) == ("check",)
+    assert frames([Call("on_crash"), *bug]) == ("on_crash", "libc.so", "parse", "main")
 
 
 @pytest.mark.parametrize(
@@ -305,6 +413,18 @@ LIBSTDCXX = "/usr/lib/x86_64-linux-gnu/libstdc++.so.6"
             [("raise", LIBC), (None, LIBC), ("__assert_fail", LIBC)],
         ),
         ([("abort", LIBC)], [("abort", "/lib/ld-musl-x86_64.so.1")]),
+        (
+            [("abort", LIBC), ("__sanitizer::Die()", LIBASAN), ("__asan_report_load8", LIBASAN)],
+            [("abort", LIBC), (None, LIBASAN), ("__asan_report_load8", LIBASAN)],
+        ),
+        (
+            [("__sanitizer::Abort()", "/x/libclang_rt.asan-x86_64.so"), ("abort", LIBC)],
+            [(None, "/x/libclang_rt.asan-x86_64.so"), ("abort", LIBC)],
+        ),
+        (
+            [("os::abort(bool)", LIBJVM), ("VMError::report_and_die()", LIBJVM)],
+            [(None, LIBJVM), ("JVM_handle_linux_signal", LIBJVM)],
+        ),
     ],
 )
 def test_what_carries_out_an_abort_does_not_count_whether_it_has_symbols_or_not(

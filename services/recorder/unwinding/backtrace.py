@@ -79,6 +79,7 @@ class Frame(Part):
         source: ``file:line``, where debug information tells.
         module: index into the backtrace's modules.
         inlined: this function has no code of its own at this place.
+        interrupted: a signal came while it was at work.
     """
 
     pc: Address
@@ -88,6 +89,7 @@ class Frame(Part):
     source: Text | None = None
     module: int | None = Field(None, ge=0)
     inlined: bool = False
+    interrupted: bool = False
 
     @property
     def is_mangled(self) -> bool:
@@ -131,8 +133,11 @@ class LoadedModule(Part):
     is_program: bool = False
 
     def place(self, pc: int) -> str | None:
-        """Return where an address is in a program, the same on each host that runs this build."""
-        return f"{self.build_id}+{pc - self.start:x}" if self.is_program and self.build_id else None
+        """Return where an address is in a program, the same on each host that runs this build.
+
+        Of a program without a build ID it may be the same in another build, too.
+        """
+        return f"{self.build_id or ''}+{pc - self.start:x}" if self.is_program else None
 
 
 class Touched(Part):
@@ -176,17 +181,16 @@ class Backtrace(Part):
 
     def calls(self) -> tuple[Call, ...]:
         """Return the crashing thread's frames for the fingerprint."""
-        calls: list[Call] = []
-        around: Frame | None = None  # the function that what is inlined is in
-        for frame in reversed(self.threads[0].frames if self.threads else ()):
-            around = around if frame.inlined else frame
-            if frame.inlined and around is not None and around.is_mangled:
-                continue  # its name lacks class and namespace
-            name = frame.readable or frame.symbol
-            module = self._module_of(frame)
-            path, place = (module.path, module.place(frame.pc)) if module else (None, None)
-            calls.append(Call(name, path, place))
-        return tuple(reversed(calls))
+        frames = self.threads[0].frames if self.threads else ()
+        # What is inlined there has a name that lacks class and namespace, even in main.
+        nameless = {frame.module for frame in frames if frame.is_mangled}
+        told = (one for one in frames if not (one.inlined and one.module in nameless))
+        return tuple(map(self._call, told))
+
+    def _call(self, frame: Frame) -> Call:
+        name, module = frame.readable or frame.symbol, self._module_of(frame)
+        path, place = (module.path, module.place(frame.pc)) if module else (None, None)
+        return Call(name, path, place, frame.interrupted)
 
     def _module_of(self, frame: Frame) -> LoadedModule | None:
         if frame.module is None or frame.module >= len(self.modules):

@@ -14,8 +14,8 @@ What it cannot even out:
 - A program without symbols has no names to go by. Its functions are told by build ID and
   offset, so that two bugs of it do not look alike: the same bug matches on every host that runs
   this very build, but in no other build, and not where its debug information is at hand: there
-  `of_build` links them. A
-  library's function without a name is known by the library alone.
+  `of_build` links them. A library's function without a name is known by the library alone.
+- A symbol of C++ that `demangling` leaves as it is has its template arguments in it.
 """
 
 import hashlib
@@ -25,6 +25,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 FRAMES = 6  # deeper ones tell how a bug was reached rather than which it is
+# Where they have no name: those at the top may all be a runtime's that is linked into the program,
+# as Rust's, Go's or C++'s, and carry out an abort.
+PLACES = 32
 LONGEST = 16 * 1024  # characters of a name that are looked at; C++ symbols can have megabytes
 _MAYBE_CUT = 1024  # characters, backtrace.MAX_TEXT; of such a name the end may be missing
 _DIGITS = 16  # hexadecimal: enough for 10^8 bugs without two that share one
@@ -60,6 +63,8 @@ _RESERVED = re.compile(r"(^|::)_+(?:GI_+)?")
 _SHARED_OBJECT = re.compile(r"^(.+?)(?:-[\d.]+)?\.so(?:\.[\d.]+)?$")
 
 _C_LIBRARY = "libc.so"  # as all frames of it are told
+_PLACE = "? at "  # how it is told what has no name in a program,
+_UNKNOWN = "? in ?"  # and in nothing that is known
 _C_LIBRARIES = re.compile(r"(?:libc|libm|libpthread|ld|ld64|ld-(?:linux|musl).*|libc\.musl-.*)\.so")
 # In a static program: what crashes there on behalf of its caller, and its kinds for processors.
 _C_FUNCTIONS = re.compile(
@@ -67,10 +72,19 @@ _C_FUNCTIONS = re.compile(
     r"|(?:str|wcs)(?:n?(?:len|cpy|cat|cmp|casecmp|dup)|r?chr(?:nul)?|str|c?spn|pbrk|tok)|stpn?cpy"
     r"|wmem(?:p?cpy|move|set|chr|cmp))(?:_chk)?"
     r"(?:_(?:avx|evex|s?sse|erms|unaligned|rtm|generic|a?simd|sve|mops|a64fx|thunderx|falkor)\w*)?"
+    r"|v?(?:as|f|s|sn|w|fw|sw)?printf(?:_chk|_internal|_positional)?|X?w?printf_(?:buffer|fp)\w*"
+    r"|(?:isoc\d+_)?v?[fs]?w?scanf(?:_chk|_internal)?"
+    r"|f?puts|fputc|fgets|fread|fwrite|fopen|fclose|fflush|qsort(?:_r)?|msort_with_tmp|bsearch"
+    r"|malloc_consolidate|unlink_chunk|sysmalloc|systrim|restore_rt"
+    r"|pthread_(?:mutex|rwlock|spin|cond|barrier|once|create|join|exit|cancel|[gs]etspecific)\w*"
 )
+_C_STREAMS = "_IO_"
 # Their functions carry out an abort, too, and have no name where symbols are missing; so do those
 # of Go's runtime.
-_RUNTIMES = re.compile(r"(?:libstdc\+\+|libc\+\+|libc\+\+abi|libgcc_s|libunwind)\.so|\[vdso\]")
+_RUNTIMES = re.compile(
+    r"(?:libstdc\+\+|libc\+\+|libc\+\+abi|libgcc_s|libunwind|libjvm"
+    r"|lib(?:clang_rt\.)?(?:asan|hwasan|lsan|msan|tsan|ubsan)[\w-]*)\.so|\[vdso\]"
+)
 _GO_RUNTIME = "runtime."
 
 # Who ends a process on behalf of the function that found the fault.
@@ -92,26 +106,39 @@ _MESSENGERS = frozenset(
     runtime.newstack runtime.morestack runtime.morestack_noctxt
     runtime.maps_fatal internal/runtime/maps.fatal
     sync.throw sync.fatal internal/sync.throw internal/sync.fatal
-    os::abort VMError::report_and_die JVM_handle_linux_signal g_log g_logv
+    os::abort VMError::report_and_die JVM_handle_linux_signal javaSignalHandler g_log g_logv
     """.split()  # noqa: SIM905 - ninety quoted names are harder to read
 )
+# Of whole names: without its underscores each is anybody's.
 _MESSENGER_PREFIXES = (
-    *("asan", "ubsan", "tsan", "msan", "sanitizer", "interceptor", "hwasan"),
-    *("std::throw_", "std::1::throw_", "std::1::libcpp_verbose_abort", "Unwind_"),
-    *("core::panicking::", "std::panicking::", "rustc::rust_", "panic_abort::"),
+    *("__asan", "__ubsan", "__tsan", "__msan", "__lsan", "__hwasan", "__sanitizer"),
+    *("__interceptor_", "___interceptor_"),
+    *("std::__throw_", "std::__1::__throw_", "std::__1::__libcpp_verbose_abort", "_Unwind_"),
+    *("core::panicking::", "std::panicking::", "__rustc::", "panic_abort::"),
     *("std::sys::", "std::sys_common::backtrace::"),
     *("runtime.sig", "runtime.panic", "runtime.goPanic"),
     *("runtime.throw", "runtime.fatal", "runtime.dopanic"),
 )
+# Of them, who passes on a signal that came from elsewhere, as a handler does when it is done.
+_RAISERS = frozenset(
+    """
+    raise gsignal kill tgkill pthread_kill pthread_sigqueue
+    pthread_kill_implementation pthread_kill_internal syscall
+    """.split()  # noqa: SIM905 - as above
+)
 
-# What lies below every stack, beside the C library; it differs between versions.
+# What lies below every stack, beside the C library and C++'s; it differs between versions.
 _BASE = frozenset(
     """
     _start _start_c __libc_start_main __libc_start_main_impl __libc_start_call_main
     libc_start_main_stage2 __libc_csu_init runtime.goexit
     start_thread thread_start clone clone3 __clone __clone3 __GI___clone3
+    execute_native_thread_routine
+    core::ops::function::FnOnce::call_once <fn(){as}core::ops::function::FnOnce>::call_once
     """.split()  # noqa: SIM905 - as above
 )
+_BASE_LIBRARIES = re.compile(r"(?:libstdc\+\+|libc\+\+)\.so")  # they start threads
+_RUST_START = "__rust_begin_short_backtrace"  # of the program or a thread; below it is Rust's own
 
 
 @dataclass(frozen=True)
@@ -121,16 +148,20 @@ class Call:
     Attributes:
         symbol: the function's name; None where it has none.
         module: path of the file that its code is in.
-        place: build ID and offset in it, of what is the program's and no library's.
+        place: build ID, if it has one, + and the offset in it, of what is the program's and no
+            library's.
+        interrupted: a signal came while it was at work.
     """
 
     symbol: str | None
     module: str | None = None
     place: str | None = None
+    interrupted: bool = False
 
 
 def fingerprint(signal_name: str, program: str, calls: Iterable[Call]) -> str | None:
-    """Return the fingerprint, 16 hexadecimal digits; None for a crash without a stack.
+    """Return the fingerprint, 16 hexadecimal digits; None for a crash without a stack, or where
+    nothing is known of what is on it.
 
     Args:
         program: the executable's path, or the process's name.
@@ -151,7 +182,8 @@ def of_build(signal_name: str, calls: Iterable[Call]) -> str | None:
     Returns:
         16 hexadecimal digits; None where the program has no build ID or is not on the stack.
     """
-    places = tuple(islice(dict.fromkeys(call.place for call in calls if call.place), FRAMES))
+    found = (call.place for call in calls if call.place and not call.place.startswith("+"))
+    places = tuple(islice(dict.fromkeys(found), PLACES))
     return _digest("crashbus build fingerprint 1", signal_name, *places) if places else None
 
 
@@ -163,9 +195,14 @@ def _digest(*told: str) -> str:
 def frames(calls: Iterable[Call]) -> tuple[str, ...]:
     """Return the names that the fingerprint is made of, innermost first."""
     known = _above_base(list(map(_step, calls)))
+    while below := _raised_again(known):
+        known = known[below:]
     # All of them, if nothing but a messenger is there: a program can abort by itself.
     said = known[_messengers(known) :] or known
-    return tuple(islice(dict.fromkeys(step.name for step in said), FRAMES))
+    names = dict.fromkeys(step.name for step in said)
+    if set(names) == {_UNKNOWN}:
+        return ()
+    return tuple(islice(names, PLACES if any(map(_is_place, names)) else FRAMES))
 
 
 @dataclass(frozen=True)
@@ -173,37 +210,61 @@ class _Step:
     """A frame as it is told.
 
     Attributes:
+        bare: its function's name without leading underscores.
         is_messenger: by its name.
         is_runtime: it is the C library's, or of another that carries out an abort: a messenger if
             one comes below it.
+        is_base: it is none of the program if it is at the bottom.
+        interrupted: a signal came while it was at work.
     """
 
     name: str
-    is_messenger: bool = False
-    is_runtime: bool = False
-
-    @property
-    def is_base(self) -> bool:
-        return self.name == _C_LIBRARY or self.name in _BASE
+    bare: str
+    is_messenger: bool
+    is_runtime: bool
+    is_base: bool
+    interrupted: bool
 
 
 def _step(call: Call) -> _Step:
     name, module = _name(call), _module(call.module)
     bare = _RESERVED.sub(r"\1", name)
-    is_messenger = bare in _MESSENGERS or bare.startswith(_MESSENGER_PREFIXES)
-    if _C_LIBRARIES.fullmatch(module) or _C_FUNCTIONS.fullmatch(bare):
-        return _Step(_C_LIBRARY, is_messenger, is_runtime=True)
-    is_runtime = _RUNTIMES.fullmatch(module) is not None or name.startswith(_GO_RUNTIME)
-    return _Step(name, is_messenger, is_runtime)
+    is_c = bool(
+        _C_LIBRARIES.fullmatch(module)
+        or _C_FUNCTIONS.fullmatch(bare)
+        or name.startswith(_C_STREAMS)
+    )
+    is_runtime = bool(_RUNTIMES.fullmatch(module)) or name.startswith(_GO_RUNTIME)
+    return _Step(
+        name=_C_LIBRARY if is_c else name,
+        bare=bare,
+        is_messenger=bare in _MESSENGERS or name.startswith(_MESSENGER_PREFIXES),
+        is_runtime=is_c or is_runtime,
+        is_base=is_c or name in _BASE or bool(_BASE_LIBRARIES.fullmatch(module)),
+        interrupted=call.interrupted,
+    )
 
 
 def _above_base(steps: list[_Step]) -> list[_Step]:
     """Return what lies above the base of a stack."""
-    end = len(steps)
+    end = next((n for n, step in enumerate(steps) if _RUST_START in step.name), len(steps))
     while end and steps[end - 1].is_base:
         end -= 1
     # If nothing else is there, the C library's own thread crashed.
-    return [step for step in steps[:end] or steps if step.name not in _BASE]
+    return steps[:end] or [step for step in steps if step.name not in _BASE]
+
+
+def _raised_again(steps: list[_Step]) -> int:
+    """Return where the function is that a signal came to, if its handler raised it again; or 0.
+
+    Who aborts in a handler may have found something on its own.
+    """
+    messengers = {step.bare for step in steps[: _messengers(steps)] if step.is_messenger}
+    if not messengers or not messengers <= _RAISERS:
+        return 0
+    # The innermost was interrupted too, with all that is inlined in it: by the last signal.
+    below = (n for n in range(1, len(steps)) if steps[n].interrupted > steps[n - 1].interrupted)
+    return next(below, 0)
 
 
 def _messengers(steps: list[_Step]) -> int:
@@ -261,8 +322,12 @@ def _name(call: Call) -> str:
     if call.symbol:
         return normalise(call.symbol)
     if call.place:
-        return f"? at {call.place}"
+        return f"{_PLACE}{call.place}"
     return f"? in {_module(call.module)}"
+
+
+def _is_place(name: str) -> bool:
+    return name.startswith(_PLACE)
 
 
 def _module(path: str | None) -> str:

@@ -60,7 +60,7 @@ class Namer:
                 caller = self._go_caller(frame, called, go) if go else None
                 named = self._go_frame(frame.pc, go) if go else self._frame(frame, symbol, called)
                 called = named.symbol
-                yield named
+                yield named.model_copy(update={"interrupted": frame.interrupted})
                 if called and called.removesuffix(".abi0") in _GO_SWITCHES:
                     yield from self._left_by_go(frame)
                     return
