@@ -12,13 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from services.recorder.core import core_copy, core_head, core_pages, sparse, touched
+from services.recorder.core import (
+    core_copy,
+    core_head,
+    core_pages,
+    core_reduced,
+    sparse,
+    touched,
+)
 from services.recorder.core.core_memory import PagesUnreadable
 from services.recorder.core.core_pages import Pages
 from services.recorder.core.touched import Touched
 from services.recorder.handover import arrival
 from services.recorder.handover.hold import Hold
 from services.recorder.handover.mechanism import Mechanism
+from tests.recorder.test_core_reduced import loads
 from tests.support import core_pattern
 from tests.support.crashers import FATAL, HOG, crasher
 from tests.support.requirements import need_linux
@@ -135,10 +143,12 @@ def test_core_with_everything_in_it_is_the_kernels(
 
 
 @pytest.mark.parametrize("by_stream", [False, True])
-def test_core_ends_where_it_shall_have_no_more(
+def test_core_that_shall_have_no_more_is_cut_or_has_its_stacks(
     coredump_socket: socket.socket, tmp_path: Path, by_stream: bool
 ) -> None:
     crash = Crash(coredump_socket, *HOG, "48")
+    final: list[int] = []
+    told: list[str] = []
 
     def check_room(size: int) -> None:
         if size > 16 * MIB:
@@ -146,16 +156,24 @@ def test_core_ends_where_it_shall_have_no_more(
 
     pages = None if by_stream else Pages(crash.pid, crash.head, crash.maps)
     try:
-        with (tmp_path / "core").open("wb") as core:
+        with (tmp_path / "core").open("w+b") as core:
             copied = core_copy.copy(
                 *(crash.hold, crash.head.raw, crash.head.size, core.fileno(), 0, pages),
-                check_room=check_room,
+                *("", final.append, told.append, check_room),
             )
+            pointer = next(core_reduced.stack_pointers(crash.head, core.fileno()))
     finally:
         crash.end()
 
-    assert copied.disk_full
-    assert MIB < copied.size == (tmp_path / "core").stat().st_size < 24 * MIB
+    assert copied.disk_full and not copied.in_order
+    assert copied.size == (tmp_path / "core").stat().st_size
+    if by_stream:
+        assert 8 * MIB < copied.size < 24 * MIB
+        return
+    assert copied.fault == told[-1] == "only the stacks were kept: no room on disk"
+    assert final[-1] <= copied.size < 8 * MIB
+    kept = loads(tmp_path / "core")
+    assert any(size and start <= pointer < start + size for _, start, size, _ in kept)
 
 
 def test_core_that_is_whole_needs_no_more_room(
@@ -220,6 +238,10 @@ def test_process_that_is_killed_while_its_pages_are_looked_up(
 ) -> None:
     monkeypatch.setattr(touched, "_kernel_scans", lambda: scan)
     crash = Crash(coredump_socket, crasher("many_mappings"))
+
+    def no_room(_: int) -> None:
+        raise OSError(errno.ENOSPC, "which is not why it ends")
+
     try:
         with (
             core_pages.opened(crash.pid) as (memory, pagemap),
@@ -231,7 +253,8 @@ def test_process_that_is_killed_while_its_pages_are_looked_up(
             crash.process.wait(60)
 
             end = core_pages.copy(
-                crash.hold, memory, chain([first], found), file.fileno(), crash.head.size or 0
+                *(crash.hold, memory, chain([first], found), file.fileno(), crash.head.size or 0),
+                check_room=no_room,
             )
         assert 0 <= end < (crash.head.size or 0)
     finally:

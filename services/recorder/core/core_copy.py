@@ -97,11 +97,14 @@ def copy(
                 )
                 if copied is not None:
                     return copied
-                announced = pages.head.as_sent().size
+                announced, pages = pages.head.as_sent().size, None
         size, fault = _stream(hold, core, size, limit, check_room)
         os.ftruncate(core, size)
     except OSError as error:
-        return _cut_back(core, error)
+        copied = _cut_back(core, error)
+        if copied.disk_full and pages is not None and pages.start < copied.size:
+            return _stacks_instead(hold, pages, core, copied, tell_final, tell_left_out)
+        return copied
     if limit and size >= limit and (announced is None or announced > limit):
         return Copied(size, f"cut at the limit of {limit} bytes", streamed=True)
     if announced is not None and size < announced:
@@ -149,17 +152,6 @@ def _stream(
     return size, fault
 
 
-def _both(check_room: CheckRoom, tell_final: TellFinal, size: int) -> TellFinal:
-    """Return what is told up to where a core of that size is copied; for its end it has room."""
-
-    def tell(end: int) -> None:
-        tell_final(end)
-        if end < size:
-            check_room(end)
-
-    return tell
-
-
 def _from_memory(
     hold: Hold,
     pages: Pages,
@@ -180,15 +172,15 @@ def _from_memory(
                 )
                 missing = left_out(reduced.missing, limit, stacks_because)
                 tell_left_out(missing or "")
-                told = _both(check_room, tell_final, reduced.size)
-                copied = _reduced(hold, memory, touched, core, reduced, told)
+                copied = _reduced(hold, memory, touched, core, reduced, tell_final, check_room)
                 if copied.fault is None:
                     copied = Copied(copied.size, missing)
             else:
                 found = touched.pieces(pages.head.loads())
                 first = _for_backtrace(pages.head, core, touched, announced)
-                told = _both(check_room, tell_final, announced)
-                end = core_pages.copy(hold, memory, found, core, announced, told, first)
+                end = core_pages.copy(
+                    hold, memory, found, core, announced, tell_final, first, check_room
+                )
                 copied = _cut(hold, core, end, announced)
     except PagesUnreadable as error:
         metrics.CORES.labels("stream").inc()
@@ -199,6 +191,32 @@ def _from_memory(
         return None
     metrics.CORES.labels("memory").inc()
     return replace(copied, in_order=True)
+
+
+def _stacks_instead(
+    hold: Hold,
+    pages: Pages,
+    core: int,
+    copied: Copied,
+    tell_final: TellFinal,
+    tell_left_out: TellLeftOut,
+) -> Copied:
+    """Keep the stacks in the room that a core had when there was no more: they lie at its end."""
+    fault = f"only the stacks were kept: {copied.fault}"
+    try:
+        with pages.opened() as (memory, touched):
+            if not hold.has_memory or memory.is_gone():
+                return copied
+            reduced = core_reduced.plan(pages.head, core, touched, copied.size, stacks_only=True)
+            tell_left_out(fault)
+            tell_final(pages.start)
+            os.ftruncate(core, pages.start)
+            stacks = _reduced(hold, memory, touched, core, reduced, tell_final)
+    except PagesUnreadable:  # what there is stays
+        return replace(copied, size=os.fstat(core).st_size)
+    except OSError as error:
+        return _cut_back(core, error)
+    return replace(stacks, fault=stacks.fault or fault, disk_full=True)
 
 
 def left_out(missing: int, limit: int, stacks_because: str) -> str | None:
@@ -236,11 +254,14 @@ def _reduced(
     core: int,
     reduced: Reduced,
     tell_final: TellFinal = _tell_nobody,
+    check_room: CheckRoom = _tell_nobody,
 ) -> Copied:
     for offset, raw in reduced.headers.items():
         sparse.write(core, raw, offset)
     found = touched.pieces(iter(reduced.loads))
-    end = core_pages.copy(hold, memory, found, core, reduced.size, tell_final)
+    end = core_pages.copy(
+        hold, memory, found, core, reduced.size, tell_final, check_room=check_room
+    )
     return _cut(hold, core, end, reduced.size)
 
 

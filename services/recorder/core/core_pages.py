@@ -111,6 +111,7 @@ def copy(
     size: int,
     tell_final: TellFinal = lambda _: None,
     first: Iterable[Piece] = (),
+    check_room: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Copy a held process's pages to their places in its core file.
 
@@ -119,6 +120,8 @@ def copy(
         size: of the whole core in bytes; the file gets it.
         tell_final: told from time to time up to where the file is complete.
         first: pieces that are copied before all others, and with them again.
+        check_room: told the same while there is more to copy, and raises an OSError where there
+            shall be no more.
 
     Returns:
         Up to where the file is complete: less than `size` when the process was killed or let
@@ -133,7 +136,7 @@ def copy(
         with suppress(OSError):  # a file system without locks: the core is sent when it is whole
             unfinished.begin(core)
     with write_back.following(core, size) as follow:
-        work = _Work(hold, memory, core, found, size, (follow, tell_final))
+        work = _Work(hold, memory, core, found, size, (follow, tell_final), check_room)
         work.prefer(first)
         return work.done(_THREADS if size > _ALONE else 1)
 
@@ -162,6 +165,7 @@ class _Work:
         found: Iterator[Piece],
         size: int,
         followers: tuple[TellFinal, ...],
+        check_room: Callable[[int], None],
     ) -> None:
         self._hold = hold
         self._memory = memory
@@ -174,6 +178,7 @@ class _Work:
         self._told = 0 if size > _ALONE else size  # up to where it was said to be final
         self._error: Exception | None = None
         self._followers = followers
+        self._check_room = check_room
 
     def prefer(self, pieces: Iterable[Piece]) -> None:
         """Copy pieces before all others; what fails here comes again."""
@@ -249,6 +254,8 @@ class _Work:
             self._in_work.remove(piece.offset)
             if is_first and self._given - self._told >= BLOCK:
                 self._tell(min(self._in_work, default=self._given))
+                if self._told < self._end:
+                    self._check_room(self._told)
 
     def _stop_at(self, offset: int) -> None:
         with self._lock:
