@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import fcntl
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -328,6 +330,9 @@ async def test_one_that_stands_still_keeps_none_behind_it_waiting(kept: Path) ->
         stuck.replace_stuck()
         await until(lambda: not later.exists())
         assert (kept / "tried").exists()
+        began = time.monotonic()
+        stuck.stop(20)
+        assert time.monotonic() - began < 10
     finally:
         released.set()
         stuck.stop(60)
@@ -454,6 +459,36 @@ def test_only_so_many_are_kept(tmp_path: Path, sleeper: int) -> None:
     assert len(list(helper.orphans.iterdir())) == orphan_rules.MOST
 
 
+async def test_those_that_come_at_once_count_each_other(tmp_path: Path, sleeper: int) -> None:
+    helper = Helper(tmp_path)
+    for number in range(orphan_rules.MOST - 1):
+        (helper.orphans / str(number)).mkdir()
+    locked = os.open(helper.orphans, os.O_RDONLY)
+    try:
+        fcntl.flock(locked, fcntl.LOCK_EX)  # as another that has seen room
+        running = helper.start(sleeper, subprocess.DEVNULL)
+        await until(lambda: helper.orphans in _open_files(running.pid), WITHIN, 0.005)
+        (helper.orphans / "1000").mkdir()
+    finally:
+        os.close(locked)
+
+    assert running.wait(WITHIN) == 1
+
+
+def test_lock_on_all_that_nobody_gives_back_loses_no_crash(tmp_path: Path, sleeper: int) -> None:
+    helper = Helper(tmp_path)
+    locked = os.open(helper.orphans, os.O_RDONLY)
+    try:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        assert helper.start(sleeper, subprocess.DEVNULL).wait(WITHIN) == 0
+    finally:
+        os.close(locked)
+
+
+def _open_files(pid: int) -> list[Path]:
+    return [one.readlink() for one in Path(f"/proc/{pid}/fd").iterdir()]
+
+
 def test_what_was_put_aside_takes_no_place(tmp_path: Path, sleeper: int) -> None:
     helper = Helper(tmp_path)
     for number in range(orphan_rules.MOST):
@@ -481,8 +516,8 @@ def test_one_user_takes_three_quarters_of_the_places(tmp_path: Path, sleeper: in
 async def test_newest_of_those_put_aside_are_kept(tmp_path: Path) -> None:
     place = tmp_path / layout.ORPHANS
     place.mkdir(mode=0o700)
-    for time in range(8, 20):
-        (place / f"unreadable-{time}-1" / "core").mkdir(parents=True)
+    for number in range(8, 20):
+        (place / f"unreadable-{number}-1" / "core").mkdir(parents=True)
 
     with looking(tmp_path, _not_wanted, _not_wanted):
         await until(lambda: len(list(place.iterdir())) <= 8)

@@ -33,6 +33,8 @@ enum {
     TASKS = 256,         /* threads told */
     CONTAINER_ID = 64,   /* hexadecimal digits, whatever the runtime */
     GRACE = 2,           /* seconds beyond the deadline until the process is let go */
+    LOOKS = 100,         /* at a lock that others have for a moment */
+    LOOK_EVERY = 10 * 1000 * 1000, /* ns */
 };
 enum { MAX_ENVIRON = 128 * 1024 + 1, MAX_MAPS = 8 << 20, MAX_SMALL = 256 * 1024 };
 
@@ -395,7 +397,14 @@ static bool has_room(int orphans, gid_t user) {
     return all < most && same < most - most / 4;
 }
 
-/* Open the directory of all orphans, if it is root's alone and has room for one more. */
+/* Have others that come at once look for room when this one has taken its place. A lock that is not
+ * given back holds no crash for long: then there are a few more than should be. */
+static void lock(int orphans) {
+    struct timespec pause = {.tv_nsec = LOOK_EVERY};
+    for (int i = 0; i < LOOKS && flock(orphans, LOCK_EX | LOCK_NB); i++) nanosleep(&pause, NULL);
+}
+
+/* Open the directory of all orphans, if it is root's alone and has room for one more; locked. */
 static int open_orphans(gid_t user) {
     struct stat status;
     int fd = open(job.directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
@@ -403,6 +412,7 @@ static int open_orphans(gid_t user) {
         job.fault = "the recorder took nothing, and its directory for that is missing or not ours";
         return -1;
     }
+    lock(fd);
     if (has_room(fd, user)) return fd;
     job.fault = "the recorder took nothing, and too many crashes wait for it already";
     return -1;
@@ -434,6 +444,7 @@ static void *keep(void *unused) {
     if (orphans < 0) return NULL;
     snprintf(name, sizeof name, "%.20s-%.20s", job.time, job.pid);
     int directory = make_directory(orphans, name, user);
+    flock(orphans, LOCK_UN);
     if (directory < 0 || flock(directory, LOCK_EX)) {
         job.fault = "the recorder took nothing, and no directory could be made";
         return NULL;
