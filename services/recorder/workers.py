@@ -61,6 +61,12 @@ class Workers(Generic[T]):
         with self._lock:
             return [item for item, _ in self._begun.values()]
 
+    def makes_progress(self) -> bool:
+        """Tell whether anything is worked on that does not stand still."""
+        with self._lock:
+            begun = list(self._begun.values())
+        return not all(self._stands_still(item, since) for item, since in begun)
+
     def replace_stuck(self) -> None:
         """See to it that as many work as should; call it now and then.
 

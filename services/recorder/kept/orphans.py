@@ -90,10 +90,10 @@ class Orphans:
         self._workers.replace_stuck()
 
     def stop(self, within: float) -> None:
-        """Take no other; wait for the one in hand."""
+        """Take no other; wait for the one in hand, unless it stands still."""
         self._stopping.set()
         end = time.monotonic() + within
-        while self._workers.in_work() and time.monotonic() < end:
+        while self._workers.makes_progress() and time.monotonic() < end:
             time.sleep(_IDLE_CHECK)
 
     def _directory(self) -> int:
@@ -111,11 +111,12 @@ class Orphans:
         if not self._is_prepared and not (self._spool / layout.ORPHANS).exists():
             return
         orphans = self._directory()
+        in_hand = self._in_hand.copy()  # before it is looked: what is done meanwhile is no new one
         try:
             with os.scandir(orphans) as entries:
                 found = {entry.name for entry in entries if _NAME.fullmatch(entry.name)}
             # One that let an earlier recorder wait may let this one wait as well.
-            order = ((orphan.was_tried(name, orphans), name) for name in found - self._in_hand)
+            order = ((orphan.was_tried(name, orphans), name) for name in found - in_hand)
             for _, name in sorted(order):
                 self._in_hand.add(name)
                 self._names.put(name)
