@@ -214,7 +214,7 @@ class RecorderSettings(Settings):
         ge=1,
         le=256,
         description="how many cores are read at once, of which a quarter is left to small ones, up "
-        "to 256 MiB",
+        "to 256 MiB; with 1 these wait for large ones",
     )
     backtraces: int = Field(2, ge=1, le=64, description="how many backtraces are made at once")
     http: str = Field("127.0.0.1:9602", description="host:port to serve health and metrics")
