@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Set
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from functools import cache
 from heapq import heappush, heappushpop
 from pathlib import Path
@@ -29,6 +29,7 @@ from services.collector.entering import Entering
 from services.collector.found import FoundSet, is_stale, look_at
 from services.collector.judge import Verdict
 from services.collector.lanes import Lane
+from services.collector.watching import Watches
 from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
 from services.common.drafts import Awaited
@@ -42,14 +43,12 @@ MOST_SPANS = 16  # of time in which its sets are looked up, the newest
 EVENTS_LATE = 5.0  # seconds; the detector sends them nearly in their order
 TAKES_LONG = 0.2  # seconds; most sets are whole by then
 WAIT_FOR = 1024  # processes waited for at a time
-MOST_WATCHED = 4096  # directories: root's watches are for other services, too, inotify(7)
 MOST_CHANGED = 65_536  # directories that wait for a look; rounds find what is beyond that
 MOST_OF_OTHERS = 65_536  # directories that are not root's in a round
 _PID = re.compile(r"[1-9][0-9]{0,6}")
 _NO_PID = 4194304  # one more than the highest, proc_sys_kernel(5), pid_max
-_CHANGES = Mask.CREATE | Mask.CLOSE_WRITE | Mask.MOVED_TO | Mask.ONLYDIR | Mask.DONT_FOLLOW
 # A directory that was renamed keeps its watch, inotify(7); another may get its former name.
-_ROOT_CHANGES = _CHANGES | Mask.MOVED_FROM
+_CHANGES = Mask.CREATE | Mask.MOVED_TO | Mask.MOVED_FROM | Mask.ONLYDIR | Mask.DONT_FOLLOW
 
 
 class Gatherer:
@@ -85,10 +84,10 @@ class Gatherer:
         self._settled: dict[str, int] = {}  # directory to its ctime when nothing was left to do
         self._waiting: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._lock = asyncio.Lock()  # one look at a time: each is short
-        self._watched: dict[asyncinotify.Watch, str] = {}  # the oldest first
-        self._watched_names: set[str] = set()  # the same, for anybody can make a great many
+        self._watches = Watches(root)
         self._root_watch: asyncinotify.Watch | None = None
         self._root_identity: tuple[int, int] | None = None
+        self._ours = Lane(MOST_CHANGED)  # root's, which no number of others' holds up
         self._changed = Lane(MOST_CHANGED)
         self._strange = Lane(MOST_CHANGED)  # of whose sets only the bus can tell who made them
         self._being_captured: dict[tuple[str, int], str] = {}
@@ -102,6 +101,7 @@ class Gatherer:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._notice(inotify), name="notice")
                     tasks.create_task(self._rounds(inotify), name="rounds")
+                    tasks.create_task(self._ours.work(self._glance), name="look at root's")
                     tasks.create_task(self._changed.work(self._glance), name="look")
                     tasks.create_task(self._strange.work(self.look), name="identify")
             finally:
@@ -112,7 +112,7 @@ class Gatherer:
         """Watch the spool itself, made ours if it is not; again if it was made anew."""
         identity = await asyncio.to_thread(_make_spool, self.root)
         if identity != self._root_identity:
-            self._root_watch = inotify.add_watch(self.root, _ROOT_CHANGES)
+            self._root_watch = inotify.add_watch(self.root, _CHANGES)
             self._root_identity = identity
 
     async def _notice(self, inotify: Inotify) -> None:
@@ -121,61 +121,46 @@ class Gatherer:
             if event.watch is None:
                 continue
             if Mask.IGNORED in event.mask:
-                self._watched_names.discard(self._watched.pop(event.watch, ""))
+                self._watches.ended(event.watch)
                 continue
             name = (
                 str(event.name)
                 if event.watch is self._root_watch
-                else self._watched.get(event.watch)
+                else self._watches.name_of(event.watch)
             )
             if name is None or not _is_pid(name):
                 continue
             if Mask.MOVED_FROM in event.mask:
-                self._watched_names.discard(name)
+                self._watches.renamed(name)
                 continue
-            if event.watch is self._root_watch:
-                self._watch(inotify, name)
-            self._changed.put(name)
-
-    def _watch(self, inotify: Inotify, name: str) -> None:
-        """Watch a directory; with too many, the oldest gives way: what is new matters most."""
-        if name in self._watched_names:
-            return
-        if len(self._watched) >= MOST_WATCHED:
-            oldest = next(iter(self._watched))
-            self._watched_names.discard(self._watched.pop(oldest))
-            with suppress(OSError):  # it went with its directory
-                inotify.rm_watch(oldest)
-        try:
-            self._watched[inotify.add_watch(self.root / name, _CHANGES)] = name
-        except OSError as error:  # gone again, no directory, or no watches left: rounds go on
-            log.debug("directory is not watched", directory=name, error=str(error))
-        else:
-            self._watched_names.add(name)
+            is_ours = _is_root_s(self.root / name)
+            if is_ours or event.watch is self._root_watch:
+                self._watches.add(inotify, name, is_root_s=is_ours, is_new=True)
+            (self._ours if is_ours else self._changed).put(name)
 
     async def _rounds(self, inotify: Inotify) -> None:
         while True:
             try:
                 await self._watch_root(inotify)
-                directories = await asyncio.to_thread(self._directories)
+                ours, others = await asyncio.to_thread(self._directories)
             except (OSError, SpoolUnusable) as error:
                 log.warning("the spool cannot be looked at", error=str(error))
-                directories = []
+                ours, others = {}, {}
             else:
-                known = {name for _, name in directories}
+                known = ours.keys() | others.keys()
                 self._settled = {n: t for n, t in self._settled.items() if n in known}
-            for changed, name in directories:
+            for name, changed in (*ours.items(), *others.items()):
                 if self._settled.get(name) != changed:
-                    self._watch(inotify, name)
+                    self._watches.add(inotify, name, is_root_s=name in ours, is_new=False)
                     await self._glance(name)
             await asyncio.sleep(LOOK_AGAIN)
 
-    def _directories(self) -> list[tuple[int, str]]:
-        """Return when each ``<pid>`` directory changed, and its name.
+    def _directories(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Return when each ``<pid>`` directory changed, by name.
 
         All that are root's, as the recorder's are; of those that others made the newest.
         """
-        ours: list[tuple[int, str]] = []
+        ours: dict[str, int] = {}
         others: list[tuple[int, str]] = []  # a heap
         with os.scandir(self.root) as entries:
             for entry in entries:
@@ -187,12 +172,12 @@ class Gatherer:
                     continue
                 found = status.st_ctime_ns, entry.name  # its owner can set the other times
                 if status.st_uid == 0:
-                    ours.append(found)
+                    ours[entry.name] = status.st_ctime_ns
                 elif len(others) < MOST_OF_OTHERS:
                     heappush(others, found)
                 else:
                     heappushpop(others, found)
-        return ours + others
+        return ours, {name: changed for changed, name in others}
 
     def is_being_captured(self, crash_id: str) -> bool:
         """Tell whether the recorder was still writing a crash's files at the last look."""
@@ -288,7 +273,7 @@ class Gatherer:
         elif is_new:
             # No notification tells of the core's size, which it has from the beginning.
             loop = asyncio.get_running_loop()
-            loop.call_later(TAKES_LONG, self._changed.put, found.directory)
+            loop.call_later(TAKES_LONG, self._ours.put, found.directory)
 
     async def _events_of(self, pid: int, unknown: list[FoundSet]) -> list[SignalEvent]:
         """Ask the bus which processes took signals when sets of unknown writers were made.
@@ -375,6 +360,13 @@ class Gatherer:
 
 def _is_pid(name: str) -> bool:
     return _PID.fullmatch(name) is not None and int(name) < _NO_PID
+
+
+def _is_root_s(directory: Path) -> bool:
+    try:
+        return directory.lstat().st_uid == 0
+    except OSError:  # it is gone
+        return False
 
 
 def _is_of_unknown(found: FoundSet) -> bool:

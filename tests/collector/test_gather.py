@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from crashbus import Bus
 from crashbus.layout import Kind
 from crashbus.messages import SignalEvent
 from crashbus.parts import CrashFile
-from services.collector import gather, processes, spool
+from services.collector import gather, processes, spool, watching
 from services.collector.gather import Gatherer
 from services.collector.records import record_of
 from services.common import capture
@@ -49,9 +49,9 @@ async def test_each_of_many_directories_costs_the_same(gatherer: Gatherer) -> No
 
     with Inotify() as inotify:
         for name in names:
-            gatherer._watch(inotify, name)
+            gatherer._watches.add(inotify, name, is_root_s=False, is_new=True)
 
-    assert len(gatherer._watched) == len(names)
+    assert len(gatherer._watches._names) == len(names)
     assert Counted.comparisons < 2 * len(names)
 
 
@@ -278,18 +278,79 @@ async def test_writer_of_many_sets_is_read_once_a_look(
         task.cancel()
 
 
-async def test_watches_are_bounded_and_the_newest_stay(
+async def test_watches_are_bounded_and_root_s_and_the_newest_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "MOST_WATCHED", 4)
+    watches = watching.Watches(tmp_path)
+
+    def watched() -> set[str]:
+        assert set(watches._names.values()) == set(watches._of)
+        kept = Path(f"/proc/self/fdinfo/{inotify.fd}").read_text()
+        assert kept.count("inotify wd:") == len(watches._of)
+        return set(watches._of)
+
+    with Inotify() as inotify:
+
+        def add(*names: str, is_root_s: bool = False, is_new: bool = True) -> None:
+            for name in names:
+                (tmp_path / name).mkdir(exist_ok=True)
+                watches.add(inotify, name, is_root_s=is_root_s, is_new=is_new)
+
+        add("1", is_root_s=True)
+        add("2", "3", "4", "5", "6")
+        assert watched() == {"1", "4", "5", "6"}
+        add("7", is_new=False)  # which a round found, that goes over many
+        assert watched() == {"1", "4", "5", "6"}
+        add("4", "8", is_root_s=True, is_new=False)  # one was another's before
+        assert watched() == {"1", "4", "6", "8"}
+        add("9")
+        assert watched() == {"1", "4", "8", "9"}
+        add("9", is_root_s=True)
+        add("10")
+        assert watched() == {"1", "4", "8", "9"}
+        add("10", is_root_s=True)
+        assert watched() == {"4", "8", "9", "10"}
+
+
+async def test_no_number_of_others_directories_holds_up_root_s(
     gatherer: Gatherer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gather, "MOST_WATCHED", 3)
-    with Inotify() as inotify:
-        for number in range(1, 8):
-            (gatherer.root / str(number)).mkdir()
-            gatherer._watch(inotify, str(number))
+    need_root()
+    looks: list[str] = []
+    begun, go_on = asyncio.Event(), asyncio.Event()
 
-        assert set(gatherer._watched.values()) == gatherer._watched_names == {"5", "6", "7"}
-        kept = Path(f"/proc/self/fdinfo/{inotify.fd}").read_text()
-        assert kept.count("inotify wd:") == 3
+    async def look(directory: str) -> None:
+        looks.append(directory)
+        begun.set()
+        if directory in ("1", "2"):
+            await go_on.wait()
+
+    monkeypatch.setattr(gather, "LOOK_AGAIN", 3600)  # no round shall look at anything
+    monkeypatch.setattr(gatherer, "_glance", look)
+    ready = asyncio.Event()
+    gatherer._on_ready = ready.set
+    task = asyncio.create_task(gatherer.run())
+    await ready.wait()
+    await asyncio.to_thread(_made_by_nobody, gatherer.root, ("1", "2", "3"))
+    await begun.wait()
+
+    (gatherer.root / "4").mkdir()
+
+    await until(lambda: "4" in looks)
+    assert "3" not in looks
+    go_on.set()
+    await until(lambda: "3" in looks)
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def _made_by_nobody(root: Path, names: Iterable[str]) -> None:
+    for name in names:
+        aside = root / f".{name}"
+        aside.mkdir()
+        os.chown(aside, 65534, 65534)
+        aside.rename(root / name)
 
 
 async def test_a_round_looks_at_what_is_root_s_and_the_newest_of_others(
@@ -309,9 +370,9 @@ async def test_a_round_looks_at_what_is_root_s_and_the_newest_of_others(
             os.utime(place, (1 << 32, 1 << 32))  # it would like to be the newest
         last = place.stat().st_ctime_ns
 
-    names = {name for _, name in gatherer._directories()}
+    ours, others = gatherer._directories()
 
-    assert names == {"2", "4", "5"}
+    assert (set(ours), set(others)) == ({"2"}, {"4", "5"})
 
 
 async def test_set_of_the_recorder_waits_for_no_bus(
