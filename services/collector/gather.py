@@ -5,9 +5,11 @@ waited for ends, and from time to time, because notifications can be lost; inoti
 """
 
 import asyncio
+import math
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Set
 from contextlib import aclosing
 from functools import cache
@@ -44,6 +46,7 @@ EVENTS_LATE = 5.0  # seconds; the detector sends them nearly in their order
 TAKES_LONG = 0.2  # seconds; most sets are whole by then
 WAIT_FOR = 1024  # processes waited for at a time
 MOST_CHANGED = 65_536  # directories that wait for a look; rounds find what is beyond that
+MOST_STRANGE = 64  # directories of one owner that wait until the bus is asked; likewise
 MOST_OF_OTHERS = 65_536  # directories that are not root's in a round
 _PID = re.compile(r"[1-9][0-9]{0,6}")
 _NO_PID = 4194304  # one more than the highest, proc_sys_kernel(5), pid_max
@@ -89,7 +92,9 @@ class Gatherer:
         self._root_identity: tuple[int, int] | None = None
         self._ours = Lane(MOST_CHANGED)  # root's, which no number of others' holds up
         self._changed = Lane(MOST_CHANGED)
-        self._strange = Lane(MOST_CHANGED)  # of whose sets only the bus can tell who made them
+        self._strange = Lane()  # of whose sets only the bus can tell who made them
+        self._strangers: dict[str, int] = {}  # who made them there, in those that wait
+        self._asked_since: dict[str, float] = {}  # of a directory's sets, in its last look
         self._being_captured: dict[tuple[str, int], str] = {}
 
     async def run(self) -> None:
@@ -103,7 +108,7 @@ class Gatherer:
                     tasks.create_task(self._rounds(inotify), name="rounds")
                     tasks.create_task(self._ours.work(self._glance), name="look at root's")
                     tasks.create_task(self._changed.work(self._glance), name="look")
-                    tasks.create_task(self._strange.work(self.look), name="identify")
+                    tasks.create_task(self._strange.work(self._look_at_strange), name="identify")
             finally:
                 for task in self._waiting.values():
                     task.cancel()
@@ -149,6 +154,7 @@ class Gatherer:
             else:
                 known = ours.keys() | others.keys()
                 self._settled = {n: t for n, t in self._settled.items() if n in known}
+                self._asked_since = {n: t for n, t in self._asked_since.items() if n in known}
             for name, changed in (*ours.items(), *others.items()):
                 if self._settled.get(name) != changed:
                     self._watches.add(inotify, name, is_root_s=name in ours, is_new=False)
@@ -230,18 +236,34 @@ class Gatherer:
             self._settled.pop(directory, None)
         return [one for one in found if _is_of_unknown(one)]
 
-    async def _identify_later(self, directory: str, _: list[FoundSet]) -> None:
-        if not self._strange.put(directory):
+    async def _identify_later(self, directory: str, unknown: list[FoundSet]) -> None:
+        waiting = Counter(self._strangers.values())
+        owner = min((one.owner for one in unknown), key=waiting.__getitem__)
+        if waiting[owner] >= MOST_STRANGE and directory not in self._strangers:
             self._settled.pop(directory, None)
+        else:
+            self._strangers.setdefault(directory, owner)
+            self._strange.put(directory)
+
+    async def _look_at_strange(self, directory: str) -> None:
+        self._strangers.pop(directory, None)
+        await self.look(directory)
 
     async def _identify(self, directory: str, unknown: list[FoundSet]) -> None:
         """Enter sets of unknown writers, under the processes that the bus tells."""
-        events = await self._events_of(int(directory), unknown)
+        recent = [one for one in unknown if _is_recent(one)]
+        before = self._asked_since.pop(directory, math.inf)
+        asked = [one for one in recent if one.epoch < before] or recent
+        events, since = await self._events_of(int(directory), asked)
+        told = [one for one in unknown if not _is_recent(one)]
+        told += [one for one in asked if one.epoch >= since]
+        if len(told) < len(unknown):  # their turn comes in a later round
+            self._settled.pop(directory, None)
+            self._asked_since[directory] = since
         open_files = cache(spool.open_by_process)
         async with self._lock:
             taken = [
-                await self._take(*await self._identified(one, events, open_files))
-                for one in unknown
+                await self._take(*await self._identified(one, events, open_files)) for one in told
             ]
         if not all(taken):
             self._settled.pop(directory, None)
@@ -275,7 +297,7 @@ class Gatherer:
             loop = asyncio.get_running_loop()
             loop.call_later(TAKES_LONG, self._ours.put, found.directory)
 
-    async def _events_of(self, pid: int, unknown: list[FoundSet]) -> list[SignalEvent]:
+    async def _events_of(self, pid: int, recent: list[FoundSet]) -> tuple[list[SignalEvent], float]:
         """Ask the bus which processes took signals when sets of unknown writers were made.
 
         Once for those that lie close together: anybody can write thousands, and give them any
@@ -283,13 +305,15 @@ class Gatherer:
 
         Args:
             pid: that these processes have in their own namespace.
+
+        Returns:
+            Their events, and since when all were read: what is older has to be asked for again.
         """
-        now = time.time()
-        recent = [one.epoch for one in unknown if now - EVENTS_KEPT < one.epoch <= now]
+        spans = processes.event_times(one.epoch for one in recent)
         subject = f"crash.signal.{token(self._host)}.>"
         events: list[SignalEvent] = []
-        left = MOST_EVENTS
-        for since, until in processes.event_times(recent)[:MOST_SPANS]:
+        left, whole_since = MOST_EVENTS, math.inf
+        for since, until in spans[:MOST_SPANS]:
             async with aclosing(self._bus.each_stored(SignalEvent, subject, since)) as stored:
                 async for event in stored:
                     left -= 1
@@ -297,7 +321,12 @@ class Gatherer:
                         break
                     if event.process.ns_pid == pid:
                         events.append(event)
-        return sorted(events, key=lambda event: event.time)
+            # Of so many in its own time that these are not all, more would never be read.
+            if left > 0 or math.isinf(whole_since):
+                whole_since = since
+            if left <= 0:
+                break
+        return sorted(events, key=lambda event: event.time), whole_since
 
     async def _identified(
         self,
@@ -360,6 +389,12 @@ class Gatherer:
 
 def _is_pid(name: str) -> bool:
     return _PID.fullmatch(name) is not None and int(name) < _NO_PID
+
+
+def _is_recent(found: FoundSet) -> bool:
+    """Tell whether there may be events of a set's time."""
+    now = time.time()
+    return now - EVENTS_KEPT < found.epoch <= now
 
 
 def _is_root_s(directory: Path) -> bool:

@@ -144,6 +144,61 @@ async def test_events_that_are_read_for_one_directory_are_bounded(
     assert await requests_for(gatherer, place.name, bus) < 100
 
 
+@pytest.mark.parametrize(("bound", "most", "looks"), [("MOST_SPANS", 1, 4), ("MOST_EVENTS", 5, 3)])
+async def test_set_that_is_not_asked_about_waits_for_its_turn(
+    bound: str, most: int, looks: int, gatherer: Gatherer, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be a crash of an unknown process for ever; one that waits itself blocks none."""
+    need_root()
+    monkeypatch.setattr(gather, bound, most)
+    living = signal_event(os.getpid())
+    now = int(time.time())
+
+    def event(name: str, at: float, **process: int) -> SignalEvent:
+        of = living.process.model_copy(update={"ns_pid": NO_PID, "uid": 0, **process})
+        return living.model_copy(update={"event_id": name, "time": at, "process": of})
+
+    dead = event("dead", now - 900, pid=NO_PID, start_ticks=1)
+    for one in (dead, *(event(f"living {number}", float(now)) for number in range(9))):
+        await bus.publish(one)
+    place = gatherer.root / str(NO_PID)
+    place.mkdir()
+    for before in (0, 300, 600, 900):
+        (place / f"info_{now - before}").write_text("Process name: x")
+    ledger = gatherer._entering._ledger
+
+    for _ in range(looks):
+        assert place.name not in gatherer._settled
+        assert f"info_{now - 900}" not in {name for one in ledger.crashes() for name in one.sources}
+        await gatherer.look(place.name)
+
+    starts = {next(iter(one.sources)): one.process.start_ticks for one in ledger.crashes()}
+    others = {f"info_{now - before}": now - before for before in (300, 600)}
+    assert starts == {**others, f"info_{now - 900}": 1}
+    for task in gatherer._waiting.values():
+        task.cancel()
+
+
+async def test_strange_sets_of_one_owner_do_not_take_all_places(
+    gatherer: Gatherer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_root()
+    monkeypatch.setattr(gather, "MOST_STRANGE", 2)
+    for number, owner in enumerate((65534, 65534, 65534, 65533), 1):
+        file = gatherer.root / f"{NO_PID - number}" / "info_1"
+        file.parent.mkdir()
+        file.touch()
+        os.chown(file, owner, owner)
+        await gatherer._glance(file.parent.name)
+
+    names = [f"{NO_PID - number}" for number in (1, 2, 4)]
+    assert list(gatherer._strange._waiting) == list(gatherer._strangers) == names
+    assert f"{NO_PID - 3}" not in gatherer._settled  # a round puts it there once there is a place
+    await gatherer._look_at_strange(names[0])
+    await gatherer._glance(f"{NO_PID - 3}")
+    assert list(gatherer._strangers) == [*names[1:], f"{NO_PID - 3}"]
+
+
 async def test_nobody_waits_for_the_bus_that_is_asked_about_a_strange_set(
     gatherer: Gatherer, nats_server: NatsServer, bus: Bus
 ) -> None:
