@@ -15,7 +15,7 @@ from tests.recorder.test_capture import _compile
 from tests.support.cgroup import pids_cgroup
 from tests.support.recorder import FILES, RecorderService
 from tests.support.victim import waiting
-from tests.support.wait import until
+from tests.support.wait import stop, until
 
 
 def memory_of(recorder: RecorderService) -> int:
@@ -82,7 +82,7 @@ async def test_three_hundred_crashes_that_wait_for_two_workers_are_all_captured(
     )
     await recorder.start()
     processes = waiting(300)
-    os.kill(recorder.pid, signal.SIGSTOP)
+    await stop(recorder.pid)
     try:
         for process in processes:
             process.send_signal(signal.SIGSEGV)
