@@ -7,6 +7,8 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 
@@ -18,7 +20,7 @@ from tests.recorder.test_storm import is_dumping
 from tests.support.crashers import HOG, crasher
 from tests.support.disk import small_disk, tmpfs
 from tests.support.fuse import StandingStill
-from tests.support.nats import NatsServer
+from tests.support.nats import NatsServer, free_port
 from tests.support.recorder import FILES, crash
 from tests.support.requirements import need_program, need_root
 from tests.support.victim import waiting
@@ -240,6 +242,30 @@ async def test_large_core_without_a_turn_is_cut_where_it_comes_by_the_stream(
     record = await recorder.captured(pid)
     assert record.files[recorder.file(pid, "core").name].size == turns.LARGE
     assert "by the kernel's stream" in recorder.log
+
+
+async def test_disk_has_room_where_the_stacks_alone_are_wanted(
+    recorder_with: MakeRecorder, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", 48) as disk:
+        spool, http = disk.place / "spool", f"127.0.0.1:{free_port()}"
+        recorder = recorder_with(spool=spool, recorder_core="stacks", recorder_http=http)
+        recorder.spool = spool
+        await recorder.start()
+
+        pid, _ = await asyncio.to_thread(crash, "/usr/bin/python3", "-c", _LARGE)
+
+        assert (await recorder.captured(pid)).state == "complete"
+        assert "spool" not in _faults(http)
+
+
+def _faults(http: str) -> dict[str, str]:
+    try:
+        with urlopen(f"http://{http}/healthz") as answer:
+            told: dict[str, str] = json.load(answer)["faults"]
+    except HTTPError as ill:
+        told = json.load(ill)["faults"]
+    return told
 
 
 async def test_few_descriptors_lose_no_crash(recorder_with: MakeRecorder) -> None:
