@@ -46,8 +46,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 STOP_WITHIN = 8.0  # seconds for what is in hand; the service is ended after 9
 _TELL_WITHIN = 0.5  # seconds for the last dead letters
-_END_WITHIN = 0.3  # seconds for the processes that were let go, of that too
 _UNWIND_UNTIL = 6.0  # seconds of these in which backtraces may still run
+_END_WITHIN = 0.3  # seconds for the processes that were let go, of these too
 _IDLE_CHECK = 0.02  # seconds between two looks whether all is done, when stopping
 _STANDS_STILL_AFTER = 2.0  # seconds until a capture gets a stand-in
 _COPIED_WITHIN = 30.0  # seconds for what follows a backtrace: the binaries of a new build
@@ -199,8 +199,9 @@ class Recorder:
 
         What is let go here stays as a record in state ``writing``, for the next recorder.
         """
-        end = time.monotonic() + within
-        self._unwind_until = end - within + _UNWIND_UNTIL
+        begun = time.monotonic()
+        end = begun + within - _END_WITHIN
+        self._unwind_until = begun + _UNWIND_UNTIL
         self._turns.stop()  # rather the stacks now than nothing at the end
         self._wait_until_idle(end)
         self._taking_up.stop(min(_TAKEN_UP_WITHIN, max(0.1, end - time.monotonic())))
