@@ -49,6 +49,7 @@ _FOLLOWED[Kinds.ALL] = tuple(kind for kinds in _FOLLOWED.values() for kind in ki
 
 
 _LATELY = (Postponed, Replay)  # services of an older version make no stream for them
+_LOOK_AGAIN = 5.0  # seconds until it is seen whether newer ones have made it
 
 
 def tail(
@@ -101,15 +102,17 @@ async def _tail(wanted: list[tuple[type[Message], str]], as_json: bool) -> None:
 async def _follow(
     bus: Bus, kind: type[Message], subject: str, as_json: bool, *, may_lack: bool
 ) -> None:
-    try:
-        async for message in bus.subscribe(kind, subject):
-            if as_json:
-                print_json({"message": kind.__name__, **message.model_dump(mode="json")})
-            else:
-                console().print(line(message), soft_wrap=True)
-    except NoStreams:
-        if not may_lack:
-            raise
+    while True:
+        try:
+            async for message in bus.subscribe(kind, subject):
+                if as_json:
+                    print_json({"message": kind.__name__, **message.model_dump(mode="json")})
+                else:
+                    console().print(line(message), soft_wrap=True)
+        except NoStreams:
+            if not may_lack:
+                raise
+        await asyncio.sleep(_LOOK_AGAIN)
 
 
 def line(message: Message) -> Text:

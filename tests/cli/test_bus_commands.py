@@ -3,16 +3,20 @@
 import asyncio
 import json
 import time
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from crashbus import Bus, SignalCount
+from crashbus import Bus, Message, Postponed, SignalCount
 from crashbus.cli import bus as cli_bus
+from crashbus.cli import tail
 from crashbus.cli.ls import moment_given
-from crashbus.errors import BusUnreachable
+from crashbus.errors import BusUnreachable, NoStreams
 from crashbus.layout import Kind
+from crashbus.streams import stream_of
 from tests.cli.support import Command, MadeCrash, crashbus, make
 from tests.support.nats import NatsServer
 from tests.support.wait import until
@@ -65,6 +69,38 @@ async def test_tail_shows_every_kind_as_it_happens(nats_server: NatsServer, bus:
         result = await tail.result()
     assert result.status == 130
     assert "Traceback" not in result.err
+
+
+async def test_tail_follows_what_newer_services_make_a_stream_for_while_it_runs(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tail, "_LOOK_AGAIN", 0.05)
+    made = make(destinations=("file:///somewhere",))
+    await bus._js.delete_stream(stream_of(Postponed))
+    subscribe, said, lacked = bus.subscribe, "", asyncio.Event()
+
+    async def subscribed(*arguments: Any) -> AsyncIterator[Message]:
+        try:
+            async for message in subscribe(*arguments):
+                yield message
+        except NoStreams:
+            lacked.set()
+            raise
+
+    async def shown() -> bool:
+        nonlocal said
+        await bus.publish(made.postponed())
+        said += capsys.readouterr().out
+        return made.id in said
+
+    monkeypatch.setattr(bus, "subscribe", subscribed)
+    following = tail._follow(bus, Postponed, Postponed.SUBJECT, as_json=True, may_lack=True)
+    task = asyncio.create_task(following)
+    await lacked.wait()
+    await bus.ensure_streams()
+    await until(shown, every=0.1)
+    task.cancel()
+    await asyncio.wait({task})
 
 
 async def test_tail_json_is_one_object_a_line_of_the_kind_asked_for(
