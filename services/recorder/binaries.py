@@ -66,7 +66,7 @@ class Binaries:
         self._max_bytes = max_bytes
         self._reserve = reserve
         self._debug_directories = debug_directories
-        self._known: dict[tuple[int, ...], Binary] = {}  # by what fstat(2) says of a file
+        self._known: dict[tuple[Kind | int, ...], Binary] = {}  # by what fstat(2) says, too
 
     def keep(self, modules: tuple[MappedModule, ...]) -> tuple[Module, ...]:
         """Return what the modules are, each kept if that can be; without a build ID, what is not
@@ -136,7 +136,8 @@ class Binaries:
         regular = stat.S_ISREG(status.st_mode) and _file_system(file) in _LOCAL
         if not regular or status.st_size > self._max_bytes:
             return None
-        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        times = status.st_mtime_ns, status.st_ctime_ns
+        key = (kind, status.st_dev, status.st_ino, status.st_size, *times)
         known = self._known.get(key)
         if known:
             name = _name(kind, build_id, known.sha256)

@@ -103,6 +103,22 @@ def test_what_was_removed_is_kept_again(spool: Path, mapped: MappedModule) -> No
     assert path.exists()
 
 
+def test_program_that_is_its_own_debug_information_is_told_as_both(
+    spool: Path, program: Path, mapped: MappedModule, tmp_path: Path
+) -> None:
+    build_id = elf.build_id(mapped.file)
+    assert build_id
+    debug = debug_files.path_of(tmp_path / "debug", build_id)
+    debug.parent.mkdir(parents=True)
+    debug.hardlink_to(program)
+    binaries = Binaries(spool, GIB, 0, (tmp_path / "debug",))
+
+    first, second = kept_by(binaries, mapped), kept_by(binaries, mapped)
+
+    assert [file.kind for file in first.kept] == [Kind.EXECUTABLE, Kind.DEBUGINFO]
+    assert first == second
+
+
 def test_stripped_program_is_kept_beside_the_other(
     spool: Path, program: Path, mapped: MappedModule, tmp_path: Path
 ) -> None:
