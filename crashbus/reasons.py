@@ -7,7 +7,6 @@ CAPTURE = {
     "capture_failed": "a crash could not be captured; the error says why",
     "handshake_failed": "what connected to the recorder was no crash, or the kernel broke it off",
     "process_gone": "the process was gone before it was read, killed while it crashed",
-    "not_permitted": "of `crashbus snapshot`: the process may not be stopped",
     "spool_unusable": "the process's directory in the spool cannot be used",
     "not_captured": "a process died, and the recorder did not get its core",
     "not_brought_out": "AppScope's files in a container could not be copied before it was gone",

@@ -156,7 +156,7 @@ class LiveHold(Hold):
             if self._has_ended(thread):
                 return False
             raise CaptureFailed(
-                "not_permitted",
+                "capture_failed",
                 f"process {self._pid} cannot be stopped: {error.strerror}",
                 "be root, end the debugger that traces it, and see whether it is a kernel thread",
             ) from error
