@@ -35,7 +35,7 @@ def take_settings(directory: Path = DIRECTORY) -> None:
     try:
         for setting in env_file.read(path.read_bytes().decode()):
             if not setting.is_closed:
-                _tell(path, f"the quote that begins the value of {setting.name} has no end")
+                _tell(path, f"the quote that begins the value of {setting.name!r} has no end")
             if _OURS.fullmatch(setting.name):
                 os.environ.setdefault(setting.name, setting.value)
     except (OSError, ValueError) as error:  # no UTF-8, or a NUL in it; a value may be a secret

@@ -94,7 +94,7 @@ def test_what_cannot_be_read_is_told_without_values_and_ends_no_command(
     for content, told in (
         (
             b"CRASHBUS_A=1\nCRASHBUS_NATS_PASSWORD='hunter2\n",
-            "value of CRASHBUS_NATS_PASSWORD has no",
+            "value of 'CRASHBUS_NATS_PASSWORD' has no",
         ),
         (b"CRASHBUS_NATS_B=hunter2\xff\n", "no text"),
         (b"CRASHBUS_NATS_C=hunter2\0\n", "no text"),
@@ -148,7 +148,7 @@ def test_command_asks_the_bus_of_the_units_unless_another_is_named(tmp_path: Pat
     done = subprocess.run([*command, sys.executable], capture_output=True, text=True, timeout=60)
 
     told = "crashbus: /etc/crashbus/crashbus.env: the quote that begins the value of "
-    warning = f"{told}CRASHBUS_SHIPPER_GIVE_UP has no end\n"
+    warning = f"{told}'CRASHBUS_SHIPPER_GIVE_UP' has no end\n"
     nothing, first, second, third, shipper = done.stderr.split(warning)
     assert not nothing
     assert "nats://of-the-units:4222" in first
