@@ -73,8 +73,8 @@ class Health:
 class _Server(ThreadingMixIn, WSGIServer):
     """Answers a few requests at once: whoever reaches the port gets no more threads than these.
 
-    When all are taken, the oldest request is hung up on, for one of a probe takes milliseconds: who
-    keeps a thread keeps nobody out.
+    When all are taken, one is hung up on, for a probe's request takes milliseconds: the oldest that
+    has not asked yet, so that who floods the port keeps out nobody who has.
     """
 
     daemon_threads = True
@@ -82,12 +82,15 @@ class _Server(ThreadingMixIn, WSGIServer):
     def __init__(self, *given: Any) -> None:
         self._free = threading.Semaphore(MOST_REQUESTS)
         self._open: dict[Any, float] = {}  # connection to when it came, oldest first
+        self._asked: set[Any] = set()  # those whose request has come
         self._lock = threading.Lock()
         super().__init__(*given)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):
-            self._hang_up(next(iter([*self._open.values()]), 0.0))
+            with self._lock:
+                yet_to_ask = (one for one in self._open if one not in self._asked)
+                _hang_up(next(yet_to_ask, next(iter(self._open), None)))
             if not self._free.acquire(timeout=FREE_WITHIN):
                 self.shutdown_request(request)
                 return
@@ -95,24 +98,28 @@ class _Server(ThreadingMixIn, WSGIServer):
             self._open[request] = time.monotonic()
         super().process_request(request, client_address)
 
+    def asked(self, request: Any) -> None:
+        """Note that the whole request has come."""
+        with self._lock:
+            if request in self._open:
+                self._asked.add(request)
+
     def shutdown_request(self, request: Any) -> None:
         """End a connection; each ends here, however it went."""
         with self._lock:
             was_open = self._open.pop(request, None) is not None
+            self._asked.discard(request)
             super().shutdown_request(request)
         if was_open:
             self._free.release()
 
     def service_actions(self) -> None:
         """Hang up on who takes too long; called twice a second."""
-        self._hang_up(time.monotonic() - ANSWER_WITHIN)
-
-    def _hang_up(self, came_before: float) -> None:
+        limit = time.monotonic() - ANSWER_WITHIN
         with self._lock:
             for request, came in self._open.items():
-                if came <= came_before:
-                    with suppress(OSError):  # it was hung up on before
-                        request.shutdown(socket.SHUT_RDWR)
+                if came <= limit:
+                    _hang_up(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of who hung up, or was hung up on: it is no fault of ours."""
@@ -120,7 +127,21 @@ class _Server(ThreadingMixIn, WSGIServer):
             super().handle_error(request, client_address)
 
 
+def _hang_up(request: socket.socket | None) -> None:
+    with suppress(OSError):  # it was hung up on before
+        if request is not None:
+            request.shutdown(socket.SHUT_RDWR)
+
+
 class _Quiet(WSGIRequestHandler):
+    server: _Server
+
+    def parse_request(self) -> bool:
+        """Tell the server that the request has come."""
+        is_whole = super().parse_request()
+        self.server.asked(self.request)
+        return is_whole
+
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Say nothing: a probe every few seconds is no news."""
 

@@ -1,5 +1,6 @@
 """Health is told to whoever asks, whatever others do at its port."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -18,9 +19,14 @@ REQUEST = b"GET /healthz HTTP/1.0\r\n"
 
 
 @pytest.fixture
-def port() -> Iterator[int]:
+def served() -> Health:
+    return Health()
+
+
+@pytest.fixture
+def port(served: Health) -> Iterator[int]:
     port = free_port()
-    stop = serve(Health(), f"127.0.0.1:{port}")
+    stop = serve(served, f"127.0.0.1:{port}")
     yield port
     stop()
 
@@ -41,6 +47,35 @@ async def test_those_who_never_finish_a_request_take_few_threads_and_keep_nobody
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=30) as answer:
             assert answer.status == 200
         await until(lambda: answering() <= health.MOST_REQUESTS, within=health.ANSWER_WITHIN / 2)
+
+
+async def test_those_who_flood_the_port_keep_out_nobody_who_has_asked(
+    served: Health, port: int
+) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        asked.set()
+        answer.wait(30)
+
+    served.watch("slow", slow)
+    probe = asyncio.create_task(asyncio.to_thread(_status, port))
+    await until(asked.is_set)
+    with ExitStack() as stack:
+        flood = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), 30))
+            for _ in range(3 * health.MOST_REQUESTS)
+        ]
+        assert flood[health.MOST_REQUESTS].recv(1) == b""  # it was hung up on
+
+        answer.set()
+
+        assert await probe == 200
+
+
+def _status(port: int) -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=30) as answer:
+        return int(answer.status)
 
 
 def test_who_says_a_byte_now_and_then_is_hung_up_on(
