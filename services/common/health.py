@@ -78,6 +78,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128  # with a full one a probe tries again after seconds, listen(2)
 
     def __init__(self, *given: Any) -> None:
         self._free = threading.Semaphore(MOST_REQUESTS)
