@@ -9,6 +9,7 @@ goes on behind what a failed repetition had matched.)
 
 import re
 from collections.abc import Callable, Iterator
+from enum import Enum, auto
 from typing import NamedTuple
 
 # What follows a name tells how its value ends: the last named group is the form.
@@ -19,7 +20,7 @@ _NAME = re.compile(
     r"(?P<quoted>\\{0,7}[\"']\s{0,4}(?::|=>?)\s{0,4})"
     r"|(?P<spaced>[ \t]{1,4}(?:={1,3}>?[ \t]{0,4}|:=?[ \t]{1,4}))"
     r"|(?P<line>:[ \t]{1,4})"
-    r"|(?P<word>=)"
+    r"|(?P<word>(?:\]|%5[Dd])?=)"  # also user[password]=x, in a form that was sent
     r"|(?P<colon>:(?![\s:/]))"
     r"))"
 )
@@ -38,8 +39,20 @@ _VALUES = {
         "colon": _WORD,
     }.items()
 }
-_OPENING = re.compile(r"(\\*+)([\"'])")
+_OPENING = re.compile(r"\$?(\\*+)([\"'])")  # $'x' is a string of the shell's, bash(1)
 _CLOSING = {quote: re.compile(rf"(?<!\\)(\\*+){quote}") for quote in "\"'"}
+
+
+class How(Enum):
+    """How a name and its value are joined.
+
+    Attributes:
+        VAGUE: as those of no secret often are: host:port, image:tag, and running text: like this.
+    """
+
+    PLAIN = auto()
+    QUOTED = auto()
+    VAGUE = auto()
 
 
 class Value(NamedTuple):
@@ -50,26 +63,36 @@ class Value(NamedTuple):
     end: int
 
 
-def found(text: str, is_secret: Callable[[str, bool], bool]) -> Iterator[Value]:
+def found(text: str, is_secret: Callable[[str, How], bool]) -> Iterator[Value]:
     """Give the values that are secret, in their order.
 
     What stands behind a name that is none of a secret is looked at, too: JAVA_OPTS=-Dpassword=x.
 
     Args:
-        is_secret: whether a value with this name is; told, too, whether name and value are
-            joined as those of no secret often are: host:port, image:tag.
+        is_secret: whether a value with this name is; told, too, how the two are joined.
     """
     at = 0
     while name := _NAME.search(text, at):
         at, form = name.end(), str(name.lastgroup)
-        is_vague = form == "colon"
-        if is_vague and text[name.start() - 1 : name.start()] in ("/", "@"):
+        if form == "colon" and text[name.start() - 1 : name.start()] in ("/", "@"):
             continue  # of a path, a URL or an image
-        if is_secret(name["option"] or name["name"], is_vague):
+        if is_secret(name["option"] or name["name"], _how(form, text, name.start())):
             value = _value(text, at, form)
             at = value.end
             if value.stop > value.start:
                 yield value
+
+
+def _how(form: str, text: str, start: int) -> How:
+    if form == "quoted":
+        return How.QUOTED
+    if form == "colon":
+        return How.VAGUE
+    before = text[max(0, start - 64) : start]
+    word = before.rstrip(" \t")
+    # At the beginning of a line it is YAML's, or a header's, which may be quoted.
+    is_running = len(word) < len(before) and word[-1:] not in ("", "\n", "\r", "-")
+    return How.VAGUE if form == "line" and is_running else How.PLAIN
 
 
 def _value(text: str, at: int, form: str) -> Value:

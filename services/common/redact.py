@@ -32,10 +32,12 @@ def also(names: str, forms: str) -> None:
     _more_forms = re.compile(forms) if forms else None
 
 
+_TOKENS = r"(?<!MAX_)TOKEN(?!IZ)"
 _NAMES = (
-    r"KEY|SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|PASSCODE"
-    r"|(?<!BY)(?<!COM)(?<!SUR)(?<!TRES)PASS(?:_|\d|$)|_PWD|CREDENTIAL|AUTH"
-    r"|COOKIE|SESSION|PRIVATE|SIGNATURE|(?:^|_)SIG$"
+    rf"(?<!SORT_)KEY(?!BOARD)|SECRET|{_TOKENS}|PASSWORD|PASSWD|PASSPHRASE|PASSCODE"
+    r"|(?<!BY)(?<!COM)(?<!SUR)(?<!TRES)PASS(?:_|\d|$)|_PWD|(?:^|_)PW$|CREDENTIAL"
+    r"|AUTH(?!OR(?!I)|_SOCK$)|COOKIE|(?<!XDG_)SESSION|PRIVATE|SIGNATURE"
+    r"|(?:^|_)SIG$|(?:^|_)PSK(?:_|$)|JWT|_SALT"
 )
 _SECRET_NAME = re.compile(_NAMES, re.IGNORECASE)
 # --password=x, -Dpassword=x, PASSWORD=x, Authorization: x
@@ -45,18 +47,28 @@ _OPTION = re.compile(r"--?[\w.-]{1,256}")
 _NEXT_OPTION = re.compile(r"-[A-Za-z]|--(?:[A-Za-z][\w.-]*(?:=.*)?)?", re.DOTALL)
 # Names that are hardly anything else: auth:8080 is a host, key:value an example.
 _SURE_NAME = re.compile(
-    r"PASSWORD|PASSWD|PASSPHRASE|PASSCODE|(?:^|_)PASS$|SECRET|TOKEN|CREDENTIAL"
-    r"|(?:API|ACCESS|PRIVATE)_?KEY",
+    rf"PASSWORD|PASSWD|PASSPHRASE|PASSCODE|(?:^|_)PASS$|SECRET|{_TOKENS}|CREDENTIAL"
+    r"|(?:API|ACCESS|PRIVATE)_?KEY|AUTHORIZATION|COOKIE",
     re.IGNORECASE,
 )
 # PWD is a directory, but not in "Server=db;Uid=me;Pwd=x".
 _CONNECTION_VALUE = re.compile(
     r"(;\s{0,4}pwd=)[^;\"']+|(?<![\w.-])(pwd=)[^;\"'\s]{1,256}+(?=;)", re.IGNORECASE
 )
-# What its issuer made so that it can be recognised anywhere. Each begins where none of its own
-# characters stands before it, so that long hostile text is gone over once.
+# "user:x@tcp(db:3306)/name", as Go's driver for MySQL has it.
+_GO_DSN = re.compile(
+    r"(?<![^\s\"'=])([^\s\"'=:@]{1,64}+:)[^\s\"'@]{1,128}+(?:@[^\s\"'@(]{1,128}+)?"
+    r"@(?=(?:tcp|udp|unix)\d?\()"
+)
+# What its issuer made so that it can be recognised anywhere. So that long hostile text is gone over
+# once, those that may be found to be none only at their end begin where none of their own
+# characters stands before them; also one that is a part of ordinary names.
 _TOKEN = re.compile(
     r"(?<![\w-])(?:"
+    r"sk-(?=[A-Za-z_-]*+\d)[\w-]{20,}"  # OpenAI, Anthropic
+    r"|SG\.[\w-]{16,}\.[\w-]{16,}|key-[0-9a-f]{32}"  # SendGrid, Mailgun
+    r"|eyJ[\w-]{8,}(?:\.[\w-]*){2,4}"  # JSON Web Token and Encryption, RFC 7519 and 7516
+    r")|(?<![0-9A-Za-z])(?:"
     r"(?:AKIA|ASIA)[0-9A-Z]{16}|ABSK[0-9A-Za-z+/]{40,}"  # AWS
     r"|gh[oprsu]_[0-9A-Za-z]{20,}|github_pat_\w{20,}"  # GitHub
     r"|gl(?:pat|rt|dt|cbt|ptt|oas|ft|soat|imt|agent)-[\w-]{16,}"  # GitLab
@@ -64,16 +76,16 @@ _TOKEN = re.compile(
     r"|xox[a-z](?:\.xox[a-z])?-[\w-]{10,}|xapp-[\w-]{20,}|hooks\.slack\.com/services/[\w/]{10,}"
     r"|discord(?:app)?\.com/api/webhooks/\d{1,20}/[\w-]{10,}|\d{8,10}:AA[\w-]{33}"  # Telegram
     r"|[rs]k_(?:live|test)_[0-9A-Za-z]{16,}|whsec_[\w+/=]{20,}"  # Stripe
-    r"|sk-[\w-]{20,}|hf_[0-9A-Za-z]{30,}"  # OpenAI, Anthropic; Hugging Face
+    r"|hf_[0-9A-Za-z]{30,}|r8_[0-9A-Za-z]{30,}|gsk_[0-9A-Za-z]{40,}"  # Hugging Face, …, Groq
     r"|AIza[\w-]{35}|GOCSPX-[\w-]{20,}|ya29\.[\w-]{20,}|1//0[\w-]{20,}"  # Google
     r"|npm_[0-9A-Za-z]{36,}|pypi-AgE[\w-]{40,}|rubygems_[0-9a-f]{48}|cio[0-9A-Za-z]{32}"
     r"|dckr_[a-z]{3}_[\w-]{20,}"  # Docker Hub
     r"|hv[sbr]\.[\w-]{24,}|[0-9A-Za-z]{14}\.atlasv1\.[\w-]{40,}"  # Vault, Terraform
     r"|do[opr]_v1_[0-9a-f]{64}|gl(?:sa|c)_[\w+/=]{32,}|dapi[0-9a-f]{32}"  # …, Grafana, Databricks
-    r"|SG\.[\w-]{16,}\.[\w-]{16,}|key-[0-9a-f]{32}"  # SendGrid, Mailgun
+    r"|sntry[su]_[\w+/=]{40,}|sbp_[0-9a-f]{40}|nfp_[0-9A-Za-z]{36}"  # Sentry, Supabase, Netlify
+    r"|tskey-[a-z]{2,16}-[\w-]{16,}|figd_[\w-]{30,}|ntn_[0-9A-Za-z]{40,}"  # Tailscale, …, Notion
     r"|shp[a-z]{2}_[0-9a-fA-F]{32}|sq0[a-z]{3}-[\w-]{20,}"  # Shopify, Square
     r"|lin_[a-z]{3,5}_\w{32,}|NRAK-[0-9A-Z]{27}"  # Linear, New Relic
-    r"|eyJ[\w-]{8,}(?:\.[\w-]*){2,4}"  # JSON Web Token and Encryption, RFC 7519 and 7516
     r"|AGE-SECRET-KEY-1[0-9A-Z]{58}|S[UAOCNX][A-Z2-7]{56}(?!\w)"  # age; NATS seed
     r")"
 )
@@ -101,8 +113,10 @@ def is_secret(name: str) -> bool:
     return _SECRET_NAME.search(plain) is not None or _is_of_this_host(plain)
 
 
-def _is_inner_secret(name: str, is_vague: bool) -> bool:
-    if not is_vague:
+def _is_inner_secret(name: str, how: named_values.How) -> bool:
+    if how is named_values.How.QUOTED and name in ("pwd", "Pwd"):  # PWD is a directory
+        return True
+    if how is not named_values.How.VAGUE:
         return is_secret(name)
     plain = _plain(name)
     return _SURE_NAME.search(plain) is not None or _is_of_this_host(plain)
@@ -174,6 +188,7 @@ def text(value: str, is_cut: bool = False) -> str:
         value = _without_forms(_more_forms, value)
     value = _PRIVATE_KEY.sub(REDACTED, value)
     value = _without_users(value + "@")[:-1] if is_cut else _without_users(value)
+    value = _GO_DSN.sub(rf"\g<1>{REDACTED}@", value)
     value = _TOKEN.sub(REDACTED, value)
     value = _BEARER.sub(rf"\g<1>{REDACTED}", value)
     value = _CONNECTION_VALUE.sub(rf"\g<1>\g<2>{REDACTED}", value)

@@ -21,8 +21,9 @@ def arguments(given: tuple[str, ...], is_cut: bool = False) -> tuple[str, ...]:
     "name",
     [
         *("API_KEY", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "DB_PASSWORD", "PGPASSWORD"),
-        *("MYSQL_PWD", "SMTP_PASS", "SSH_AUTH_SOCK", "COOKIE", "session_id", "PRIVATE"),
+        *("MYSQL_PWD", "SMTP_PASS", "COOKIE", "session_id", "PRIVATE"),
         *("DBPASS", "userpass", "PASS1", "PASSCODE", "sig"),
+        *("DB_PW", "pw", "WIFI_PSK", "APP_JWT", "PASSWORD_SALT", "AUTHORIZATION", "OAUTH"),
         *("--api-key", "spring.datasource.password", "Authorization"),
     ],
 )
@@ -31,7 +32,12 @@ def test_names_of_secrets(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["PATH", "HOME", "PWD", "OLDPWD", "LANG", "BYPASS", "--verbose", "compass", "SIGNAL"]
+    "name",
+    [
+        *("PATH", "HOME", "PWD", "OLDPWD", "LANG", "BYPASS", "--verbose", "compass", "SIGNAL"),
+        *("GIT_AUTHOR_NAME", "AUTHORS", "KEYBOARD", "TOKENIZERS_PARALLELISM", "MAX_TOKENS"),
+        *("SSH_AUTH_SOCK", "XDG_SESSION_TYPE", "--sort-key", "--author"),
+    ],
 )
 def test_names_of_no_secrets(name: str) -> None:
     assert not is_secret(name)
@@ -118,6 +124,14 @@ TOKENS = {
     "crates.io": f"cio{made(32)}",
     "Docker Hub": f"dckr_pat_{made(27, _URL_SAFE)}",
     "Hugging Face": f"hf_{made(34)}",
+    "Sentry": f"sntrys_{made(120)}_{made(43)}",
+    "Supabase": f"sbp_{made(40, _HEX)}",
+    "Netlify": f"nfp_{made(36)}",
+    "Tailscale": f"tskey-auth-{made(12)}CNTRL-{made(32)}",
+    "Figma": f"figd_{made(40, _URL_SAFE)}",
+    "Groq": f"gsk_{made(52)}",
+    "Replicate": f"r8_{made(37)}",
+    "Notion": f"ntn_{made(46)}",
     "Vault": f"hvs.{made(90, _URL_SAFE)}",
     "Vault batch": f"hvb.{made(140, _URL_SAFE)}",
     "Terraform": f"{made(14)}.atlasv1.{made(60, _URL_SAFE)}",
@@ -154,6 +168,12 @@ def test_well_known_token_is_found_wherever_it_stands(token: str, around: str) -
     assert token not in environment((f"HARMLESS={value}",))[0]
     assert token not in arguments((value,))[0]
     assert REDACTED in text(value)
+
+
+@pytest.mark.parametrize("before", ["DEPLOY_", "old-"])
+@pytest.mark.parametrize("kind", ["GitHub ghp_", "GitLab", "AWS access key", "Sentry", "npm"])
+def test_well_known_token_is_found_behind_another_name(kind: str, before: str) -> None:
+    assert text(f"a {before}{TOKENS[kind]} b") == f"a {before}{REDACTED} b"
 
 
 @settings(deadline=None)
@@ -197,6 +217,18 @@ def test_planted_token_never_comes_through(token: str, before: list[str], after:
         ('{"user": "a", "password" : "x\\"y"}', f'{{"user": "a", "password" : "{REDACTED}"}}'),
         ("curl -H 'X: bearer abc' h", f"curl -H 'X: bearer {REDACTED}' h"),
         ("a task-runner, risk-based", "a task-runner, risk-based"),
+        ("in sk-learn-contributions-of-all", "in sk-learn-contributions-of-all"),
+        ("cache-key-" + "0" * 32, "cache-key-" + "0" * 32),
+        ("me:p/w@tcp(db:3306)/x", f"me:{REDACTED}@tcp(db:3306)/x"),
+        ("DSN=me:p@w@unix(/s)/x a:b@c", f"DSN=me:{REDACTED}@unix(/s)/x a:b@c"),
+        ("user[name]=a&user[password]=b&c=d", f"user[name]=a&user[password]={REDACTED}&c=d"),
+        ("user%5Bpassword%5D=b&c=d", f"user%5Bpassword%5D={REDACTED}&c=d"),
+        ('{"pwd":"x","port":1}', f'{{"pwd":"{REDACTED}","port":1}}'),
+        ('{"PWD":"/home/me"}', '{"PWD":"/home/me"}'),
+        ("password=$'a b' db", f"password={REDACTED} db"),
+        ("the session: it began, a key: none", "the session: it began, a key: none"),
+        ("sent Authorization: Basic dTpw", f"sent Authorization: {REDACTED}"),
+        ("a:\n  key: x\n- key: y", f"a:\n  key: {REDACTED}\n- key: {REDACTED}"),
         ("user: a\npassword: 'b c'\nport: 1", f"user: a\npassword: {REDACTED}\nport: 1"),
         ('password: "x y" # z', f"password: {REDACTED} # z"),
         ("a:\n  password: |-\n    x\n\n    y\nb: 1", f"a:\n  password: {REDACTED}\nb: 1"),
@@ -267,6 +299,20 @@ def test_beginning_of_a_secret_is_one_where_text_was_cut(raw: str, shown: str) -
 
 
 PARTS = (
+    *(
+        "a:=",
+        "a:@",
+        "a:@tcp",
+        "-sk-",
+        "_ghp_",
+        "a]",
+        "%5D",
+        "key]=",
+        "a key: ",
+        "$'",
+        "key=$",
+        "sk-a" * 9,
+    ),
     *("eyJaaaaaaaa-", "-eyJ", "eyJaaaaaaaa.", 'a"b":"', "sk-", "a=", "://", "key='", "key=\\"),
     *("key: ", ";pwd=", "pwd=", "=pwd=", "a://:", "a://b@", "a://b", "a://b:c", "a://b,", "a://[b"),
     *("SG.aaaaaaaaaaaaaaaa.", "0" * 14 + ".", "\\", "key = ", "key = a ", "--key ", '"key":[', "-"),
