@@ -47,6 +47,7 @@ TAKES_LONG = 0.2  # seconds; most sets are whole by then
 WAIT_FOR = 1024  # processes waited for at a time
 MOST_CHANGED = 65_536  # directories that wait for a look; rounds find what is beyond that
 MOST_STRANGE = 64  # directories of one owner that wait until the bus is asked; likewise
+MOST_STRANGE_IN_ALL = 1024
 MOST_OF_OTHERS = 65_536  # directories that are not root's in a round
 _PID = re.compile(r"[1-9][0-9]{0,6}")
 _NO_PID = 4194304  # one more than the highest, proc_sys_kernel(5), pid_max
@@ -239,7 +240,8 @@ class Gatherer:
     async def _identify_later(self, directory: str, unknown: list[FoundSet]) -> None:
         waiting = Counter(self._strangers.values())
         owner = min((one.owner for one in unknown), key=waiting.__getitem__)
-        if waiting[owner] >= MOST_STRANGE and directory not in self._strangers:
+        is_full = waiting[owner] >= MOST_STRANGE or len(self._strangers) >= MOST_STRANGE_IN_ALL
+        if is_full and directory not in self._strangers:
             self._settled.pop(directory, None)
         else:
             self._strangers.setdefault(directory, owner)
