@@ -3,8 +3,10 @@
 import asyncio
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 
 from crashbus import identity
@@ -116,11 +118,14 @@ def from_events(pid: int, epoch: int, owner: int, events: Sequence[SignalEvent])
 
     Args:
         pid: the directory's name, so a PID in the process's own namespace.
+        events: in the order of their times.
     """
     since, until = _event_time(epoch)
-    for event in events:
-        process = event.process
-        if since <= event.time <= until and (process.ns_pid, process.uid) == (pid, owner):
+    for number in range(bisect_left(events, since, key=attrgetter("time")), len(events)):
+        event, process = events[number], events[number].process
+        if event.time > until:
+            break
+        if (process.ns_pid, process.uid) == (pid, owner):
             return process
     return None
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import UserList
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,31 @@ async def test_writer_of_many_sets_is_read_once_a_look(
     assert reads == ["read_process", "open_by_process"]
     for task in gatherer._waiting.values():
         task.cancel()
+
+
+class Looks(UserList[SignalEvent]):
+    """Events that count how often one is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, at: Any) -> Any:
+        Looks.looks += 1
+        return super().__getitem__(at)
+
+
+@pytest.mark.parametrize("of", [0, 4444, 9999])
+def test_few_of_many_events_are_looked_at_for_a_set(of: int) -> None:
+    """There may be thousands of both."""
+    event = signal_event(os.getpid())
+    events = Looks(event.model_copy(update={"time": 1000.0 + number}) for number in range(10_000))
+    Looks.looks = 0
+    theirs = events.data[of].process.model_copy(update={"ns_pid": 7, "uid": 8})
+    events.data[of] = event.model_copy(update={"time": 1000.0 + of, "process": theirs})
+
+    assert processes.from_events(7, 1000 + of, 8, events) == theirs
+    assert processes.from_events(7, 1000 + of, 9, events) is None
+
+    assert Looks.looks < 100
 
 
 async def test_watches_are_bounded_and_root_s_and_the_newest_stay(
