@@ -390,6 +390,15 @@ def test_function_that_a_signal_came_to_is_told_if_its_handler_raised_it_again()
     assert frames([Call("on_crash"), *bug]) == ("on_crash", "libc.so", "parse", "main")
 
 
+def test_function_that_a_signal_came_to_is_told_below_the_handler_of_a_runtime() -> None:
+    bug = [Call("parse", interrupted=True), Call("main")]
+    top = [Call("abort", LIBC), Call("JVM_handle_linux_signal", LIBJVM)]
+    symbols = [*top, Call("signalHandler(int)", LIBJVM), Call("__restore_rt", LIBC)]
+    none = [*top, Call(None, LIBJVM), Call(None, LIBC)]
+
+    assert frames([*symbols, *bug]) == frames([*none, *bug]) == ("parse", "main")
+
+
 @pytest.mark.parametrize(
     ("symbols", "none"),
     [

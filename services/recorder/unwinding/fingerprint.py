@@ -263,15 +263,21 @@ def _raised_again(steps: list[_Step]) -> int:
     if not messengers or not messengers <= _RAISERS:
         return 0
     # The innermost was interrupted too, with all that is inlined in it: by the last signal.
-    below = (n for n in range(1, len(steps)) if steps[n].interrupted > steps[n - 1].interrupted)
-    return next(below, 0)
+    return next((n for n in range(1, len(steps)) if _is_interrupted(steps, n)), 0)
+
+
+def _is_interrupted(steps: list[_Step], number: int) -> bool:
+    """Tell whether a handler's frames end above this one."""
+    above = steps[number - 1]
+    return number < len(steps) and steps[number].interrupted and not above.interrupted
 
 
 def _messengers(steps: list[_Step]) -> int:
     """Return how many frames at the top carry out what a function below them wanted."""
     count = 0
     for number, step in enumerate(steps, 1):
-        if step.is_messenger:
+        # The last of a handler's is __restore_rt, by whatever name.
+        if step.is_messenger or (step.is_runtime and _is_interrupted(steps, number)):
             count = number
         elif not step.is_runtime:
             break
