@@ -22,6 +22,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
 FRAMES = 6  # deeper ones tell how a bug was reached rather than which it is
@@ -29,7 +30,8 @@ FRAMES = 6  # deeper ones tell how a bug was reached rather than which it is
 # as Rust's, Go's or C++'s, and carry out an abort.
 PLACES = 32
 LONGEST = 16 * 1024  # characters of a name that are looked at; C++ symbols can have megabytes
-_MAYBE_CUT = 1024  # characters, backtrace.MAX_TEXT; of such a name the end may be missing
+_DEEPEST = 32  # brackets within each other; symbols are an attacker's to write
+_REMEMBERED = 2048  # names; a crash is asked for its own several times
 _DIGITS = 16  # hexadecimal: enough for 10^8 bugs without two that share one
 
 # GCC, Clang and linkers: f.isra.0, f.part.1.cold, f.llvm.42, f [clone .constprop.0]
@@ -55,7 +57,9 @@ _ANONYMOUS = re.compile(r"\(anonymous namespace\)|<unnamed>|_GLOBAL__N_1")
 _INNERMOST = re.compile(
     r"<(?!impl |[^<>()]*\{as\})[^<>()]*>"
     r"|\([^<>()]*\)(?!\{as\})(?: (?:const|volatile|&&?))*|\[[^\[\]]+\](?!\{as\})"
+    r"|\((?:<<|>>|->|<=>|[<>]=?)\)"  # what is left of an expression
 )
+# What is cut, or too deep.
 _NOT_CLOSED = re.compile(r"(?<!operator)(?<!operator<)<.*|\(.*", re.DOTALL)
 _RETURNS_POINTER = re.compile(r"\((?:[\w:{}]*::)?\*([\w:{}~]+)\)")  # to a function: void (*f)
 _WORD = re.compile(r"\w")
@@ -262,12 +266,12 @@ def _raised_again(steps: list[_Step]) -> int:
     messengers = {step.bare for step in steps[: _messengers(steps)] if step.is_messenger}
     if not messengers or not messengers <= _RAISERS:
         return 0
-    # The innermost was interrupted too, with all that is inlined in it: by the last signal.
     return next((n for n in range(1, len(steps)) if _is_interrupted(steps, n)), 0)
 
 
 def _is_interrupted(steps: list[_Step], number: int) -> bool:
     """Tell whether a handler's frames end above this one."""
+    # At the top all were interrupted that are inlined in each other: by the last signal.
     above = steps[number - 1]
     return number < len(steps) and steps[number].interrupted and not above.interrupted
 
@@ -284,6 +288,7 @@ def _messengers(steps: list[_Step]) -> int:
     return count
 
 
+@lru_cache(_REMEMBERED)
 def normalise(symbol: str) -> str:
     """Return a function's name without what compilers, linkers and builds add to it."""
     whole = symbol[:LONGEST]
@@ -303,14 +308,16 @@ def _shortened(symbol: str) -> str:
     name = name.replace("operator()", "operator{call}").replace(" as ", "{as}")
     name = _GO_RECEIVER.sub(r".\1.", name)
     name = _until_stable(lambda one: _INNERMOST.sub("", _RETURNS_POINTER.sub(r"\1", one)), name)
-    if len(symbol) >= _MAYBE_CUT and "{as}" not in name:
+    if "{as}" not in name and "<impl " not in name:
         name = _NOT_CLOSED.sub("", name)
     return _without_result(name.partition(" requires ")[0].replace(", ", ","))
 
 
 def _until_stable(change: Callable[[str], str], name: str) -> str:
     """Change a name from the innermost brackets outwards."""
-    while (changed := change(name)) != name:
+    for _ in range(_DEEPEST):
+        if (changed := change(name)) == name:
+            break
         name = changed
     return name
 
