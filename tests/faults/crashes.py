@@ -22,8 +22,8 @@ from tests.support.records import Writing, process
 MIB = 1024 * 1024
 LARGE = 0.1  # of all cores
 MOST_SMALL = 8  # MiB that a core may have which is not large, at least
-# Above any PID that the kernel gives (PID_MAX_LIMIT, 4 Mi), so none of them is alive.
-_pids = itertools.count(5_000_000)
+# The last that the kernel gives, proc_sys_kernel(5): none of them is alive.
+_pids = itertools.count(4_100_000)
 
 
 @dataclass(frozen=True)
