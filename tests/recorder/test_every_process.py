@@ -487,6 +487,10 @@ async def test_process_in_a_chroot(recorder: RecorderService, tmp_path: Path) ->
     assert sorted(root.rglob("*")) == before  # nothing was written where it lived
 
 
+def pids_in(spool: Path) -> set[int]:
+    return {int(path.name) for path in spool.iterdir() if path.name.isdigit()}
+
+
 @by_one_mechanism
 async def test_process_in_namespaces_of_its_own(recorder: RecorderService) -> None:
     need_program("unshare")
@@ -495,12 +499,13 @@ async def test_process_in_namespaces_of_its_own(recorder: RecorderService) -> No
     held = Path("/var/tmp") / f"crasher-{os.getpid()}"
     shutil.copy(crasher("null_pointer"), held)
     held.chmod(0o755)
-    spool = set(recorder.spool.iterdir())
+    former = pids_in(recorder.spool)
     try:
         subprocess.run(["unshare", *names, "/bin/sh", "-c", script, held], timeout=20, check=False)
-        # unshare ends itself by the signal that its child died of, so there are two.
-        new = [int(path.name) for path in set(recorder.spool.iterdir()) - spool]
-        records = [await recorder.captured(pid) for pid in new]
+        # unshare ends itself by the signal that its child died of, so there are two; small ones
+        # are let go before anything of them is written.
+        await until(lambda: len(pids_in(recorder.spool) - former) == 2)
+        records = [await recorder.captured(pid) for pid in pids_in(recorder.spool) - former]
     finally:
         held.unlink()
 
