@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -17,9 +19,12 @@ from tests.support.requirements import need_program, need_root
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("CRASHBUS_")]:
-        monkeypatch.delenv(name)
+def environment() -> Iterator[None]:
+    """Take what is set out of the environment; what a test sets does not outlive it."""
+    with patch.dict(os.environ):
+        for name in [name for name in os.environ if name.startswith("CRASHBUS_")]:
+            del os.environ[name]
+        yield
 
 
 LINES = {
@@ -40,11 +45,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_line_is_read_as_systemd_reads_it(
-    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CRASHBUS_A", "")
-    monkeypatch.delenv("CRASHBUS_A")
+def test_a_line_is_read_as_systemd_reads_it(line: str, tmp_path: Path) -> None:
     (tmp_path / "crashbus.env").write_text(f"# CRASHBUS_A=no\n;\nPATH=/no\nCRASHBUS_{line}\n")
     path = os.environ["PATH"]
 
@@ -111,8 +112,6 @@ def test_no_key_is_named_beside_another(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "s3-access-key").touch()
     (tmp_path / "s3-secret-key").touch()
     monkeypatch.setenv("CRASHBUS_SHIPPER_S3_ACCESS_KEY", "mine")
-    monkeypatch.setenv("CRASHBUS_SHIPPER_S3_SECRET_KEY_FILE", "")
-    monkeypatch.delenv("CRASHBUS_SHIPPER_S3_SECRET_KEY_FILE")
 
     site.take_keys(tmp_path)
 
