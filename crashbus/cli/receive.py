@@ -137,7 +137,7 @@ class _Receiver:
         there = [*self._senders]
         idle = [(since, one) for one in there if (since := one.idle_since) is not None]
         before = time.monotonic() - _SPEAKS_WITHIN
-        silent = [(one.came, one) for one in there if not one.has_spoken and one.came < before]
+        silent = [(one.came, one) for one in there if one.is_silent(before)]
         return min(idle or silent, key=lambda found: found[0], default=(0.0, None))[1]
 
     def _serve(self, connection: socket.socket, peer: str) -> None:

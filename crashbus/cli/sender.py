@@ -24,6 +24,7 @@ _PAUSE = 1.0  # seconds without a word after which small files are taken to be a
 _SILENCE = 3600.0  # seconds; a kept connection waits for the next crash
 _SILENCE_IN_CORE = 300.0  # seconds; a shipper may wait for the bus between two chunks
 _WHOLE = 300.0  # seconds for a line or frame; a shipper's own deadline for the longest is 210
+_LEAST_RATE = 32 * 1024  # bytes a second; a shipper itself gives up below twice as many
 _GOODBYE = 5.0  # seconds for the sender to hear that we end TLS
 _BUFFER = 64 * 1024
 
@@ -70,6 +71,11 @@ class Sender:
         finally:
             self._receiving.give_up()
             self._close(whole)
+
+    def is_silent(self, since: float) -> bool:
+        """Tell whether it came before that, and has said nothing whole, nor is about to."""
+        slow = self._source.taken < _LEAST_RATE * (time.monotonic() - self.came)
+        return slow and not self.has_spoken and self.came < since
 
     def hang_up(self) -> None:
         """Let it end as if the sender had ended it; callable from any thread.
@@ -166,6 +172,7 @@ class _Source(io.RawIOBase):
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
+        self.taken = 0  # bytes
         self._end = 0.0
 
     def within(self, seconds: float) -> None:
@@ -180,4 +187,6 @@ class _Source(io.RawIOBase):
         if left <= 0:
             raise TimeoutError("silent, or slow, for too long")
         self.socket.settimeout(left)
-        return self.socket.recv_into(buffer)
+        taken = self.socket.recv_into(buffer)
+        self.taken += taken
+        return taken

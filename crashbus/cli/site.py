@@ -13,6 +13,7 @@ from crashbus.cli import env_file
 
 DIRECTORY = Path("/etc/crashbus")
 _OURS = re.compile(r"CRASHBUS_[A-Z0-9_]+")
+_CONTINUED = re.compile(r"^[ \t]*[#;].*\\$", re.MULTILINE)
 # The units take their keys as credentials; each variable with those in whose place it stands.
 _KEYS = {
     "CRASHBUS_NATS_NKEY_FILE": (
@@ -33,11 +34,19 @@ def take_settings(directory: Path = DIRECTORY) -> None:
     if not os.access(path, os.R_OK):
         return
     try:
-        for setting in env_file.read(path.read_bytes().decode()):
+        text = path.read_bytes().decode()
+        if _CONTINUED.search(text):
+            _tell(
+                path, "a comment ends in a backslash, which some systemd takes to go on"
+            )
+        found = {}  # the last of those with one name counts
+        for setting in env_file.read(text):
             if not setting.is_closed:
                 _tell(path, f"the quote that begins the value of {setting.name!r} has no end")
             if _OURS.fullmatch(setting.name):
-                os.environ.setdefault(setting.name, setting.value)
+                found[setting.name] = setting.value
+        for name, value in found.items():
+            os.environ.setdefault(name, value)
     except (OSError, ValueError) as error:  # no UTF-8, or a NUL in it; a value may be a secret
         _tell(path, f"cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}")
 

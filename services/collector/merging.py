@@ -7,7 +7,8 @@ recorder makes another. No I/O.
 from crashbus.parts import Process
 from services.collector.ledger import Crash
 
-SAME_SIGNAL = 30.0  # seconds; AppScope writes its core, waits for two, and calls abort()
+# Seconds; AppScope writes its core, at worst 200 MiB a second, waits for two, and calls abort().
+SAME_SIGNAL = 300.0
 _SIGNAL = ("signal", "signal_name", "signal_at", "code", "code_meaning", "fault_address")
 
 
@@ -33,6 +34,8 @@ def _tells_more(told: Crash, crash: Crash) -> bool:
     """Tell whose signal is what happened: the earlier one of two close together, for the later
     came of it. Of others the process recovered, or somebody gave files their time.
     """
+    if not crash.signal_at:  # entered by a former version, which asked no more either
+        return False
     if abs(told.signal_at - crash.signal_at) <= SAME_SIGNAL:
         return told.signal_at < crash.signal_at
     return (told.signal_recorded, told.signal_at) > (crash.signal_recorded, crash.signal_at)

@@ -303,6 +303,20 @@ def test_who_only_holds_a_place_makes_room_for_others(
         assert receiver._has_room()
 
 
+def test_who_sends_a_long_frame_over_a_slow_link_keeps_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receive, "_SPEAKS_WITHIN", 0.0)
+    receiver = receive._Receiver(tmp_path, Limits(), None, 1)
+    assert receiver._has_room()
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.settimeout(30)
+        receiver._serve(ours, "peer")
+        theirs.sendall(b"{" + b" " * 8 * 1024 * 1024)
+        assert not receiver._has_room()
+
+
 def test_what_was_sent_before_it_was_hung_up_on_is_taken(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     sender = Sender(ours, None, Receiving(tmp_path, "peer", Limits(), lambda _: None))

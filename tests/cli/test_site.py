@@ -41,6 +41,7 @@ LINES = {
     'A="\\$HOME \\`\\d\\\\\\\n"': "$HOME `\\d\\",
     "A=\\  \\'x\\\n ": "  'x",
     "A = x": "x",
+    "A=old\nCRASHBUS_A=new": "new",
 }
 
 
@@ -98,6 +99,7 @@ def test_what_cannot_be_read_is_told_without_values_and_ends_no_command(
             "value of 'CRASHBUS_NATS_PASSWORD' has no",
         ),
         (b"CRASHBUS_NATS_B=hunter2\xff\n", "no text"),
+        (b"# hunter2\\\nCRASHBUS_NATS_D=\n", "ends in a backslash"),
         (b"CRASHBUS_NATS_C=hunter2\0\n", "no text"),
     ):
         (tmp_path / "crashbus.env").write_bytes(content)

@@ -192,6 +192,23 @@ async def test_signal_of_another_hour_is_not_what_a_process_died_of(
     assert (crash.signal_name, crash.signal, crash.fault_address) == ("SIGABRT", 6, None)
 
 
+@pytest.mark.parametrize("former", [False, True])
+async def test_signal_is_the_first_however_long_appscope_wrote_or_by_what_version(
+    former: bool, tmp_path: Path
+) -> None:
+    ledger = loaded(tmp_path)
+    entering = Entering(tmp_path, "h", BOOT, ("file:///a",), ledger, lambda _: None)
+    first = replace(look(100, {Kind.INFO}), cause=Cause(11, 0x10, "not mapped"))
+    await entering.enter(first, PROCESS)
+    (crash,) = ledger.crashes()
+    if former:
+        crash.signal_at = 0.0
+
+    await entering.enter(recorded(190, "SIGABRT", 6, NAMED), PROCESS)
+
+    assert (crash.signal_name, crash.fault_address) == ("SIGSEGV", 0x10)
+
+
 @pytest.mark.parametrize("other", [{"directory": "8"}, {"owner": 65534}])
 async def test_recorded_set_whose_names_are_taken_tells_all_that_its_record_does(
     other: dict[str, Any], tmp_path: Path
