@@ -36,9 +36,7 @@ def take_settings(directory: Path = DIRECTORY) -> None:
     try:
         text = path.read_bytes().decode()
         if _CONTINUED.search(text):
-            _tell(
-                path, "a comment ends in a backslash, which some systemd takes to go on"
-            )
+            _tell(path, "a comment ends in a backslash, which some systemd takes to go on")
         found = {}  # the last of those with one name counts
         for setting in env_file.read(text):
             if not setting.is_closed:
