@@ -1,5 +1,7 @@
 """Names of C++ and Rust in a backtrace."""
 
+import time
+
 import pytest
 
 from services.recorder.unwinding import demangling
@@ -40,6 +42,13 @@ def bomb(doublings: int) -> str:
 @pytest.mark.parametrize("symbol", [bomb(36), "_Z1fIJ" + "i" * 999 + "EEv" + "Dp" * 9 + "T_"])
 def test_symbol_that_would_be_gigabytes_stays_as_it_is(symbol: str) -> None:
     assert Demangler().readable(symbol) is None
+
+
+def test_references_of_a_hostile_symbol_are_counted_in_no_long_time() -> None:
+    began = time.process_time()
+    for n in range(200):
+        assert Demangler().readable(f"_Z{'S' * 4000}{n}") is None
+    assert time.process_time() - began < 1
 
 
 # Not longer than 1024: libstdc++ demangles no such symbol. A reference repeats what is long.

@@ -16,6 +16,7 @@ from services.recorder.unwinding.backtrace import (
 )
 from services.recorder.unwinding.fingerprint import (
     FRAMES,
+    LONGEST,
     PLACES,
     Call,
     fingerprint,
@@ -24,6 +25,26 @@ from services.recorder.unwinding.fingerprint import (
     of_build,
 )
 
+# Parts of symbols that a pattern may begin at, or may divide in several ways.
+REPEATED = (
+    *(".cold.1", ".1", ".isra", " [clone ", " [clone .1]", ".func1", ".func1.1", "-range12"),
+    *("@", "@\n", "Cs", "17h", ".(*", ".(a).", "_cgo_", "{lambda{a}", "{lambda(", "'lambda1"),
+    *(
+        "(*",
+        "(a::",
+        "(>",
+        "(<",
+        "<a ",
+        "<impl ",
+        "<{as}",
+        "(){as}",
+        "() &",
+        ")<(",
+        "->",
+        "[a",
+        "::_GI_",
+    ),
+)
 LIBC = "/lib/x86_64-linux-gnu/libc.so.6"
 LIBSTDCXX = "/usr/lib/x86_64-linux-gnu/libstdc++.so.6"
 LIBASAN, LIBJVM = "/usr/lib/libasan.so.8", "/usr/lib/jvm/lib/server/libjvm.so"
@@ -136,6 +157,23 @@ def of(*symbols: str | None, program: str = "/usr/bin/app", signal: str = "SIGSE
             ("g<f()::{lambda({lambda()#1})#2}>()::{lambda(f()::{lambda()#7})#8}",),
             ("g<int>()::{lambda()#1}",),
         ),
+        (  # of an expression
+            ("std::vector<decltype ({parm#1}->x)> ns::f<A>(A*)", "m"),
+            ("ns::f<B>(B*)", "m"),
+        ),
+        (("std::optional<decltype ({parm#1}<{parm#1})> ns::g<A>(A)", "m"), ("ns::g", "m")),
+        (("ns::g<A>(A, decltype ({parm#1}<={parm#1}))", "m"), ("ns::g", "m")),
+        (("ns::g<A>(std::optional<decltype ({parm#1}>>{parm#1})>)", "m"), ("ns::g", "m")),
+        (("std::enable_if<X::value<Y::value, int>::type ns::h<int>(int)", "m"), ("ns::h", "m")),
+        (("std::enable_if<(sizeof (A))<(4), A>::type ns::h<A>(A) const", "m"), ("ns::h", "m")),
+        (
+            (f"std::enable_if<(sizeof (A))<(4), {'x' * 1000}>::type ns::h<A>(A) const", "m"),
+            ("ns::h", "m"),
+        ),
+        (("decltype ({parm#1}->x) f<int>(int)", "m"), ("f", "m")),
+        (("ns::P<int>::operator->() const", "m"), ("ns::P<long>::operator->()", "m")),
+        (("my::apply<fn() -> u32>", "m"), ("my::apply<fn() -> (u8, fn(u8) -> i8)>", "m")),
+        (("my::Foo<fn() -> u32>::bar", "m"), ("my::Foo<u8>::bar", "m")),
         (("int Box<((sizeof (A))>(4))>::get(int)", "m"), ("Box<(bool)1>::get(int)", "m")),
         (("void app::run<int>(int) requires Small<int>", "m"), ("app::run", "m")),
         (("bool app::operator< <int>(Box<int>)", "m"), ("app::operator<(Box)", "m")),
@@ -229,6 +267,12 @@ def test_pairs_that_must_match(one: tuple[str, ...], other: tuple[str, ...]) -> 
         (("<dyn a::A as a::Run>::go", "m"), ("a::A as a::Run>::go", "m")),
         (("a::<impl From<u8> for B>::from",), ("a::<impl From<u8> for C>::from",)),
         (("a::<impl From<u8> for B>::from",), ("a::<impl Into<u8> for B>::from",)),
+        (("std::vector<decltype ({parm#1}->x)> f(A*)",), ("std::vector<A> g(A*)",)),
+        (("A::operator->()", "m"), ("A::operator.()", "m")),
+        (("my::apply<fn() -> u32>", "m"), ("my::other<fn() -> u32>", "m")),
+        (("<fn() -> u32 as my::Tr>::run", "m"), ("<fn() -> u8 as my::Tr>::run", "m")),
+        (("<fn() -> u32 as my::Tr>::run", "m"), ("<fn() -> u32 as my::Tr>::go", "m")),
+        (("f.1x", "m"), ("f", "m")),
         ((f"app::Map<{'x' * 2000}>::find", "m"), (f"app::Map<{'x' * 2000}>::erase", "m")),
         (("_RNvCs7qo_3app5parse", "m"), ("_RNvCs7qo_3app5print", "m")),
         (("(anonymous namespace)::f(int)", "main"), ("f(int)", "main")),
@@ -498,16 +542,26 @@ def test_any_symbol_is_normalised_once_and_for_all(symbol: str) -> None:
     assert normalise(symbol) or not symbol  # no two become one by losing all of their names
 
 
+def test_function_without_a_name_deep_in_a_stack_ties_it_to_no_build() -> None:
+    top = [Call(f"f{n}", "/bin/app", f"ab+{n}") for n in range(FRAMES)]
+
+    assert len(frames([*top, Call(None, "/bin/app", "ab+9")])) == FRAMES
+    assert len(frames([*top[1:], Call(None, "/bin/app", "ab+9"), *top])) > FRAMES
+
+
 def test_hostile_symbol_takes_no_long_time() -> None:
-    for part in ("<", "(", "<()", ".a", " [clone ", "{lambda", "@"):
+    for part in ("<", "(", "<()", ".a", " [clone ", "{lambda", "@", *REPEATED):
         assert isinstance(normalise(part * 1_000_000), str)
+        assert isinstance(normalise(part * (LONGEST // len(part) - 1) + "!"), str)
 
 
 def test_hostile_stack_takes_no_long_time() -> None:
     """The recorder's threads make way for nobody while they look at names."""
-    for begin, end in ("()", ("f<", ">"), ("{lambda(", ")}"), ("{lambda", "}")):
+    nested = ("()", ("f<", ">"), ("{lambda(", ")}"), ("{lambda", "}"))
+    for begin, end in (*nested, *((one, "") for one in REPEATED)):
         deep = MAX_TEXT // len(begin + end) - 5
-        calls = [Call(f"{begin * deep}{n}{end * deep}") for n in range(MAX_FRAMES // 4)]
+        names = (f"_R{begin * deep}!{n}!{end * deep}" for n in range(MAX_FRAMES // 4))
+        calls = list(map(Call, names))
         began = time.process_time()
         for _ in range(4):  # for the record, the snapshot, …
             frames(calls)

@@ -16,8 +16,9 @@ from services.recorder.unwinding.fingerprint import LONGEST, normalise
 _LONGEST = 4096  # bytes of a symbol; of C++ libstdc++ takes none beyond 1024
 _SECONDS = 2.0  # of CPU time, for all symbols of a crash
 # To an earlier part, or to a template argument; at this many a second goes by, in up to 1 GiB,
-# which the worker's limits do not let it have for longer.
-_REFERENCE, _MOST_REFERENCES = re.compile(r"[ST][0-9A-Z]*_"), 20
+# which the worker's limits do not let it have for longer. Found from its end: each letter could be
+# the beginning.
+_REVERSED_REFERENCE, _MOST_REFERENCES = re.compile(r"_[0-9A-Z]*?[ST]"), 20
 _PACK, _MOST_PACKS = "Dp", 2  # each repeats what is in it for each argument
 
 # What Rust's older form writes instead of characters that C++ does not have in names.
@@ -77,7 +78,7 @@ def _fitting(name: str) -> str:
 def _is_harmless(symbol: str) -> bool:
     return (
         symbol.startswith("_Z")
-        and len(_REFERENCE.findall(symbol)) <= _MOST_REFERENCES
+        and len(_REVERSED_REFERENCE.findall(symbol[::-1])) <= _MOST_REFERENCES
         and symbol.count(_PACK) <= _MOST_PACKS
     )
 

@@ -30,20 +30,22 @@ FRAMES = 6  # deeper ones tell how a bug was reached rather than which it is
 # as Rust's, Go's or C++'s, and carry out an abort.
 PLACES = 32
 LONGEST = 16 * 1024  # characters of a name that are looked at; C++ symbols can have megabytes
+_MAYBE_CUT = 1024  # characters, backtrace.MAX_TEXT; of such a name the end may be missing
 _DEEPEST = 32  # brackets within each other; symbols are an attacker's to write
 _REMEMBERED = 2048  # names; a crash is asked for its own several times
 _DIGITS = 16  # hexadecimal: enough for 10^8 bugs without two that share one
 
+# No pattern may look at a place again for each that it begins at, for symbols are an attacker's to
+# write. So of what stands at the end, one part is found at a time.
 # GCC, Clang and linkers: f.isra.0, f.part.1.cold, f.llvm.42, f [clone .constprop.0]
 _CLONE = re.compile(
-    r"(?: \[clone [^\]]*\]"
-    r"|\.(?:isra|part|constprop|cold|hot|unlikely|llvm|lto_priv|localalias|clone|__uniq|abi0)"
-    r"(?:\.\d+)*|\.\d+)+$"
+    r" \[clone [^\[\]]*\]"
+    r"|\.(?:isra|part|constprop|cold|hot|unlikely|llvm|lto_priv|localalias|clone|__uniq|abi0|\d+)"
+    r"(?=[. ]|$)"
 )
-_SYMBOL_VERSION = re.compile(r"@.*$")
 _RUST_HASH = re.compile(r"(::h|17h)[0-9a-f]{16}E?$")
-_RUST_CRATE = re.compile(r"(?<=C)s[0-9A-Za-z]*_(?=\d)")  # RFC 2603: which of two crates of a name
-_GO_CLOSURE = re.compile(r"(?:(?:\.func|\.gowrap|\.deferwrap|-range)\d+(?:\.\d+)*)+$")
+_RUST_CRATE = re.compile(r"(?<=C)s[0-9A-Za-z]{0,11}_(?=\d)")  # RFC 2603: which of a name's crates
+_GO_CLOSURE = re.compile(r"(?:\.func|\.gowrap|\.deferwrap|-range)\d+(?:\.\d+)*")
 _GO_RECEIVER = re.compile(r"\.\(\*?([^()*]+)\)\.")
 _CGO_HASH = re.compile(r"(?<=_cgo_)[0-9a-f]{12}_")  # of the package's files
 _LAMBDA = re.compile(  # one may be within another
@@ -51,15 +53,18 @@ _LAMBDA = re.compile(  # one may be within another
     r"|<lambda[^<>]*>"
 )
 _ANONYMOUS = re.compile(r"\(anonymous namespace\)|<unnamed>|_GLOBAL__N_1")
+_ARROW = re.compile(r"(?<!operator)->")  # to a member, or before what a function returns
+_COMPARED = re.compile(r"\)(?:<=>|<[<=]?|>=)\(")  # in an expression; > is in brackets of its own
 # Template arguments, parameters with what qualifies the object, Go's type arguments; not Rust's
 # <Type as Trait>, of which the type may be (A, B) or [T], nor its <impl Trait for Type>, nor
 # operator[].
 _INNERMOST = re.compile(
     r"<(?!impl |[^<>()]*\{as\})[^<>()]*>"
-    r"|\([^<>()]*\)(?!\{as\})(?: (?:const|volatile|&&?))*|\[[^\[\]]+\](?!\{as\})"
-    r"|\((?:<<|>>|->|<=>|[<>]=?)\)"  # what is left of an expression
+    # > or < that have no other within ( ) compare.
+    r"|\([^<>()]*(?:>[^<>()]*)*(?:<[^<>()]*)*\)(?!\{as\})(?: (?:const|volatile|&&?))*"
+    r"|\[[^\[\]]+\](?!\{as\})"
 )
-# What is cut, or too deep.
+# Of what is cut, or too deep.
 _NOT_CLOSED = re.compile(r"(?<!operator)(?<!operator<)<.*|\(.*", re.DOTALL)
 _RETURNS_POINTER = re.compile(r"\((?:[\w:{}]*::)?\*([\w:{}~]+)\)")  # to a function: void (*f)
 _WORD = re.compile(r"\w")
@@ -206,7 +211,8 @@ def frames(calls: Iterable[Call]) -> tuple[str, ...]:
     names = dict.fromkeys(step.name for step in said)
     if set(names) == {_UNKNOWN}:
         return ()
-    return tuple(islice(names, PLACES if any(map(_is_place, names)) else FRAMES))
+    is_nameless = any(map(_is_place, islice(names, FRAMES)))
+    return tuple(islice(names, PLACES if is_nameless else FRAMES))
 
 
 @dataclass(frozen=True)
@@ -297,20 +303,35 @@ def normalise(symbol: str) -> str:
 
 
 def _shortened(symbol: str) -> str:
-    name = _SYMBOL_VERSION.sub("", symbol)
-    name = _GO_CLOSURE.sub("{closure}", name.removesuffix("-fm"))
-    name = _CGO_HASH.sub("", name)
-    name = _CLONE.sub("", name) or name
+    name = symbol.partition("@")[0].removesuffix("-fm")  # without its version
+    plain = _without_end(_GO_CLOSURE, name)
+    name = _CGO_HASH.sub("", name if plain == name else f"{plain}{{closure}}")
+    name = _without_end(_CLONE, name) or name
     name = _RUST_HASH.sub("", name)
     name = _RUST_CRATE.sub("", name) if name.startswith("_R") else name
     name = _ANONYMOUS.sub("{anonymous}", name)
     name = _until_stable(lambda one: _LAMBDA.sub("{lambda}", one), name)
     name = name.replace("operator()", "operator{call}").replace(" as ", "{as}")
     name = _GO_RECEIVER.sub(r".\1.", name)
-    name = _until_stable(lambda one: _INNERMOST.sub("", _RETURNS_POINTER.sub(r"\1", one)), name)
-    if "{as}" not in name and "<impl " not in name:
+    name = _COMPARED.sub(")(", _ARROW.sub(".", name))
+    name = _until_stable(_without_innermost, name)
+    is_rust = "{as}" in name or "<impl " in name
+    if not is_rust and (len(symbol) >= _MAYBE_CUT or _without_innermost(name) != name):
         name = _NOT_CLOSED.sub("", name)
-    return _without_result(name.partition(" requires ")[0].replace(", ", ","))
+    return _without_result(name.partition(" requires ")[0].replace(", ", ","), is_rust)
+
+
+def _without_end(part: re.Pattern[str], name: str) -> str:
+    """Return a name without the parts of a kind that stand at its end, one behind the other."""
+    begin = end = 0
+    for found in part.finditer(name):
+        begin = begin if found.start() == end else found.start()
+        end = found.end()
+    return name[:begin] if end == len(name) else name
+
+
+def _without_innermost(name: str) -> str:
+    return _INNERMOST.sub("", _RETURNS_POINTER.sub(r"\1", name))
 
 
 def _until_stable(change: Callable[[str], str], name: str) -> str:
@@ -322,12 +343,10 @@ def _until_stable(change: Callable[[str], str], name: str) -> str:
     return name
 
 
-def _without_result(name: str) -> str:
-    """Return a name without the type that comes before it; where brackets are left, in Rust, none
-    does.
-    """
+def _without_result(name: str, is_rust: bool) -> str:
+    """Return a name without the type that comes before it; in Rust none does before brackets."""
     before, operator, behind = name.partition("operator")
-    plain, bracket, type_ = before.partition("<")
+    plain, bracket, type_ = before.partition("<") if is_rust else (before, "", "")
     return plain.rpartition(" ")[2] + bracket + type_ + operator + behind.rstrip()
 
 
