@@ -5,10 +5,11 @@ named by content alone); the collector ships it from there, once for each destin
 information of this host, where it has some, is kept beside it.
 """
 
-import ctypes
 import hashlib
 import os
+import re
 import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from crashbus.layout import Kind
 from crashbus.parts import MAX_MODULES, Binary, Module, Supplement
 from services.common import crash_directory
 from services.common.crash_directory import SpoolUnusable
-from services.recorder import metrics
+from services.recorder import file_systems, metrics
 from services.recorder.modules import Module as MappedModule
 from services.recorder.unwinding import debug_files
 from services.recorder.unwinding.debug_files import Link
@@ -29,21 +30,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 _BLOCK = 1024 * 1024
 _MAX_PATH = 1024  # characters told of a path
 _MAX_REMEMBERED = 10_000  # files whose hash is known
-
-# File systems of which a read ends: with FUSE or over a network another process decides that.
-# include/uapi/linux/magic.h; statfs(2).
-_LOCAL = {
-    0xEF53,  # ext2, ext3, ext4
-    0x58465342,  # XFS
-    0x9123683E,  # Btrfs
-    0x794C7630,  # overlayfs
-    0x01021994,  # tmpfs
-    0x2FC12FC1,  # ZFS
-    0xF2F52010,  # F2FS
-    0x73717368,  # SquashFS
-    0xE0F5E1E2,  # EROFS
-    0xCA451A4E,  # bcachefs
-}
+_BUILD_ID = re.compile(r"(?:[0-9a-f]{2}){2,64}")  # as elf tells it; here a worker has read it
+_NONE: Mapping[int, str] = {}
 
 
 class Binaries:
@@ -68,14 +56,19 @@ class Binaries:
         self._debug_directories = debug_directories
         self._known: dict[tuple[Kind | int, ...], Binary] = {}  # by what fstat(2) says, too
 
-    def keep(self, modules: tuple[MappedModule, ...]) -> tuple[Module, ...]:
+    def keep(
+        self, modules: tuple[MappedModule, ...], build_ids: Mapping[int, str] = _NONE
+    ) -> tuple[Module, ...]:
         """Return what the modules are, each kept if that can be; without a build ID, what is not
         kept cannot be told either.
+
+        Args:
+            build_ids: by where a module begins, of those that are not local, which are not read.
         """
-        found = [one for one in modules if one.file >= 0 and elf.is_elf(one.file)][:MAX_MODULES]
+        found = [one for one in modules if _is_binary(one)][:MAX_MODULES]
         directory = self._directory() if found and self._max_bytes else -1
         try:
-            told = [self._keep(one, directory) for one in found]
+            told = [self._told(one, build_ids.get(one.start), directory) for one in found]
         finally:
             if directory >= 0:
                 os.close(directory)
@@ -88,6 +81,13 @@ class Binaries:
             log.warning("binaries are not kept", error=str(error))
             return -1
 
+    def _told(self, mapped: MappedModule, build_id: str | None, directory: int) -> Module | None:
+        if mapped.is_local:
+            return self._keep(mapped, directory)
+        if build_id is None or not _BUILD_ID.fullmatch(build_id):
+            return None
+        return self._of_build(mapped.path[:_MAX_PATH], build_id, -1, directory)
+
     def _keep(self, mapped: MappedModule, directory: int) -> Module | None:
         path, build_id = mapped.path[:_MAX_PATH], elf.build_id(mapped.file)
         if build_id is not None:
@@ -99,8 +99,9 @@ class Binaries:
         return Module(path=path, build_id=stand_in, has_build_id=False, kept=(executable,))
 
     def _of_build(self, path: str, build_id: str, file: int, directory: int) -> Module:
-        executable = self._kept(Kind.EXECUTABLE, path, build_id, file, directory)
-        debug, supplement = None, None
+        executable, debug, supplement = None, None, None
+        if file >= 0:
+            executable = self._kept(Kind.EXECUTABLE, path, build_id, file, directory)
         link = debug_files.link_of(file) if executable else None  # a read of it ends
         with debug_files.opened(self._debug_directories, build_id) as found:
             if found >= 0:
@@ -133,7 +134,7 @@ class Binaries:
         status = os.fstat(file)
         disk = os.fstatvfs(directory)
         room = (disk.f_bavail - disk.f_blocks * self._reserve / 100) * disk.f_frsize
-        regular = stat.S_ISREG(status.st_mode) and _file_system(file) in _LOCAL
+        regular = stat.S_ISREG(status.st_mode) and file_systems.is_local(file)
         if not regular or status.st_size > self._max_bytes:
             return None
         times = status.st_mtime_ns, status.st_ctime_ns
@@ -150,6 +151,10 @@ class Binaries:
             self._known.clear()
         self._known[key] = binary
         return binary
+
+
+def _is_binary(mapped: MappedModule) -> bool:
+    return mapped.file >= 0 and (not mapped.is_local or elf.is_elf(mapped.file))
 
 
 def _name(kind: Kind, build_id: str | None, sha256: str) -> str:
@@ -182,12 +187,3 @@ def _write(file: int, block: bytes) -> None:
     view = memoryview(block)
     while view:
         view = view[os.write(file, view) :]
-
-
-def _file_system(file: int) -> int:
-    """Return what kind of file system a file lies on: f_type of statfs(2)."""
-    # struct statfs begins with f_type, a long; it is smaller than this in every ABI.
-    buffer = (ctypes.c_long * 64)()
-    if ctypes.CDLL(None, use_errno=True).fstatfs(file, buffer):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return int(buffer[0]) & 0xFFFFFFFF

@@ -41,7 +41,7 @@ def finish(recording: Recording, on: Conditions, backtrace_within: float) -> Non
             recording.notes.append(f"backtrace failed: {trace.fault}")
         _write_backtrace(recording, recording.facts, trace)
         write_file(recording, Kind.SNAPSHOT, _snapshot(recording, recording.facts, trace, on))
-        binaries = _binaries(recording, recording.facts, on)
+        binaries = _binaries(recording, recording.facts, trace, on)
         # After all that takes time, for who is killed now leaves a core without its stacks; before
         # the record tells that it is whole.
         _end_core(recording)
@@ -78,15 +78,18 @@ def _end_core(recording: Recording) -> None:
 
 
 def _fetch_debug_information(known: Facts, within: float, on: Conditions) -> None:
-    found = (elf.build_id(module.file) for module in known.modules if module.file >= 0)
+    found = (elf.build_id(module.file) for module in known.modules if module.is_local)
     on.debuginfod.fetch((one for one in found if one is not None), within)
 
 
-def _binaries(recording: Recording, known: Facts, on: Conditions) -> tuple[Module, ...]:
+def _binaries(
+    recording: Recording, known: Facts, trace: Backtrace, on: Conditions
+) -> tuple[Module, ...]:
     if recording.core_file < 0:
         return ()
     try:
-        return on.binaries.keep(known.modules)
+        read = {one.start: one.build_id for one in trace.modules if one.build_id}
+        return on.binaries.keep(known.modules, read)
     except OSError as error:
         recording.notes.append(f"its binaries are not kept: {error.strerror}")
         return ()

@@ -8,12 +8,13 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from crashbus import names
 from services.common.proc import mappings
+from services.recorder.file_systems import is_local
 
 MAX_MODULES = 1024
 _FILES_LATER = 64  # opened of a process that is gone
@@ -29,12 +30,19 @@ class Module:
         start: lowest address at which the file is mapped.
         end: highest address, exclusive.
         file: open descriptor of the very file, wherever its path leads; -1: not opened.
+        is_local: of its file a read ends. Found out when it is opened, by a thread that may wait.
     """
 
     path: str
     start: int
     end: int
     file: int = -1
+    is_local: bool = False
+
+
+def opened_module(path: str, start: int, end: int, file: int) -> Module:
+    """Return a module whose file was opened just now; -1: it could not be."""
+    return Module(path, start, end, file, file >= 0 and is_local(file))
 
 
 @dataclass
@@ -98,7 +106,7 @@ def read(
     unused = dict(open_files(task, maps, limit) if opened is None else opened)
     try:
         return tuple(
-            Module(path, start, end, unused.pop(name, -1))
+            opened_module(path, start, end, unused.pop(name, -1))
             for path, start, end, name in parse_maps(maps)
         )
     finally:
@@ -145,7 +153,7 @@ def read_later(maps: bytes) -> tuple[Module, ...]:
         identity = _identity(*place) if place else None
         opened = _same_file(path, identity) if identity else -1
         files += opened >= 0
-        found.append(Module(path, start, end, opened))
+        found.append(opened_module(path, start, end, opened))
     return tuple(found)
 
 
@@ -154,7 +162,12 @@ def opened_again(
 ) -> tuple[Module, ...]:
     """Return modules with their files open where the very same one still has its path here."""
     return tuple(
-        replace(module, file=_same_file(module.path, identity) if identity else -1)
+        opened_module(
+            module.path,
+            module.start,
+            module.end,
+            _same_file(module.path, identity) if identity else -1,
+        )
         for module, identity in zip(mapped, identities, strict=False)
     )
 

@@ -5,18 +5,27 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from crashbus import elf, layout
 from crashbus.layout import Kind
 from crashbus.parts import Module
+from services.recorder import finishing
 from services.recorder.binaries import Binaries
+from services.recorder.conditions import Conditions
+from services.recorder.facts import Facts
 from services.recorder.modules import Module as MappedModule
+from services.recorder.modules import opened_module
 from services.recorder.unwinding import debug_files
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
+from tests.support.fuse import StandingStill
 from tests.support.packaged import lay_down, packaged
 from tests.support.recorder import crash
 from tests.support.requirements import need_program, need_root
@@ -38,7 +47,7 @@ def program(tmp_path: Path) -> Path:
 @pytest.fixture
 def mapped(program: Path) -> Iterator[MappedModule]:
     with program.open("rb") as file:
-        yield MappedModule(str(program), 0, 4096, file.fileno())
+        yield opened_module(str(program), 0, 4096, file.fileno())
 
 
 def kept_by(binaries: Binaries, mapped: MappedModule) -> Module:
@@ -80,9 +89,9 @@ def test_program_without_build_id_is_kept_by_its_content(spool: Path, tmp_path: 
     script.write_text("no program at all")
     binaries = Binaries(spool, GIB, 0)
     with program.open("rb") as file, script.open("rb") as other:
-        mapped = MappedModule("/program", 0, 1, file.fileno())
+        mapped = opened_module("/program", 0, 1, file.fileno())
 
-        (module,) = binaries.keep((MappedModule("/script", 0, 1, other.fileno()), mapped))
+        (module,) = binaries.keep((opened_module("/script", 0, 1, other.fileno()), mapped))
 
         (kept,) = (spool / layout.BINARIES).iterdir()
         assert kept.read_bytes() == program.read_bytes()
@@ -90,6 +99,32 @@ def test_program_without_build_id_is_kept_by_its_content(spool: Path, tmp_path: 
         assert [one.name for one in module.files()] == [kept.name]
         assert binaries.keep((mapped,)) == (module,)
         assert Binaries(spool, 0, 0).keep((mapped,)) == ()
+
+
+def test_program_on_a_file_system_that_stands_still_is_told_and_not_read(
+    spool: Path, tmp_path: Path
+) -> None:
+    need_root()
+    read, none = {4096: "ab" * 20}, {4096: "not an ID"}
+    on = SimpleNamespace(debuginfod=SimpleNamespace(fetch=lambda ids, _: list(ids)))
+    with (
+        ThreadPoolExecutor(1) as pool,
+        StandingStill(tmp_path / "fuse", crasher("null_pointer")) as file_system,
+    ):
+        file = os.open(file_system.program, os.O_RDONLY)
+        mapped = opened_module("/program", 4096, 8192, file)
+        known = cast("Facts", SimpleNamespace(modules=(mapped,)))
+        file_system.stand_still()
+
+        def finish() -> list[tuple[Module, ...]]:
+            finishing._fetch_debug_information(known, 1.0, cast("Conditions", on))
+            return [Binaries(spool, GIB, 0).keep((mapped,), ids) for ids in (read, none)]
+
+        told = pool.submit(finish).result(10)
+
+    assert told == [(Module(path="/program", build_id="ab" * 20),), ()]
+    with suppress(OSError):  # close(2) tells the file system, which is gone
+        os.close(file)
 
 
 def test_what_was_removed_is_kept_again(spool: Path, mapped: MappedModule) -> None:
@@ -126,7 +161,7 @@ def test_stripped_program_is_kept_beside_the_other(
     subprocess.run(["strip", "-o", tmp_path / "stripped", program], check=True)
     binaries = Binaries(spool, GIB, 0)
     with (tmp_path / "stripped").open("rb") as file:
-        stripped = kept_by(binaries, MappedModule("/stripped", 0, 1, file.fileno()))
+        stripped = kept_by(binaries, opened_module("/stripped", 0, 1, file.fileno()))
 
     whole = kept_by(binaries, mapped)
 
@@ -250,7 +285,7 @@ def test_what_debug_information_refers_to_is_kept_beside_it(
     with made.program.open("rb") as file:
         module = kept_by(
             Binaries(spool, GIB, 0, (tmp_path / "none", debug)),
-            MappedModule("/x", 0, 1, file.fileno()),
+            opened_module("/x", 0, 1, file.fileno()),
         )
 
     _, kept, supplement = module.files()
@@ -272,7 +307,9 @@ def test_what_debug_information_refers_to_is_nowhere_but_in_debug_directories(
     lay_down(made.debug, debug / ".dwz/common.debug")  # of another build
 
     with made.program.open("rb") as file:
-        module = kept_by(Binaries(spool, GIB, 0, (debug,)), MappedModule("/x", 0, 1, file.fileno()))
+        module = kept_by(
+            Binaries(spool, GIB, 0, (debug,)), opened_module("/x", 0, 1, file.fileno())
+        )
 
     assert len(module.kept) == 2
     assert module.supplement is None
