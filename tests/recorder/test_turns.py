@@ -122,8 +122,9 @@ async def test_turn_of_who_was_let_go_holds_up_nobody(ending: ExitStack) -> None
     await until(lambda: second.is_on)
 
 
-async def test_who_comes_does_not_overtake_who_waits(ending: ExitStack) -> None:
-    turns = Turns(captures=4, waiting=2, patience=60)
+@pytest.mark.parametrize("comer", [1, 2], ids=["same owner", "another"])
+async def test_who_comes_does_not_overtake_who_waits(ending: ExitStack, comer: int) -> None:
+    turns = Turns(captures=1, waiting=2, patience=60)
     first = Copying(turns, of(1)).start()
     ending.callback(first.end)
     await until(lambda: first.is_on)
@@ -132,11 +133,13 @@ async def test_who_comes_does_not_overtake_who_waits(ending: ExitStack) -> None:
     await until(lambda: second.hold.waits)
 
     first.hold.let_go("it stood still")  # which the second sees at its next look
-    third = Copying(turns, of(1)).start()
+    third = Copying(turns, of(comer)).start()
     ending.callback(third.end)
 
-    await until(lambda: second.is_on)
+    await until(lambda: second.is_on or third.is_on)
     assert third.is_on is None
+    second.end()
+    await until(lambda: third.is_on)
 
 
 async def test_nobody_waits_for_a_turn_when_the_recorder_stops(ending: ExitStack) -> None:

@@ -66,19 +66,18 @@ class Turns:
             self._waiting.remove(core)
             if is_on:
                 self._in_work.append(core)
-            self._changed.notify_all()  # another may be the first of its owner now
+            self._changed.notify_all()  # another may be the next now
             return is_on
 
     def _is_next(self, core: _Core) -> bool:
-        """Tell whether there is room for one that waits, and nobody of its owner came before.
+        """Tell whether there is room, and this is the first that waits whose owner has some left.
 
         One that stands still until its process is let go holds nobody up any longer: whatever
         its thread waits for may never come.
         """
-        owner, _ = core
-        first = next(one for one in self._waiting if one[0] == owner)
         owners = [one for one, hold in self._in_work if hold.is_held]
-        return first is core and len(owners) < self._at_once and owners.count(owner) < self._of_one
+        can_go = (one for one in self._waiting if owners.count(one[0]) < self._of_one)
+        return len(owners) < self._at_once and next(can_go, None) is core
 
     def _wait(self, core: _Core) -> None:
         _, hold = core
