@@ -57,7 +57,7 @@ class RecorderSettings(Settings):
     core: Literal["full", "stacks"] = Field(
         "full",
         description="what a core holds: all memory that coredump_filter (core(5)) tells, or the "
-        "threads' stacks and mappings of up to 64 KiB alone, enough for a backtrace",
+        "threads' stacks and readable mappings of up to 64 KiB alone, enough for a backtrace",
     )
     coredump_filter: str = Field(
         "",

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from services.recorder.core import (
     sparse,
     touched,
 )
-from services.recorder.core.core_memory import PagesUnreadable
+from services.recorder.core.core_memory import LiveMemory, PagesUnreadable
 from services.recorder.core.core_pages import Pages
 from services.recorder.core.touched import Touched
 from services.recorder.handover import arrival
@@ -142,38 +142,90 @@ def test_core_with_everything_in_it_is_the_kernels(
         Path("/proc/self/coredump_filter").write_text("0x" + before)
 
 
-@pytest.mark.parametrize("by_stream", [False, True])
-def test_core_that_shall_have_no_more_is_cut_or_has_its_stacks(
-    coredump_socket: socket.socket, tmp_path: Path, by_stream: bool
-) -> None:
-    crash = Crash(coredump_socket, *HOG, "48")
+# The first page of a private mapping was written, its file has no second one, and nothing of it
+# may be read. No kernel lets anybody read that second page; one with proc_mem.force_override=never,
+# not the first either.
+UNREADABLE = f"""
+import ctypes, mmap, tempfile
+file = tempfile.TemporaryFile()
+file.truncate(2 * mmap.PAGESIZE)
+refused = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
+refused[0] = 1
+file.truncate(mmap.PAGESIZE)
+start = ctypes.addressof(ctypes.c_char.from_buffer(refused))
+assert not ctypes.CDLL(None).mprotect(ctypes.c_void_p(start), ctypes.c_size_t(len(refused)), 0)
+{HOG[-1]}
+"""
+
+
+def copied_without_room(
+    crash: Crash, path: Path, pages: Pages | None, at_end: Callable[[], None] = lambda: None
+) -> tuple[core_copy.Copied, list[int], list[str]]:
+    """Copy a core that may have 16 MiB; return what became of it, and what was told."""
     final: list[int] = []
     told: list[str] = []
 
     def check_room(size: int) -> None:
         if size > 16 * MIB:
+            at_end()
             raise OSError(errno.ENOSPC, "no room beside others")
 
-    pages = None if by_stream else Pages(crash.pid, crash.head, crash.maps)
     try:
-        with (tmp_path / "core").open("w+b") as core:
+        with path.open("w+b") as core:
             copied = core_copy.copy(
                 *(crash.hold, crash.head.raw, crash.head.size, core.fileno(), 0, pages),
                 *("", final.append, told.append, check_room),
             )
-            pointer = next(core_reduced.stack_pointers(crash.head, core.fileno()))
     finally:
         crash.end()
-
     assert copied.disk_full and not copied.in_order
-    assert copied.size == (tmp_path / "core").stat().st_size
-    if by_stream:
-        assert 8 * MIB < copied.size < 24 * MIB
-        return
+    assert copied.size == path.stat().st_size
+    return copied, final, told
+
+
+def test_core_by_the_stream_that_shall_have_no_more_is_cut(
+    coredump_socket: socket.socket, tmp_path: Path
+) -> None:
+    crash = Crash(coredump_socket, *HOG, "48")
+
+    copied, _, _ = copied_without_room(crash, tmp_path / "core", None)
+
+    assert 8 * MIB < copied.size < 24 * MIB
+
+
+@pytest.mark.parametrize("program", [HOG[-1], UNREADABLE], ids=["", "unreadable mapping"])
+def test_core_that_shall_have_no_more_has_its_stacks(
+    coredump_socket: socket.socket, tmp_path: Path, program: str
+) -> None:
+    crash = Crash(coredump_socket, *HOG[:-1], program, "48")
+    pages = Pages(crash.pid, crash.head, crash.maps)
+
+    copied, final, told = copied_without_room(crash, tmp_path / "core", pages)
+
     assert copied.fault == told[-1] == "only the stacks were kept: no room on disk"
     assert final[-1] <= copied.size < 8 * MIB
+    with (tmp_path / "core").open("rb") as core:
+        pointer = next(core_reduced.stack_pointers(crash.head, core.fileno()))
     kept = loads(tmp_path / "core")
     assert any(size and start <= pointer < start + size for _, start, size, _ in kept)
+
+
+def test_core_without_room_has_no_zeros_for_stacks_that_cannot_be_read(
+    coredump_socket: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash = Crash(coredump_socket, *HOG, "48")
+    pages = Pages(crash.pid, crash.head, crash.maps)
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EPERM, "refused")
+
+    copied, _, _ = copied_without_room(
+        *(crash, tmp_path / "core", pages), lambda: monkeypatch.setattr(LiveMemory, "read", refuse)
+    )
+
+    assert copied.fault == "no room on disk, and no stacks: memory: refused"
+    assert copied.size == crash.head.data
+    assert (tmp_path / "core").read_bytes().startswith(crash.head.raw)
 
 
 def test_core_that_is_whole_needs_no_more_room(

@@ -211,9 +211,14 @@ def _stacks_instead(
             tell_left_out(fault)
             tell_final(pages.start)
             os.ftruncate(core, pages.start)
-            stacks = _reduced(hold, memory, touched, core, reduced, tell_final)
+            try:
+                stacks = _reduced(hold, memory, touched, core, reduced, tell_final)
+            except PagesUnreadable as error:  # what was to be stacks would seem to be zeros
+                os.ftruncate(core, pages.start)
+                sparse.write(core, pages.head.raw, 0)
+                stacks = Copied(pages.start, f"{copied.fault}, and no stacks: {error}")
     except PagesUnreadable:  # what there is stays
-        return replace(copied, size=os.fstat(core).st_size)
+        return copied
     except OSError as error:
         return _cut_back(core, error)
     return replace(stacks, fault=stacks.fault or fault, disk_full=True)

@@ -68,6 +68,9 @@ class Found(Protocol):
     def pieces(self, loads: Iterator[Load]) -> Iterator[Piece]:
         """Give the same in pieces to read at once."""
 
+    def is_readable(self, run: Load) -> bool:
+        """Tell whether zeros are the right content of what of a run cannot be read."""
+
 
 def read_piece(memory: Memory, piece: Piece, into: memoryview) -> bool:
     """Read a piece whole; what is not there of it is zeros. False: the memory is gone.
@@ -148,7 +151,11 @@ class Kept:
     def pieces(self, loads: Iterator[Load]) -> Iterator[Piece]:
         """Give the same in pieces to copy at once."""
         for run in self.runs(loads):
-            yield from in_blocks(run, readable=True)
+            yield from in_blocks(run, readable=self.is_readable(run))
+
+    def is_readable(self, _run: Load) -> bool:
+        """It is, for it was read."""
+        return True
 
     def _within(self, start: int, end: int) -> Runs:
         place = max(0, bisect_right(self._starts, start) - 1)

@@ -79,6 +79,9 @@ def stacks_and_small(
 ) -> Iterator[Load]:
     """Give what of a core is needed for a backtrace: the stacks, then each small mapping.
 
+    What the process may not read itself is no part of it, and the kernel may refuse it to us, too:
+    then there would be no stacks either.
+
     Args:
         core: its file, with the kernel's headers and notes.
         most: threads whose stacks are given; None: all.
@@ -89,7 +92,8 @@ def stacks_and_small(
     """
     small = (load for load in head.loads() if load.size <= SMALL)
     stacks = list(_stacks(head, core, touched, most))
-    yield from _first_of(_chain(stacks, touched.runs(small)), room)
+    needed = _chain(stacks, touched.runs(small))
+    yield from _first_of((run for run in needed if touched.is_readable(run)), room)
 
 
 def _chain(first: list[Load], then: Iterator[Load]) -> Iterator[Load]:

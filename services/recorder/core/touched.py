@@ -135,8 +135,11 @@ class Touched:
     def pieces(self, loads: Iterator[Load]) -> Iterator[Piece]:
         """Give the same in pieces to read at once."""
         for run in self.runs(loads):
-            kind = self._mappings.kind(run)
-            yield from in_blocks(run, readable=bool(kind & _READABLE))
+            yield from in_blocks(run, readable=self.is_readable(run))
+
+    def is_readable(self, run: Load) -> bool:
+        """Tell whether the process itself may read a run."""
+        return bool(self._mappings.kind(run) & _READABLE)
 
 
 def _data(file: int, start: int, end: int) -> Runs:
