@@ -16,7 +16,7 @@ from services.common.proc import LIVE, Proc, mappings
 from services.common.resources import Resources
 from services.recorder.core.core_head import Head
 from services.recorder.errors import CaptureFailed
-from services.recorder.modules import Module
+from services.recorder.modules import Module, close
 
 MAX_ENVIRONMENT = 128 * 1024  # bytes kept; 2 MiB are possible, execve(2)
 MAX_THREADS = 4096
@@ -78,7 +78,7 @@ class Facts:
         """Close the modules' files."""
         for module in self.modules:
             if module.file >= 0:
-                os.close(module.file)
+                close(module.file)
 
 
 def read_identity(pid: int, boot_id: str, proc: Proc = LIVE) -> Process:

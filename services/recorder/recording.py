@@ -65,10 +65,11 @@ class Recording:
 
     def close(self) -> None:
         """Give all descriptors back; this is what unlocks the record."""
-        if self.facts is not None:
-            self.facts.close()
         self.close_draft()
         _close(self.core_file, self.directory, self.record_file)
+        # Last: a file system that does not answer keeps us here, too.
+        if self.facts is not None:
+            self.facts.close()
 
     def tell_final(self, end: int) -> None:
         """Keep up to where the core is copied."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,13 +16,15 @@ import pytest
 
 from crashbus import elf, layout
 from crashbus.layout import Kind
-from crashbus.parts import Module
+from crashbus.parts import Module, Process
+from services.common.capture import CaptureRecord
 from services.recorder import finishing
 from services.recorder.binaries import Binaries
 from services.recorder.conditions import Conditions
 from services.recorder.facts import Facts
 from services.recorder.modules import Module as MappedModule
 from services.recorder.modules import opened_module
+from services.recorder.recording import Recording
 from services.recorder.unwinding import debug_files
 from tests.recorder.conftest import MakeRecorder
 from tests.support.crashers import crasher
@@ -125,6 +128,27 @@ def test_program_on_a_file_system_that_stands_still_is_told_and_not_read(
     assert told == [(Module(path="/program", build_id="ab" * 20),), ()]
     with suppress(OSError):  # close(2) tells the file system, which is gone
         os.close(file)
+
+
+def test_record_is_unlocked_though_a_program_cannot_be_closed(tmp_path: Path) -> None:
+    need_root()
+    until, record = os.pipe()
+    with (
+        ThreadPoolExecutor(1) as pool,
+        StandingStill(tmp_path / "fuse", crasher("null_pointer")) as file_system,
+        os.fdopen(until, "rb") as unlocked,
+    ):
+        mapped = opened_module("/x", 0, 1, os.open(file_system.program, os.O_RDONLY))
+        known = Facts(cast("Process", None), "root", b"", None, None, {}, (), (mapped,))
+        recording = Recording(-1, record, 0, cast("CaptureRecord", None), facts=known)
+        file_system.stand_still()
+
+        closed = pool.submit(recording.close)
+
+        assert select.select([unlocked], [], [], 10)[0], "the record is still open"
+        assert not closed.done(), "nothing stood still"
+
+    closed.result()
 
 
 def test_what_was_removed_is_kept_again(spool: Path, mapped: MappedModule) -> None:
